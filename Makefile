@@ -1,0 +1,68 @@
+# `make tour` shows what this is; `make test` checks everything. Both set up .venv first, and only once.
+#
+# On Linux the plain torch wheel carries CUDA. To save gigabytes, give pip the place of PyTorch's CPU wheels:
+#     make tour PIP_EXTRA_INDEX_URL=...        (PyTorch's installation page, compute platform CPU, has it)
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+TORCH := $(shell sed -n 's/^torch==//p' requirements.lock)
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export JUPYTER_PREFER_ENV_PATH := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help tour test lab lint notebooks recipes readme results clean
+
+help: ## list the targets
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' Makefile | expand -t 16
+
+tour: .venv/.installed ## a real vision-language model, shrunk, in under 3 minutes; writes tour.html
+	@$(BIN)/mmrecipes tour
+
+test: lint ## lint, unit tests, every recipe alone, every notebook
+	@$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300 tests notebooks
+
+lab: .venv/.installed ## JupyterLab on the notebooks
+	@$(BIN)/jupyter lab --notebook-dir=. notebooks
+
+lint: .venv/.installed ## style, notebook hygiene, generated files in step
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/python tools/hygiene.py $(NOTEBOOKS)
+	@$(BIN)/python tools/recipes.py --check
+	@$(BIN)/python tools/readme.py --check
+
+notebooks: .venv/.installed ## execute every notebook in place (or N=notebooks/00_start_here.ipynb alone)
+	@$(BIN)/ruff format --quiet notebooks
+	@$(BIN)/python tools/run_notebooks.py $(N)
+	@$(BIN)/python tools/recipes.py
+	@$(BIN)/python tools/readme.py
+
+recipes: .venv/.installed ## extract recipes/*.py from the notebooks
+	@$(BIN)/python tools/recipes.py
+
+readme: .venv/.installed ## fill the generated parts of README.md and of the notebooks' first cells
+	@$(BIN)/python tools/readme.py
+
+results: .venv/.installed ## measure what results/ and the README say, on this machine
+	@$(BIN)/python benchmarks/results.py
+	@$(BIN)/python tools/readme.py
+
+clean: ## remove what was generated; .venv and runs/ (training checkpoints) stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis tour.html
+	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+# Building matplotlib's font list here keeps its message out of the first notebook.
+.venv/.installed: requirements.lock pyproject.toml
+	@test -x $(BIN)/pip || $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \
+		f"mmrecipes needs Python 3.11 or newer, and $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.11 (or where yours is)")'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@echo "installing torch $(TORCH) and $$(grep -c == requirements.lock) packages into .venv: a few minutes, once"
+	@$(BIN)/pip install -qq torch==$(TORCH)
+	@$(BIN)/pip install -qq -r requirements.lock
+	@$(BIN)/pip install -qq --no-deps --no-build-isolation -e .
+	@$(BIN)/python -c 'import matplotlib.font_manager'
+	@touch $@

@@ -1,0 +1,84 @@
+"""The command line: `mmrecipes tour`, `mmrecipes train`, `mmrecipes evaluate`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmrecipes.errors import UserError
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _root() -> None:
+    """Make multimodal models small and fast, and measure what that costs."""
+
+
+@app.command()
+def tour(
+    model: Annotated[str, typer.Option(help="a house model, a local directory, or a hub id")] = "mini-vlm",
+    images: Annotated[Path | None, typer.Option(help="a folder of your own pictures")] = None,
+    question: Annotated[str | None, typer.Option(help="what to ask about each of your pictures")] = None,
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("tour.html"),
+    n: Annotated[int, typer.Option(help="questions from the test split", min=1)] = 600,
+) -> None:
+    """Meet a model, see where its time goes, shrink it three ways, and read what that cost."""
+    from mmrecipes import tour as room
+
+    room.run(model, images, question, out, n)
+
+
+@app.command()
+def train(
+    name: Annotated[str, typer.Argument(help="the house model to train: mini-vlm")],
+    out: Annotated[Path, typer.Option(help="where the model goes")] = Path("data/models/mini-vlm"),
+    work: Annotated[Path, typer.Option(help="checkpoints and log; run again to resume")] = Path("runs/mini-vlm"),
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
+) -> None:
+    """Train a house model from nothing. Interrupted, it resumes from its last checkpoint."""
+    if name != "mini-vlm":
+        raise UserError(f"no house model {name!r} to train; expected mini-vlm")
+    from mmrecipes.train import train_mini_vlm
+
+    typer.echo(f"wrote {train_mini_vlm(out, work, device=device)}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="a house model, a local directory, or a hub id")] = "mini-vlm",
+    n: Annotated[int | None, typer.Option(help="questions; default: the whole test split", min=1)] = None,
+    out: Annotated[Path | None, typer.Option(help="a JSON file to write the result to")] = None,
+) -> None:
+    """Accuracy of one model on the committed test split, per family, beside the majority floor."""
+    from mmrecipes import data, measure, models, report
+    from mmrecipes import evaluate as room
+
+    rows = data.test_split(n)
+    result = room.vqa(models.load(model), rows)
+    for family, share in [*result.families.items(), ("overall", result.overall)]:
+        typer.echo(f"{family:10s} {share!s:36s} floor {100 * result.floors[family]:.1f}%")
+    if out:
+        content = {"model": model, "overall": result.overall, "families": result.families, "floors": result.floors}
+        report.write_json(out, {"environment": measure.environment(), **content})
+
+
+def main() -> None:
+    """Run the command line: errors a user can act on are one line, and exit with 1."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    try:
+        app()
+    except UserError as e:
+        typer.echo(f"error: {e}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,593 @@
+"""Models in and out: load and save them safely, find their parts, and put a picture and a question to them.
+
+What comes in is a stranger's directory or picture: it is checked before anything large happens, and every refusal is
+one line that names the thing and the cure. Weights are only read from safetensors files, which cannot run code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from mmrecipes.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+
+HOUSE = ("mini-vlm",)  # the models that come with this package, in data_dir()/models
+REAL_SIZES = ("smolvlm-256m",)
+MAX_PIXELS = 100_000_000
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+# what libraries call the parts of a multimodal model; the first that is there counts
+VISION = ("vision_model", "vision_tower", "visual", "vision_encoder", "image_encoder", "vpm")
+CONNECTOR = ("connector", "multi_modal_projector", "mm_projector", "merger", "aligner", "resampler", "language_projection")
+HELPERS = ("deepstack_merger_list", "qformer")  # further weights of the connector
+LANGUAGE = ("language_model", "text_model", "text_decoder", "llm")
+
+
+# ---- loading
+
+
+def data_dir() -> Path:
+    """Where the house models and the test split are: `MMRECIPES_DATA`, the repository's data/, or the installed wheel's copy."""
+    here = Path(__file__).resolve().parent
+    given = os.environ.get("MMRECIPES_DATA")
+    for path in [Path(given)] if given else [here.parent / "data", here / "_data"]:
+        # a name as common as data/ may be somebody else's: ours holds models or the test split
+        if (path / "models").is_dir() or any(path.glob("*test*.parquet")):
+            return path
+    where = f"MMRECIPES_DATA={given}" if given else "the repository's data/ or the installed package"
+    raise UserError(f"no house models in {where}: set MMRECIPES_DATA to a data directory, or run `mmrecipes train mini-vlm`")
+
+
+def load(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The Hugging Face model itself, in eval mode, its processor attached as `model.processor`.
+
+    `name` is a house model (see HOUSE), a local directory or a hub id; `revision` is for hub ids; `dtype` "auto" takes
+    the one the weights were saved in. Code from the model's own directory runs only with `trust_remote_code`.
+    Raises UserError for anything missing, broken, misfitting, not multimodal, or too large for the memory that is free.
+    """
+    dtype, device = _dtype(dtype), _device(device)
+    path = _directory(name, revision)
+    config = _read_json(path / "config.json")
+    auto = _auto_class(path, config, trust_remote_code)
+    _check_memory(name, _weight_bytes(path, None if dtype == "auto" else dtype), dtype, device)
+    processor = _processor(path, trust_remote_code)
+    try:
+        with _without_load_report():
+            model, info = auto.from_pretrained(
+                path,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, with the other misfits
+                trust_remote_code=trust_remote_code,
+            )
+    except Exception as e:  # whatever a broken directory makes the library raise
+        raise UserError(f"{path}: cannot be loaded ({_one_line(e)}); check config.json, or get a complete copy") from e
+    # from_pretrained only warns about these, and fills the gaps with random numbers
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if info[kind]:
+            first = sorted(k if isinstance(k, str) else k[0] for k in info[kind])[0]
+            what = f"{len(info[kind])} {kind.removesuffix('_keys')}, such as {first}"
+            raise UserError(f"{path}: the weights do not fit config.json ({what}); get the config.json that belongs to them")
+    for key, p in model.named_parameters():
+        if p.is_floating_point() and p.element_size() > 1 and not torch.isfinite(p.sum(dtype=torch.float32)):
+            raise UserError(f"{path}: the weights are damaged ({key} is not finite); get a fresh copy")
+    parts(model)  # refuses what is not multimodal
+    model = model.to(device).eval()
+    model.processor = processor
+    return model
+
+
+def _dtype(given: torch.dtype | str) -> torch.dtype | str:
+    if given == "auto":
+        return "auto"
+    found = given if isinstance(given, torch.dtype) else getattr(torch, DTYPES.get(given, str(given)), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"unknown dtype {given!r}: use float32, bfloat16, float16 or auto")
+    return found
+
+
+def _device(given: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=given).device
+    except (RuntimeError, AssertionError, TypeError) as e:  # torch built without it, no such device, no such word
+        raise UserError(f"device {str(given)!r} cannot be used here ({_one_line(e, 80)}): use cpu") from e
+
+
+def _directory(name: str | Path, revision: str | None) -> Path:
+    text, path = os.fspath(name), Path(name).expanduser()
+    if text in HOUSE:
+        path = data_dir() / "models" / text
+        if not path.is_dir():
+            raise UserError(f"{text}: not in {path.parent}; run `mmrecipes train {text}`, or set MMRECIPES_DATA")
+    elif not path.exists() and isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", text):
+        path, revision = _from_hub(text, revision), None
+    elif not path.exists():
+        raise UserError(f"no model at {text!r}: give {' or '.join(HOUSE)}, a directory or a hub id (owner/name)")
+    if revision:
+        raise UserError(f"{text}: revision {revision!r} is for hub ids, and this model is local: leave it out")
+    return _checked(path)
+
+
+def _checked(path: Path) -> Path:
+    if not path.is_dir():
+        raise UserError(f"{path}: not a directory; give the directory that holds config.json and *.safetensors")
+    if not any(path.iterdir()):
+        raise UserError(f"{path}: the directory is empty; download or copy the model into it again")
+    if not (path / "config.json").is_file():
+        adapter = "; it is a LoRA adapter: merge it into its base model first" if (path / "adapter_config.json").exists() else ""
+        raise UserError(f"{path}: no config.json, so not a model directory{adapter or '; give the one that holds it'}")
+    return path
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*", "consolidated*"])
+        )
+    except errors.GatedRepoError as e:
+        raise UserError(f"{name}: accept its terms on its hub page, then `hf auth login`") from e
+    except errors.RepositoryNotFoundError as e:
+        raise UserError(f"{name}: no such directory here, and no such model on the hub (if private: `hf auth login`)") from e
+    except errors.RevisionNotFoundError as e:
+        raise UserError(f"{name}: the hub has no revision {revision!r} of it; leave revision out for the newest") from e
+    except Exception as e:  # offline by choice or by accident: requests, httpx and the hub each have their own errors for it
+        raise UserError(
+            f"{name}: no such directory here, and the hub cannot be reached: run `hf download {name} --local-dir DIR` on a "
+            "connected machine and pass DIR, or unset HF_HUB_OFFLINE"
+        ) from e
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as e:
+        raise UserError(f"{path}: not readable as JSON ({_one_line(e, 80)}); get a fresh copy") from e
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: a JSON object was expected, not {type(found).__name__}; get a fresh copy")
+    return found
+
+
+def _auto_class(path: Path, config: dict, trust_remote_code: bool):
+    """The Auto class that loads it; UserError where config.json names no multimodal model, or one that brings its own code."""
+    import transformers
+    from transformers.models.auto import modeling_auto as known
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    kind, own_code = config.get("model_type"), config.get("auto_map") or {}
+    if kind in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return transformers.AutoModelForImageTextToText
+    if kind in known.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES:  # CLIP, SigLIP and kin
+        return transformers.AutoModel
+    if kind in CONFIG_MAPPING_NAMES:
+        raise UserError(f"{path}: {kind} is not a vision-language model; give one that takes pictures and text")
+    if not own_code:
+        at = f"transformers {transformers.__version__}"
+        raise UserError(f"{path}: {at} does not know the architecture {kind!r}; upgrade transformers, or correct config.json")
+    if not trust_remote_code:
+        raise UserError(f"{path}: {kind!r} needs code from its own directory; read it, then pass trust_remote_code=True")
+    names = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
+    return getattr(transformers, next((n for n in names if n in own_code), "AutoModel"))
+
+
+def _weight_bytes(path: Path, dtype: torch.dtype | None) -> int:
+    """Bytes of the weights once loaded as `dtype` (None: as saved), from the files' headers; UserError if one is broken."""
+    index = path / "model.safetensors.index.json"
+    files = [path / "model.safetensors"]
+    if index.is_file():
+        shards = _read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise UserError(f"{index}: names no weights; download it again")
+        files = [path / str(f) for f in sorted(set(shards.values()))]
+    elif not files[0].is_file():
+        if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
+            cure = "convert the pickled weights on a machine that trusts them: from_pretrained(DIR).save_pretrained(NEW_DIR)"
+        else:
+            cure = "model.safetensors was expected: download it again"
+        raise UserError(f"{path}: no *.safetensors weights; {cure}")
+    floats = ("F64", "F32", "F16", "BF16")
+    tensors = [t for file in files for t in _header(file)]
+    return sum(count * dtype.itemsize if dtype and kind in floats else size for kind, count, size in tensors)
+
+
+def _header(file: Path) -> list[tuple[str, int, int]]:
+    """(dtype, elements, bytes) of each tensor that a safetensors file promises; UserError unless it holds exactly those.
+
+    The format: 8 bytes of header length, the header in JSON, then the data.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: missing, though the index names it; download it again")
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        first = f.read(8)
+        length = int.from_bytes(first, "little")
+        if first == b"version ":
+            raise UserError(f"{file}: a Git LFS pointer, not the weights; run `git lfs pull` where it came from")
+        try:
+            header = json.loads(f.read(length)) if 8 + length <= size else {}
+            header.pop("__metadata__", None)
+            promised = 8 + length + max(t["data_offsets"][1] for t in header.values())
+            rows = [(t["dtype"], torch.Size(t["shape"]).numel(), t["data_offsets"]) for t in header.values()]
+            tensors = [(kind, count, end - begin) for kind, count, (begin, end) in rows]
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
+            raise UserError(f"{file}: truncated or corrupted, its header cannot be read; download it again") from e
+    if size != promised:
+        raise UserError(f"{file}: truncated or corrupted, it has {size:,} bytes and needs {promised:,}; download it again")
+    return tensors
+
+
+def free_memory(device: torch.device | str = "cpu", cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that can still be taken on `device`; on a CPU the machine's or, if less, the container's (cgroup v1 or v2)."""
+    import psutil
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    for limit, used, stat in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit
+            left = int((cgroup / limit).read_text()) - int((cgroup / used).read_text())
+            # `used` counts the page cache, which the kernel gives back when asked
+            cache = re.search(r"^inactive_file (\d+)", (cgroup / stat).read_text(), re.MULTILINE)
+            free = min(free, left + int(cache[1] if cache else 0))
+    return free
+
+
+def _check_memory(name: str | Path, weights: int, dtype: torch.dtype | str, device: torch.device) -> None:
+    need = 1.2 * weights  # a fifth more, for what flows through
+    for place in {"cpu", str(device)}:  # every model is read on the CPU first
+        free = free_memory(place)
+        if need > free:
+            what = f"about {need / 1e9:.1f} GB are needed in {str(dtype).removeprefix('torch.')}"
+            cure = ("pass dtype='bfloat16', or " if dtype == torch.float32 else "") + "take a smaller model"
+            raise UserError(f"{name}: {what}, and {free / 1e9:.1f} GB are free on {place}: {cure}")
+
+
+@contextlib.contextmanager
+def _without_load_report():
+    """Hold back the library's many-line report on misfitting weights: `load` refuses them, in one line."""
+    log = logging.getLogger("transformers")  # it also warns, on one machine, that nothing was sharded
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _processor(path: Path, trust_remote_code: bool) -> ProcessorMixin:
+    from transformers import AutoProcessor
+
+    if not any(any(path.glob(p)) for p in ("tokenizer.json", "*.model", "vocab.*", "tekken.json")):
+        raise UserError(f"{path}: the tokenizer's files are missing (tokenizer.json); copy them from where the model came from")
+    if not any((path / f).is_file() for f in ("processor_config.json", "preprocessor_config.json")):
+        raise UserError(f"{path}: processor_config.json or preprocessor_config.json is missing; copy it from the original")
+    try:
+        try:
+            processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+        except ImportError as e:
+            if "torchvision" not in str(e).lower() and "video" not in str(e).lower():
+                raise
+            processor = _without_video(path)
+    except Exception as e:  # whatever a broken directory makes the library raise
+        cure = "install that package" if isinstance(e, ImportError) else "copy the processor's and tokenizer's files again"
+        cure = "read that code, then pass trust_remote_code=True" if "trust_remote_code" in str(e) else cure
+        raise UserError(f"{path}: the processor cannot be made ({_one_line(e)}); {cure}") from e
+    for half in ("tokenizer", "image_processor"):
+        if getattr(processor, half, None) is None:
+            raise UserError(f"{path}: the processor has no {half}; copy the processor's files from the original")
+    return processor
+
+
+def _without_video(path: Path) -> ProcessorMixin:
+    """The processor of `path` without its video half, which alone needs torchvision (Qwen-VL, SmolVLM2, MiniCPM-V)."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Idefics3Processor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    full = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(path))]
+    if full.__name__ == "SmolVLMProcessor":  # asks for its video half in every chat; without it, it is Idefics3's
+        full = Idefics3Processor
+    halves = {"tokenizer": AutoTokenizer.from_pretrained(path), "image_processor": AutoImageProcessor.from_pretrained(path)}
+
+    class ImagesOnly(full):
+        @classmethod
+        def _get_arguments_from_pretrained(cls, *args, **kwargs):
+            # the image half stands in for the other while the processor is made: some settings are read from it
+            return [halves.get(name, halves["image_processor"]) for name in full.get_attributes()]
+
+        def check_argument_for_proper_class(self, name, value):
+            return None if name == "video_processor" else super().check_argument_for_proper_class(name, value)
+
+        def save_pretrained(self, out, **kwargs):
+            super().save_pretrained(out, **kwargs)
+            for name in ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"):
+                if (path / name).is_file():  # whoever has torchvision gets the video half back
+                    (Path(out) / name).write_bytes((path / name).read_bytes())
+
+    ImagesOnly.__name__ = full.__name__  # the name that save_pretrained writes
+    processor = ImagesOnly.from_pretrained(path)
+    processor.__dict__.pop("video_processor", None)
+    ImagesOnly.get_attributes = classmethod(lambda cls: [a for a in full.get_attributes() if a != "video_processor"])
+    return processor
+
+
+def _one_line(e: BaseException, most: int = 200) -> str:
+    text = " ".join(str(e).split()) or type(e).__name__
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+# ---- saving
+
+
+def check_replaceable(out: str | Path) -> None:
+    """UserError unless a model can be written to `out`: absent, empty or a model directory, below a writable parent."""
+    out = Path(out).expanduser().resolve()
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; give a directory that is new, empty or holds an older model")
+    if out.is_dir() and any(out.iterdir()) and not _holds_only_a_model(out):
+        raise UserError(f"{out}: holds something else than a model, and is left alone; give a new or an empty directory")
+    parent = next(p for p in out.parents if p.exists())
+    try:  # asking is not enough: a read-only disk refuses even those who may write
+        tempfile.TemporaryDirectory(dir=parent).cleanup()
+    except OSError as e:
+        raise UserError(f"{out}: cannot be written ({parent}: {e.strerror}); give a directory you may write to") from e
+
+
+def _holds_only_a_model(path: Path) -> bool:
+    with contextlib.suppress(UserError):  # config.json is a common name: ours says what model it is
+        return "model_type" in _read_json(path / "config.json") and not (path / ".git").exists()
+    return False
+
+
+def save(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    out: str | Path,
+    dtype: torch.dtype | str = torch.bfloat16,
+    extra: dict[str, str] | None = None,
+) -> Path:
+    """Write model, processor and the text files of `extra` {name: text} to directory `out`, all or nothing. Returns `out`.
+
+    Everything goes to `out`.part first, which then takes the place of an older model. Floating weights are cast to `dtype`
+    on the way ("auto": as they are), and config.json says so; `model` itself stays as it is. Raises UserError.
+    """
+    dtype, given, out = _dtype(dtype), Path(out), Path(out).expanduser().resolve()
+    check_replaceable(out)
+    part = out.with_name(out.name + ".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)  # left by a killed run
+        part.mkdir(parents=True)
+        _cast_copy(model, dtype).save_pretrained(part)
+        processor.save_pretrained(part)
+        for name, text in (extra or {}).items():
+            (part / name).write_text(text, encoding="utf-8")
+        with tempfile.TemporaryDirectory(dir=out.parent) as aside:  # on the same disk, so that each move is one step
+            old = out.rename(Path(aside) / out.name) if out.exists() else None
+            try:
+                part.rename(out)
+            except OSError:
+                if old:
+                    old.rename(out)
+                raise
+    except (OSError, SafetensorError) as e:  # the latter when the disk is full
+        raise UserError(f"{out}: could not be written ({_one_line(e)}); nothing was changed: give another directory") from e
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return given
+
+
+def _cast_copy(model: PreTrainedModel, dtype: torch.dtype | str) -> PreTrainedModel:
+    """A copy whose floating parameters are `dtype`; nothing is ever held twice in the old one."""
+    memo: dict[int, object] = {id(p): p for p in (getattr(model, "processor", None),) if p is not None}
+    for p in model.parameters():
+        same = dtype == "auto" or not p.is_floating_point() or p.element_size() == 1
+        memo[id(p)] = p if same else nn.Parameter(p.detach().to(dtype), requires_grad=p.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+# ---- parts
+
+
+def parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules called "vision", "connector", "language" and "head" of a multimodal model; UserError for any other.
+
+    The connector may sit inside the vision tower (Qwen's merger). A dual encoder (CLIP, SigLIP) has neither connector nor head.
+    """
+    core = getattr(model, "model", model)
+    found = {"vision": _first(core, VISION), "language": _first(core, LANGUAGE)}
+    if not all(found.values()):
+        given = type(model).__name__
+        raise UserError(f"{given} is not a vision-language model: no vision tower or no language model was found in it")
+    connector = _first(core, CONNECTOR) or _first(found["vision"], CONNECTOR)
+    head = getattr(model, "lm_head", None) or getattr(found["language"], "lm_head", None)
+    found |= {"connector": connector, "head": head}
+    return {k: found[k] for k in ("vision", "connector", "language", "head") if found[k] is not None}
+
+
+def _first(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    return next((m for m in (getattr(module, n, None) for n in names) if isinstance(m, nn.Module)), None)
+
+
+def part_of(model: nn.Module) -> dict[str, str]:
+    """The part of each parameter: {name: "vision", "connector", "language", "head" or "other"}; tied weights count once."""
+    found = parts(model)
+    kind = {id(module): part for part, module in found.items()}
+    helpers = (getattr(m, n, None) for m in (getattr(model, "model", model), found["vision"]) for n in HELPERS)
+    kind |= {id(m): "connector" for m in helpers if m is not None}
+    prefixes = {name: kind[id(m)] for name, m in model.named_modules() if id(m) in kind}
+    # the longest prefix is the innermost module: the connector wins over the tower around it
+    inner = sorted(prefixes, key=len, reverse=True)
+    return {name: next((prefixes[p] for p in inner if name.startswith(p + ".")), "other") for name, _ in model.named_parameters()}
+
+
+# ---- the real-size twin
+
+
+def real_size(name: str = "smolvlm-256m", dtype: torch.dtype | str = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A model with the published dimensions of SmolVLM-256M and random weights, made on the spot, `.processor` attached.
+
+    For speed and memory only: what it says is noise. One picture is one tile of 512 px, 64 tokens. Raises UserError.
+    Dimensions: the model card's config.json (arXiv:2504.05299); 256M parameters, embeddings not tied.
+    """
+    from transformers import (
+        AutoTokenizer,
+        Idefics3Config,
+        Idefics3ForConditionalGeneration,
+        Idefics3ImageProcessorPil,
+        Idefics3Processor,
+    )
+    from transformers.initialization import no_init_weights
+
+    from mmrecipes import train
+
+    dtype = torch.float32 if _dtype(dtype) == "auto" else _dtype(dtype)
+    if name not in REAL_SIZES:
+        raise UserError(f"no real-size twin {name!r}: there is {', '.join(REAL_SIZES)}")
+    _check_memory(name, 256_484_928 * dtype.itemsize, dtype, torch.device("cpu"))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(data_dir() / "models" / "mini-vlm")
+    except (UserError, OSError, ValueError):  # not trained yet: the same one, made again in a few seconds
+        tokenizer = train.make_tokenizer()
+    config = Idefics3Config(
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=4,
+        tie_word_embeddings=False,
+        vision_config={"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+        | {"image_size": 512, "patch_size": 16},
+        text_config={"model_type": "llama", "vocab_size": 49280, "hidden_size": 576, "intermediate_size": 1536}
+        | {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
+        | {"rms_norm_eps": 1e-5, "rope_theta": 100_000.0, "tie_word_embeddings": False}
+        | {f"{t}_token_id": getattr(tokenizer, f"{t}_token_id") for t in ("pad", "bos", "eos")},
+    )
+    with no_init_weights():  # the library's own takes ten times as long as this one
+        model = Idefics3ForConditionalGeneration._from_config(config, dtype=dtype)
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if key.endswith("bias"):
+                p.zero_()
+            elif p.ndim == 1:
+                p.fill_(1)
+            else:
+                p.normal_(std=0.02, generator=noise)
+    tile = {"longest_edge": 512}
+    images = Idefics3ImageProcessorPil(size=tile, max_image_size=tile, do_image_splitting=True)
+    model.processor = Idefics3Processor(images, tokenizer, image_seq_len=64, chat_template=train.CHAT_TEMPLATE)
+    return model.eval()
+
+
+# ---- pictures and questions
+
+
+def image(source: str | Path | Image.Image) -> Image.Image:
+    """A user's picture as PIL RGB: upright (EXIF), without palette or alpha (laid on white), 8 bits, from any PIL format.
+
+    Raises UserError when it is missing, a directory, no picture, cut off, or over 100 megapixels (told from its header).
+    """
+    from PIL import Image, ImageOps
+
+    if isinstance(source, Image.Image):
+        picture, path = source, "the picture"
+    else:
+        path = Path(source).expanduser()
+        if path.is_dir() or not path.exists():
+            what = "a directory, not a picture" if path.is_dir() else "no such picture"
+            raise UserError(f"{path}: {what}; give the path of a PNG, JPEG or WebP file")
+        try:
+            picture = Image.open(path)
+        except Image.DecompressionBombError as e:
+            raise UserError(f"{path}: more than 100 megapixels ({_one_line(e, 80)}); scale it down first") from e
+        except Exception as e:  # UnidentifiedImageError, and what decoders raise on a broken header
+            raise UserError(f"{path}: not a picture that PIL can read; give a PNG, JPEG or WebP file") from e
+    if picture.width * picture.height > MAX_PIXELS:
+        raise UserError(f"{path}: {picture.width} x {picture.height} px is more than 100 megapixels; scale it down first")
+    try:
+        return _to_rgb(ImageOps.exif_transpose(picture))
+    except Exception as e:  # decoders raise OSError, SyntaxError, EOFError, struct.error, ... on broken data
+        raise UserError(f"{path}: truncated or corrupted ({_one_line(e, 80)}); get a fresh copy") from e
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    import numpy as np
+    from PIL import Image
+
+    if picture.mode.startswith(("I", "F")):  # 16 or 32 bits: PIL's own conversion would clip them to white
+        values = np.asarray(picture, dtype=np.float32)
+        top = 65535 if picture.mode.startswith("I;16") else max(float(values.max(initial=0)), 1.0)
+        return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB") if picture.mode != "RGB" else picture.copy()
+
+
+def images(folder: str | Path) -> list[tuple[str, Image.Image]]:
+    """The pictures in `folder` itself, sorted by name: [(file name, RGB picture)]. UserError if none, or one is bad."""
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; give a folder of pictures")
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+    if not files:
+        raise UserError(f"{folder}: no pictures in it; put PNG, JPEG or WebP files there")
+    return [(f.name, image(f)) for f in files]
+
+
+def chat(model: PreTrainedModel, pictures: Image.Image | str | Path | list, question: str) -> BatchFeature:
+    """Inputs of one turn, pictures first, then the question, on the model's device, pixels in its dtype.
+
+    Raises UserError when the model does not chat (CLIP, SigLIP) or its processor has no chat template.
+    """
+    if "head" not in parts(model):
+        raise UserError(f"{type(model).__name__} compares pictures with texts and does not answer questions; give a VLM")
+    if not getattr(model.processor, "chat_template", None):
+        raise UserError(
+            f"{model.name_or_path or type(model).__name__}: the processor has no chat template; add chat_template.jinja"
+        )
+    pictures = pictures if isinstance(pictures, list | tuple) else [pictures]
+    content = [{"type": "image", "image": image(p)} for p in pictures] + [{"type": "text", "text": question}]
+    inputs = model.processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    dtypes = (p.dtype for p in parts(model)["vision"].parameters() if p.is_floating_point())
+    return inputs.to(model.device, next(dtypes, torch.float32))  # the tower's: a model may mix them
+
+
+@torch.inference_mode()
+def ask(model: PreTrainedModel, picture: Image.Image | str | Path | list, question: str, max_new_tokens: int = 16) -> str:
+    """The model's answer to `question` about `picture`, decoded greedily, without special tokens, stripped."""
+    inputs = chat(model, picture, question)
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    return model.processor.tokenizer.decode(new, skip_special_tokens=True).strip()

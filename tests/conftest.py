@@ -1,0 +1,34 @@
+"""What several test files share. Nothing here skips: a test whose house model is missing fails."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def house_vlm() -> Path:
+    """The directory of the committed `mini-vlm`."""
+    path = ROOT / "data" / "models" / "mini-vlm"
+    assert (path / "config.json").is_file(), "data/models/mini-vlm is missing: `mmrecipes train mini-vlm` makes it"
+    return path
+
+
+@pytest.fixture(scope="session")
+def foreign_vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny random LLaVA with its real processor: a model that nothing of ours was fitted to."""
+    import tiny
+
+    model = tiny.llava()
+    path = tmp_path_factory.mktemp("models") / "llava"
+    model.save_pretrained(path)
+    model.processor.save_pretrained(path)
+    return path

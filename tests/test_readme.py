@@ -1,0 +1,338 @@
+"""README.md says what is so: its links, commands, badges and tables; and versions agree wherever they are written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+import readme
+import recipes
+from conftest import ROOT
+
+BASH = re.compile(r"```(?:bash|sh|shell|console)\n(.*?)```", re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)|<(?:img|a)[^>]+(?:src|href)=\"([^\"]+)\"")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LOCK = dict(
+    line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if line and not line.startswith("#")
+)
+
+
+def make_targets(text: str) -> set[str]:
+    return set(re.findall(r"^([a-z][\w-]*):(?!=)", text, re.MULTILINE))
+
+
+def commands(text: str, first: str) -> list[list[str]]:
+    """The words of every line of a bash block that starts with `first` (a prompt `$ ` is allowed)."""
+    lines = [line.split("#")[0].removeprefix("$ ").split() for block in BASH.findall(text) for line in block.splitlines()]
+    return [line for line in lines if line[:1] == [first]]
+
+
+def cli_problems(text: str) -> list[str]:
+    """Subcommands and options of `mmrecipes` in bash blocks that the command line does not have."""
+    import typer
+
+    from mmrecipes.cli import app
+
+    known = typer.main.get_command(app).commands
+    found = []
+    for words in commands(text, "mmrecipes"):
+        command = known.get(words[1]) if len(words) > 1 else None
+        if command is None:
+            found.append(f"mmrecipes {' '.join(words[1:])}: no such command")
+            continue
+        options = {o for p in command.params for o in [*p.opts, *p.secondary_opts]} | {"--help"}
+        found += [
+            f"mmrecipes {words[1]} {w}: no such option" for w in words if w.startswith("-") and w.split("=")[0] not in options
+        ]
+    return found
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors GitHub makes of a page's headings."""
+    titles = re.findall(r"^#+ +(.+?) *$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def broken_links(page: Path) -> list[str]:
+    """Relative links to files or anchors that do not exist."""
+    text = page.read_text()
+    found = []
+    for link in (a or b for a, b in LINK.findall(text)):
+        file, _, anchor = link.partition("#")
+        if re.match(r"[a-z]+:", link):
+            continue
+        target = page.parent / file if file else page
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target.read_text())):
+            found.append(link)
+    return found
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+def test_links_exist(page):
+    assert broken_links(page) == []
+
+
+def test_make_commands_exist():
+    found = [words[1] for words in commands((ROOT / "README.md").read_text(), "make")]
+    assert {"tour", "test"} <= set(found)
+    assert set(found) <= make_targets((ROOT / "Makefile").read_text())
+
+
+def test_mmrecipes_commands_exist():
+    assert cli_problems((ROOT / "README.md").read_text()) == []
+
+
+def test_generated_regions_are_in_step():
+    assert readme.stale() == []
+
+
+def test_the_repository_is_named_in_one_way():
+    slug = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")
+    pages = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "notebooks").glob("*.ipynb"),
+        *(ROOT / "recipes").glob("*.py"),
+    ]
+    for page in pages:
+        hosted = re.findall(r"(?:mybinder\.org/v2/gh|colab\.research\.google\.com/github)/([\w.-]+/[\w.-]+)", page.read_text())
+        ours = re.findall(r"github\.com/([\w.-]+/mmrecipes)\b", page.read_text())
+        assert {*hosted, *ours} <= {slug}, page.name
+
+
+# ---- the checks above find what is wrong
+
+
+def test_a_broken_link_is_found(tmp_path):
+    (tmp_path / "there.md").write_text("# A `title`, here\n")
+    page = tmp_path / "page.md"
+    page.write_text(
+        '[a](there.md) [b](gone.md) [c](there.md#a-title-here) [d](there.md#nowhere)\n[e](https://x.org) [f](#no) <img src="no.png">'
+    )
+    assert broken_links(page) == ["gone.md", "there.md#nowhere", "#no", "no.png"]
+
+
+def test_wrong_commands_are_found():
+    lines = ("mmrecipes tour --model x  # fine", "$ mmrecipes fly", "mmrecipes tour --wings", "mmrecipes", "make tour")
+    text = "```bash\n" + "\n".join(lines) + "\n```\nmmrecipes no"
+    assert cli_problems(text) == [
+        "mmrecipes fly: no such command",
+        "mmrecipes tour --wings: no such option",
+        "mmrecipes : no such command",
+    ]
+    assert commands(text, "make") == [["make", "tour"]]
+    assert make_targets("A := b\ntour: x\n\ttest: no\n.PHONY: lab\n") == {"tour"}
+
+
+# ---- what tools/readme.py generates
+
+URL = "https://github.com/some/where"
+ENVIRONMENT = {"cpu": "A CPU", "threads": 2, "gpu": None, "date": "2026-11-21T10:00:00+00:00", "commit": "0123456789abcdef+dirty"}
+ROWS = [
+    {"name": "fp32", "accuracy": {"value": 0.9612, "low": 0.95, "high": 0.97, "n": 600}, "ttft_ms": 12.4, "disk_mb": 21.04},
+    {"name": "int2", "accuracy": None, "ttft_ms": 9.6, "disk_mb": None},
+]
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """A small repository with a README, a notebook and both results."""
+    (tmp_path / "pyproject.toml").write_text(f'[project.urls]\nRepository = "{URL}"\n')
+    (tmp_path / "notebooks").mkdir()
+    first = nbformat.v4.new_markdown_cell(
+        "# What is | it?\n<!-- begin:badges -->\n<!-- end:badges -->\n\n<!-- begin:cost --><!-- end:cost -->"
+    )
+    nb = nbformat.v4.new_notebook(cells=[first, nbformat.v4.new_code_cell("print('ü')", execution_count=1)])
+    nbformat.write(nb, tmp_path / "notebooks" / "00_it.ipynb")
+    regions = "\n\n".join(f"<!-- begin:{r} -->\nold\n<!-- end:{r} -->" for r in ("badges", "notebooks", "results"))
+    (tmp_path / "README.md").write_text(f"# Title\n\n{regions}\n\nThe end.\n")
+    (tmp_path / "results").mkdir()
+    measured = {"rows": [{"name": "00_it", "seconds": 66, "peak_mb": 912}]}
+    (tmp_path / "results" / "notebooks.json").write_text(json.dumps(measured))
+    (tmp_path / "results" / "tour.json").write_text(json.dumps({"environment": ENVIRONMENT, "rows": ROWS, "notes": ["A note."]}))
+    return tmp_path
+
+
+def test_fill_and_check(project):
+    assert {p.name for p in readme.stale(project)} == {"README.md", "00_it.ipynb"}
+    for path, text in readme.expected(project).items():
+        path.write_text(text)
+    assert readme.stale(project) == []
+    text = (project / "README.md").read_text()
+    assert "old" not in text
+    assert text.startswith("# Title\n")
+    assert text.endswith("The end.\n")
+    assert f"({URL.replace('github.com', 'mybinder.org/v2/gh')}/main?urlpath=lab/tree/notebooks/00_it.ipynb)" in text
+    assert "(https://colab.research.google.com/github/some/where/blob/main/notebooks/00_it.ipynb)" in text
+    assert "| [00_it](notebooks/00_it.ipynb) | What is / it? | 1.1 | 0.9 GB |" in text
+    nb = nbformat.read(project / "notebooks" / "00_it.ipynb", as_version=4)
+    assert "https://mybinder.org/v2/gh/some/where/main" in nb.cells[0].source
+    assert "About 1.1 minutes, 0.9 GB of memory." in nb.cells[0].source
+    assert nb.cells[1].source == "print('ü')"
+    assert nb.cells[1].execution_count == 1
+
+
+def test_result_table_shows_what_was_measured():
+    lines = readme.result_table({"environment": ENVIRONMENT, "rows": ROWS, "notes": ["A note."]}).splitlines()
+    assert lines[0] == "| variant | accuracy, % [95% interval] | time to first token, ms | on disk, MB |"
+    assert lines[2] == "| fp32 | 96.1 [95.0, 97.0] n=600 | 12 | 21.0 |"
+    assert lines[3] == "| int2 | - | 10 | - |"
+    assert lines[5] == "A note."
+    assert lines[7] == "Measured on A CPU, 2 threads, 2026-11-21, commit 0123456789 with changes."
+
+
+def test_nothing_measured_is_said(project):
+    for file in ("tour.json", "notebooks.json"):
+        (project / "results" / file).unlink()
+    text = readme.expected(project)[project / "README.md"]
+    assert "Not measured yet" in text
+    assert "| What is / it? | - | - |" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- begin:badges -->", "do not pair up"),
+        ("<!-- begin:badges --><!-- begin:results --><!-- end:results --><!-- end:badges -->", "do not pair up"),
+        ("<!-- begin:badgers --><!-- end:badgers -->", "no region badgers"),
+        ("<!-- begin:badges --><!-- end:badges -->", "has no region notebooks, results"),
+    ],
+)
+def test_broken_regions_are_refused(project, text, message):
+    (project / "README.md").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        readme.expected(project)
+
+
+# ---- one set of versions, everywhere
+
+
+def test_lock_is_exact_and_names_no_place():
+    text = (ROOT / "requirements.lock").read_text()
+    assert all(re.fullmatch(r"#.*|[A-Za-z0-9._-]+==[A-Za-z0-9._!]+", line) for line in text.splitlines())
+    assert not [name for name in LOCK if name.lower().startswith(("nvidia", "triton", "cuda")) or name == "torchvision"]
+
+
+def test_lock_is_installed():
+    from importlib.metadata import version
+
+    installed = {name: version(name).split("+")[0] for name in LOCK}
+    assert installed == LOCK
+
+
+def test_lock_meets_the_floors():
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    locked = {canonicalize_name(name): version for name, version in LOCK.items()}
+    extras = PROJECT["optional-dependencies"]
+    floors = [Requirement(r) for r in [*PROJECT["dependencies"], *extras["train"], *extras["notebooks"], *extras["test"]]]
+    assert floors
+    for floor in floors:
+        assert floor.specifier.contains(locked[canonicalize_name(floor.name)]), floor
+    for floor in map(Requirement, extras["deploy"]):
+        assert floor.specifier.contains(locked.get(canonicalize_name(floor.name), "9999")), floor
+
+
+def test_binder_agrees_with_the_lock(tmp_path):
+    conda = yaml.safe_load((ROOT / "binder" / "environment.yml").read_text())["dependencies"]
+    assert f"pytorch-cpu={LOCK['torch']}" in conda
+    python = next(d.split("=")[1] for d in conda if d.startswith("python="))
+    assert tuple(map(int, python.split("."))) >= (3, 11)
+    # run postBuild with a pip that only says what it is asked
+    stand_in = tmp_path / "python"
+    stand_in.write_text('#!/usr/bin/env bash\necho "$@"\nif [[ $* == *" -r "* ]]; then cat "${@: -1}"; fi\n')
+    stand_in.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "binder/postBuild"],
+        cwd=ROOT,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert "--no-deps -r" in lines[0]
+    assert lines[-1].endswith("--no-deps --no-build-isolation -e .")
+    asked = dict(line.split("==") for line in lines[1:-1] if not line.startswith("#"))
+    assert asked.items() <= LOCK.items()
+    assert {"transformers", "datasets", "bitsandbytes", "ipywidgets", "matplotlib", "typer", "psutil", "setuptools"} <= set(asked)
+    assert not {"torch", "pytest", "nbval", "ruff", "hypothesis", "scipy", "jupyterlab"} & set(asked)
+
+
+def test_every_name_that_binder_leaves_out_is_in_the_lock():
+    left_out = " ".join(re.findall(r'^skip\+?="(.*)"$', (ROOT / "binder" / "postBuild").read_text(), re.MULTILINE)).split()
+    assert "torch" in left_out
+    assert set(left_out) <= set(LOCK)
+
+
+def test_ci_runs_make_test():
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    assert script.read_text().splitlines()[-1] == "make test"
+
+
+def test_hooks_are_what_make_lint_runs():
+    plan = subprocess.run(["make", "-n", "-o", ".venv/.installed", "lint"], cwd=ROOT, capture_output=True, text=True, check=True)
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert len(hooks) == 5
+    assert all(any(line.startswith(hook["entry"]) for line in plan.stdout.splitlines()) for hook in hooks)
+
+
+def test_make_refuses_an_old_python(tmp_path):
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    old = tmp_path / "old-python"  # this interpreter, that takes itself for 3.9
+    old.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" -c "import sys; sys.version_info = (3, 9, 1); $2"\n')
+    old.chmod(0o755)
+    done = subprocess.run(["make", f"PYTHON={old}", "tour"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "mmrecipes needs Python 3.11 or newer" in done.stderr
+    assert "is 3.9" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+# ---- the wheel: who has no repository gets models and data too
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    out = tmp_path_factory.mktemp("wheel")
+    source = out / "source"  # a copy, because setuptools builds inside the source tree
+    for folder in ("mmrecipes", "data"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "requirements.lock"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "-q", "wheel", "--no-deps", "--no-build-isolation", "-w", str(out), str(source)]
+    subprocess.run(pip, check=True, capture_output=True)
+    return zipfile.ZipFile(next(out.glob("mmrecipes-*.whl")))
+
+
+def test_wheel_carries_code_models_and_data(wheel):
+    files = set(wheel.namelist())
+    code = {f"mmrecipes/{p.name}" for p in (ROOT / "mmrecipes").iterdir() if p.is_file()}
+    data = {p for p in (ROOT / "data").rglob("*") if p.is_file() and (p.suffix == ".parquet" or "models" in p.parts)}
+    assert any("test" in p.name for p in data)
+    assert any(p.name == "model.safetensors" for p in data)
+    want = code | {f"mmrecipes/_data/{p.relative_to(ROOT / 'data').as_posix()}" for p in data}
+    assert {f for f in files if ".dist-info/" not in f} == want
+    for path in data:
+        assert wheel.getinfo(f"mmrecipes/_data/{path.relative_to(ROOT / 'data').as_posix()}").file_size == path.stat().st_size
+
+
+def test_wheel_says_what_it_is(wheel):
+    dist = f"mmrecipes-{PROJECT['version']}.dist-info"
+    assert "mmrecipes = mmrecipes.cli:main" in wheel.read(f"{dist}/entry_points.txt").decode()
+    text = wheel.read(f"{dist}/METADATA").decode()
+    assert "License-Expression: Apache-2.0" in text
+    assert recipes.repository() in text

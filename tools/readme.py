@@ -1,0 +1,160 @@
+"""Fills the generated regions of README.md and of the notebooks' first cells; with --check, says which are stale instead.
+
+A region lies between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. README.md has `badges`, `notebooks` (a table from
+results/notebooks.json) and `results` (a table from results/tour.json); a notebook has `badges` and, if it likes, `cost`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from recipes import ROOT, heading, repository
+
+REGION = re.compile(r"<!-- begin:(\w+) -->\n?(.*?)\n?<!-- end:\1 -->", re.DOTALL)
+COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (  # key of a row, heading, how a value is printed
+    ("name", "variant", str),
+    (
+        "accuracy",
+        "accuracy, % [95% interval]",
+        lambda a: f"{100 * a['value']:.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}] n={a['n']}",
+    ),
+    ("ttft_ms", "time to first token, ms", "{:.0f}".format),
+    ("tokens_per_s", "tokens/s", "{:.0f}".format),
+    ("peak_mb", "peak memory, MB", "{:.0f}".format),
+    ("disk_mb", "on disk, MB", "{:.1f}".format),
+)
+
+
+def badges(url: str, notebook: str | None = None) -> str:
+    """Binder and Colab badges for notebooks/`notebook`; without one, Binder opens the folder and Colab lists the repository."""
+    slug = url.removeprefix("https://github.com/")
+    binder = f"https://mybinder.org/v2/gh/{slug}/main?urlpath=lab/tree/notebooks" + (f"/{notebook}" if notebook else "")
+    colab = f"https://colab.research.google.com/github/{slug}" + (f"/blob/main/notebooks/{notebook}" if notebook else "")
+    return (
+        f"[![Open in Binder](https://mybinder.org/badge_logo.svg)]({binder})\n"
+        f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab})"
+    )
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A markdown table; the first column to the left, the others to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(c.replace('|', '/') for c in line)} |" for line in lines)
+
+
+def minutes(seconds: float) -> str:
+    return f"{max(seconds / 60, 0.1):.1f}"
+
+
+def notebook_table(titles: dict[str, str], measured: list[dict[str, Any]]) -> str:
+    """titles: file name -> title. A notebook without a measurement gets dashes."""
+    found = {row["name"]: row for row in measured}
+    rows = []
+    for file, title in titles.items():
+        row = found.get(file.removesuffix(".ipynb"))
+        cost = [minutes(row["seconds"]), f"{row['peak_mb'] / 1000:.1f} GB"] if row else ["-", "-"]
+        rows.append([f"[{file.removesuffix('.ipynb')}](notebooks/{file})", title, *cost])
+    return table(["notebook", "question", "minutes", "peak memory"], rows)
+
+
+def result_table(result: dict[str, Any]) -> str:
+    """A row a variant, columns that no row has left out; then on what, when and at which commit that was measured."""
+    rows = result["rows"]
+    columns = [c for c in COLUMNS if any(row.get(c[0]) is not None for row in rows)]
+    cells = [["-" if row.get(key) is None else show(row[key]) for key, _, show in columns] for row in rows]
+    lines = [table([c[1] for c in columns], cells), *result.get("notes", []), f"Measured on {where(result['environment'])}."]
+    return "\n\n".join(lines)
+
+
+def where(environment: dict[str, Any]) -> str:
+    """Hardware, date and commit in one line, as far as they are known."""
+    commit, _, dirty = (environment.get("commit") or "").partition("+")
+    known = (
+        ("{}", environment.get("cpu")),
+        ("{}", environment.get("gpu")),
+        ("{} threads", environment.get("threads")),
+        ("{} GB", environment.get("memory_gb")),
+        ("torch {}", environment.get("torch")),
+        ("{}", environment.get("date", "")[:10]),
+        ("commit {}", commit[:10] + (" with changes" if dirty else "") if commit else None),
+    )
+    return ", ".join(text.format(value) for text, value in known if value)
+
+
+def fill(text: str, regions: dict[str, str], where: str) -> str:
+    """`text` with the inside of each of its regions replaced. ValueError for a region that is unknown or not closed."""
+    opened = re.findall(r"<!-- (begin|end):(\w+) -->", text)
+    closed = [name for name, _ in REGION.findall(text)]
+    if opened != [(edge, name) for name in closed for edge in ("begin", "end")]:
+        raise ValueError(f"{where}: regions do not pair up: {' '.join(f'{edge}:{name}' for edge, name in opened)}")
+    if unknown := set(closed) - set(regions):
+        raise ValueError(f"{where}: no region {', '.join(sorted(unknown))}; there are {', '.join(regions)}")
+    return REGION.sub(lambda m: f"<!-- begin:{m[1]} -->\n{regions[m[1]]}\n<!-- end:{m[1]} -->", text)
+
+
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": [], "environment": {}}
+
+
+def expected(root: Path = ROOT) -> dict[Path, str]:
+    """README.md and every notebook -> the text each should have."""
+    url = repository(root)
+    measured = load(root / "results" / "notebooks.json")["rows"]
+    cost = {
+        row["name"]: f"About {minutes(row['seconds'])} minutes, {row['peak_mb'] / 1000:.1f} GB of memory." for row in measured
+    }
+    texts, titles = {}, {}
+    for path in sorted((root / "notebooks").glob("*.ipynb")):
+        text = path.read_text(encoding="utf-8")
+        nb = json.loads(text)
+        source = "".join(nb["cells"][0]["source"])
+        titles[path.name] = heading(source)
+        regions = {"badges": badges(url, path.name), "cost": cost.get(path.stem, "Not measured yet.")}
+        new = fill(source, regions, path.name)
+        if new != source:
+            nb["cells"][0]["source"] = new.splitlines(keepends=True)
+            text = json.dumps(nb, indent=1, ensure_ascii=False) + "\n"
+        texts[path] = text
+    tour = load(root / "results" / "tour.json")
+    regions = {
+        "badges": badges(url, next(iter(titles), None)),
+        "notebooks": notebook_table(titles, measured),
+        "results": result_table(tour) if tour["rows"] else "Not measured yet: `make results`.",
+    }
+    readme = root / "README.md"
+    texts[readme] = fill(readme.read_text(encoding="utf-8"), regions, readme.name)
+    if missing := [name for name in regions if f"<!-- begin:{name} -->" not in texts[readme]]:
+        raise ValueError(f"README.md has no region {', '.join(missing)}: add <!-- begin:NAME --> and <!-- end:NAME -->")
+    return texts
+
+
+def stale(root: Path = ROOT) -> list[Path]:
+    """The files whose generated regions are not what they should be."""
+    return [path for path, text in expected(root).items() if path.read_text(encoding="utf-8") != text]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where a file would change")
+    check = parser.parse_args().check
+    try:
+        texts = expected()
+    except (OSError, ValueError) as e:
+        print(f"readme: {e}", file=sys.stderr)
+        return 1
+    old = stale()
+    for path in old:
+        if not check:
+            path.write_text(texts[path], encoding="utf-8")
+        print(f"{path.relative_to(ROOT)}: {'stale: run `make readme`' if check else 'written'}")
+    return bool(old) and check
+
+
+if __name__ == "__main__":
+    sys.exit(main())
