@@ -23,7 +23,7 @@ tour: .venv/.installed ## a real vision-language model, shrunk, in under 3 minut
 	@$(BIN)/mmrecipes tour
 
 test: lint ## lint, unit tests, every recipe alone, every notebook
-	@$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300 tests notebooks
+	@env -u MODEL $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300 tests notebooks
 
 lab: .venv/.installed ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir=. notebooks
@@ -37,7 +37,7 @@ lint: .venv/.installed ## style, notebook hygiene, generated files in step
 
 notebooks: .venv/.installed ## execute every notebook in place (or N=notebooks/00_start_here.ipynb alone)
 	@$(BIN)/ruff format --quiet notebooks
-	@$(BIN)/python tools/run_notebooks.py $(N)
+	@env -u MODEL $(BIN)/python tools/run_notebooks.py $(N)
 	@$(BIN)/python tools/recipes.py
 	@$(BIN)/python tools/readme.py
 

@@ -7,3 +7,9 @@ class UserError(Exception):
 
 class ParityError(UserError):
     """A result that is broken, not lossy: outputs that are not finite, or that disagree with the same arithmetic elsewhere."""
+
+
+def one_line(e: BaseException, most: int = 200) -> str:
+    """The message of `e` on one line of at most `most` characters."""
+    text = " ".join(str(e).split()) or type(e).__name__
+    return text if len(text) <= most else text[: most - 1] + "…"

@@ -123,13 +123,14 @@ def machine_peaks(seconds: float = 0.15, device: str = "cpu") -> dict:
             int8[name] = best(make)
         except (AttributeError, NotImplementedError, RuntimeError):  # not built for this machine
             continue
-    buffer = torch.ones(64 * 2**20, device=device)
+    # parts of a buffer larger than the cache, each read in about a millisecond: the best one was not interrupted
+    slices = torch.ones(64 * 2**20, device=device).view(16 if device == "cpu" else 1, -1)
     return {
         "fp32": best(functools.partial(floats, torch.float32)),
         "bf16": best(functools.partial(floats, torch.bfloat16)),
         "int8": max(int8.values(), default=0.0),
         "int8_kernel": max(int8, key=int8.get, default=None),
-        "bandwidth": round(buffer.nbytes / min(_timed(buffer.sum) for _ in range(6)) / 1e9, 2),
+        "bandwidth": round(slices[0].nbytes / min(_timed(part.sum) for _ in range(4) for part in slices) / 1e9, 2),
         "threads": torch.get_num_threads(),
         "device": device,
     }
@@ -437,7 +438,9 @@ def _walk(model: nn.Module, inputs: dict, new_tokens: int, read: Callable[[], fl
 
     inside = [(module, functools.partial(enter, part)) for part, module in _placed(model) if part in STAGES]
     hooks = [h for m, go in inside for h in (m.register_forward_pre_hook(go), m.register_forward_hook(leave))]
-    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.all():  # a Qwen-VL makes of a mask the positions of all tokens, not of the new one
+        mask = None
     try:
         with torch.no_grad():
             last = read()
@@ -446,7 +449,7 @@ def _walk(model: nn.Module, inputs: dict, new_tokens: int, read: Callable[[], fl
             charge()
             stack[0] = "decode"
             for _ in range(new_tokens):
-                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+                mask = None if mask is None else torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
                 out = model(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
                 token = out.logits[:, -1:].argmax(-1)
             charge()

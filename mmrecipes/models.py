@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import logging
 import os
 import re
@@ -21,7 +20,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from mmrecipes.errors import UserError
+from mmrecipes.checks import check_memory, check_replaceable, read_json, weight_bytes
+from mmrecipes.errors import UserError, one_line
+from mmrecipes.pictures import image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 HOUSE = ("mini-vlm",)  # the models that come with this package, in data_dir()/models
 REAL_SIZES = ("smolvlm-256m",)
-MAX_PIXELS = 100_000_000
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 # what libraries call the parts of a multimodal model; the first that is there counts
@@ -71,9 +70,9 @@ def load(
     """
     dtype, device = _dtype(dtype), _device(device)
     path = _directory(name, revision)
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     auto = _auto_class(path, config, trust_remote_code)
-    _check_memory(name, _weight_bytes(path, None if dtype == "auto" else dtype), dtype, device)
+    check_memory(name, weight_bytes(path, None if dtype == "auto" else dtype), dtype, device)
     processor = _processor(path, trust_remote_code)
     try:
         with _without_load_report():
@@ -86,7 +85,7 @@ def load(
                 trust_remote_code=trust_remote_code,
             )
     except Exception as e:  # whatever a broken directory makes the library raise
-        raise UserError(f"{path}: cannot be loaded ({_one_line(e)}); check config.json, or get a complete copy") from e
+        raise UserError(f"{path}: cannot be loaded ({one_line(e)}); check config.json, or get a complete copy") from e
     # from_pretrained only warns about these, and fills the gaps with random numbers
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info[kind]:
@@ -115,7 +114,7 @@ def _device(given: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=given).device
     except (RuntimeError, AssertionError, TypeError) as e:  # torch built without it, no such device, no such word
-        raise UserError(f"device {str(given)!r} cannot be used here ({_one_line(e, 80)}): use cpu") from e
+        raise UserError(f"device {str(given)!r} cannot be used here ({one_line(e, 80)}): use cpu") from e
 
 
 def _directory(name: str | Path, revision: str | None) -> Path:
@@ -164,16 +163,6 @@ def _from_hub(name: str, revision: str | None) -> Path:
         ) from e
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as e:
-        raise UserError(f"{path}: not readable as JSON ({_one_line(e, 80)}); get a fresh copy") from e
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: a JSON object was expected, not {type(found).__name__}; get a fresh copy")
-    return found
-
-
 def _auto_class(path: Path, config: dict, trust_remote_code: bool):
     """The Auto class that loads it; UserError where config.json names no multimodal model, or one that brings its own code."""
     import transformers
@@ -194,81 +183,6 @@ def _auto_class(path: Path, config: dict, trust_remote_code: bool):
         raise UserError(f"{path}: {kind!r} needs code from its own directory; read it, then pass trust_remote_code=True")
     names = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
     return getattr(transformers, next((n for n in names if n in own_code), "AutoModel"))
-
-
-def _weight_bytes(path: Path, dtype: torch.dtype | None) -> int:
-    """Bytes of the weights once loaded as `dtype` (None: as saved), from the files' headers; UserError if one is broken."""
-    index = path / "model.safetensors.index.json"
-    files = [path / "model.safetensors"]
-    if index.is_file():
-        shards = _read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise UserError(f"{index}: names no weights; download it again")
-        files = [path / str(f) for f in sorted(set(shards.values()))]
-    elif not files[0].is_file():
-        if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
-            cure = "convert the pickled weights on a machine that trusts them: from_pretrained(DIR).save_pretrained(NEW_DIR)"
-        else:
-            cure = "model.safetensors was expected: download it again"
-        raise UserError(f"{path}: no *.safetensors weights; {cure}")
-    floats = ("F64", "F32", "F16", "BF16")
-    tensors = [t for file in files for t in _header(file)]
-    return sum(count * dtype.itemsize if dtype and kind in floats else size for kind, count, size in tensors)
-
-
-def _header(file: Path) -> list[tuple[str, int, int]]:
-    """(dtype, elements, bytes) of each tensor that a safetensors file promises; UserError unless it holds exactly those.
-
-    The format: 8 bytes of header length, the header in JSON, then the data.
-    """
-    if not file.is_file():
-        raise UserError(f"{file}: missing, though the index names it; download it again")
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        first = f.read(8)
-        length = int.from_bytes(first, "little")
-        if first == b"version ":
-            raise UserError(f"{file}: a Git LFS pointer, not the weights; run `git lfs pull` where it came from")
-        try:
-            header = json.loads(f.read(length)) if 8 + length <= size else {}
-            header.pop("__metadata__", None)
-            promised = 8 + length + max(t["data_offsets"][1] for t in header.values())
-            rows = [(t["dtype"], torch.Size(t["shape"]).numel(), t["data_offsets"]) for t in header.values()]
-            tensors = [(kind, count, end - begin) for kind, count, (begin, end) in rows]
-        except (ValueError, TypeError, KeyError, AttributeError) as e:
-            raise UserError(f"{file}: truncated or corrupted, its header cannot be read; download it again") from e
-    if size != promised:
-        raise UserError(f"{file}: truncated or corrupted, it has {size:,} bytes and needs {promised:,}; download it again")
-    return tensors
-
-
-def free_memory(device: torch.device | str = "cpu", cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that can still be taken on `device`; on a CPU the machine's or, if less, the container's (cgroup v1 or v2)."""
-    import psutil
-
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
-    for limit, used, stat in (
-        ("memory.max", "memory.current", "memory.stat"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-    ):
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit
-            left = int((cgroup / limit).read_text()) - int((cgroup / used).read_text())
-            # `used` counts the page cache, which the kernel gives back when asked
-            cache = re.search(r"^inactive_file (\d+)", (cgroup / stat).read_text(), re.MULTILINE)
-            free = min(free, left + int(cache[1] if cache else 0))
-    return free
-
-
-def _check_memory(name: str | Path, weights: int, dtype: torch.dtype | str, device: torch.device) -> None:
-    need = 1.2 * weights  # a fifth more, for what flows through
-    for place in {"cpu", str(device)}:  # every model is read on the CPU first
-        free = free_memory(place)
-        if need > free:
-            what = f"about {need / 1e9:.1f} GB are needed in {str(dtype).removeprefix('torch.')}"
-            cure = ("pass dtype='bfloat16', or " if dtype == torch.float32 else "") + "take a smaller model"
-            raise UserError(f"{name}: {what}, and {free / 1e9:.1f} GB are free on {place}: {cure}")
 
 
 @contextlib.contextmanager
@@ -300,7 +214,7 @@ def _processor(path: Path, trust_remote_code: bool) -> ProcessorMixin:
     except Exception as e:  # whatever a broken directory makes the library raise
         cure = "install that package" if isinstance(e, ImportError) else "copy the processor's and tokenizer's files again"
         cure = "read that code, then pass trust_remote_code=True" if "trust_remote_code" in str(e) else cure
-        raise UserError(f"{path}: the processor cannot be made ({_one_line(e)}); {cure}") from e
+        raise UserError(f"{path}: the processor cannot be made ({one_line(e)}); {cure}") from e
     for half in ("tokenizer", "image_processor"):
         if getattr(processor, half, None) is None:
             raise UserError(f"{path}: the processor has no {half}; copy the processor's files from the original")
@@ -339,32 +253,7 @@ def _without_video(path: Path) -> ProcessorMixin:
     return processor
 
 
-def _one_line(e: BaseException, most: int = 200) -> str:
-    text = " ".join(str(e).split()) or type(e).__name__
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
 # ---- saving
-
-
-def check_replaceable(out: str | Path) -> None:
-    """UserError unless a model can be written to `out`: absent, empty or a model directory, below a writable parent."""
-    out = Path(out).expanduser().resolve()
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; give a directory that is new, empty or holds an older model")
-    if out.is_dir() and any(out.iterdir()) and not _holds_only_a_model(out):
-        raise UserError(f"{out}: holds something else than a model, and is left alone; give a new or an empty directory")
-    parent = next(p for p in out.parents if p.exists())
-    try:  # asking is not enough: a read-only disk refuses even those who may write
-        tempfile.TemporaryDirectory(dir=parent).cleanup()
-    except OSError as e:
-        raise UserError(f"{out}: cannot be written ({parent}: {e.strerror}); give a directory you may write to") from e
-
-
-def _holds_only_a_model(path: Path) -> bool:
-    with contextlib.suppress(UserError):  # config.json is a common name: ours says what model it is
-        return "model_type" in _read_json(path / "config.json") and not (path / ".git").exists()
-    return False
 
 
 def save(
@@ -398,7 +287,7 @@ def save(
                     old.rename(out)
                 raise
     except (OSError, SafetensorError) as e:  # the latter when the disk is full
-        raise UserError(f"{out}: could not be written ({_one_line(e)}); nothing was changed: give another directory") from e
+        raise UserError(f"{out}: could not be written ({one_line(e)}); nothing was changed: give another directory") from e
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return given
@@ -471,7 +360,7 @@ def real_size(name: str = "smolvlm-256m", dtype: torch.dtype | str = torch.float
     dtype = torch.float32 if _dtype(dtype) == "auto" else _dtype(dtype)
     if name not in REAL_SIZES:
         raise UserError(f"no real-size twin {name!r}: there is {', '.join(REAL_SIZES)}")
-    _check_memory(name, 256_484_928 * dtype.itemsize, dtype, torch.device("cpu"))
+    check_memory(name, 256_484_928 * dtype.itemsize, dtype, torch.device("cpu"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(data_dir() / "models" / "mini-vlm")
     except (UserError, OSError, ValueError):  # not trained yet: the same one, made again in a few seconds
@@ -504,60 +393,7 @@ def real_size(name: str = "smolvlm-256m", dtype: torch.dtype | str = torch.float
     return model.eval()
 
 
-# ---- pictures and questions
-
-
-def image(source: str | Path | Image.Image) -> Image.Image:
-    """A user's picture as PIL RGB: upright (EXIF), without palette or alpha (laid on white), 8 bits, from any PIL format.
-
-    Raises UserError when it is missing, a directory, no picture, cut off, or over 100 megapixels (told from its header).
-    """
-    from PIL import Image, ImageOps
-
-    if isinstance(source, Image.Image):
-        picture, path = source, "the picture"
-    else:
-        path = Path(source).expanduser()
-        if path.is_dir() or not path.exists():
-            what = "a directory, not a picture" if path.is_dir() else "no such picture"
-            raise UserError(f"{path}: {what}; give the path of a PNG, JPEG or WebP file")
-        try:
-            picture = Image.open(path)
-        except Image.DecompressionBombError as e:
-            raise UserError(f"{path}: more than 100 megapixels ({_one_line(e, 80)}); scale it down first") from e
-        except Exception as e:  # UnidentifiedImageError, and what decoders raise on a broken header
-            raise UserError(f"{path}: not a picture that PIL can read; give a PNG, JPEG or WebP file") from e
-    if picture.width * picture.height > MAX_PIXELS:
-        raise UserError(f"{path}: {picture.width} x {picture.height} px is more than 100 megapixels; scale it down first")
-    try:
-        return _to_rgb(ImageOps.exif_transpose(picture))
-    except Exception as e:  # decoders raise OSError, SyntaxError, EOFError, struct.error, ... on broken data
-        raise UserError(f"{path}: truncated or corrupted ({_one_line(e, 80)}); get a fresh copy") from e
-
-
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    import numpy as np
-    from PIL import Image
-
-    if picture.mode.startswith(("I", "F")):  # 16 or 32 bits: PIL's own conversion would clip them to white
-        values = np.asarray(picture, dtype=np.float32)
-        top = 65535 if picture.mode.startswith("I;16") else max(float(values.max(initial=0)), 1.0)
-        return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB") if picture.mode != "RGB" else picture.copy()
-
-
-def images(folder: str | Path) -> list[tuple[str, Image.Image]]:
-    """The pictures in `folder` itself, sorted by name: [(file name, RGB picture)]. UserError if none, or one is bad."""
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; give a folder of pictures")
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
-    if not files:
-        raise UserError(f"{folder}: no pictures in it; put PNG, JPEG or WebP files there")
-    return [(f.name, image(f)) for f in files]
+# ---- a picture and a question
 
 
 def chat(model: PreTrainedModel, pictures: Image.Image | str | Path | list, question: str) -> BatchFeature:

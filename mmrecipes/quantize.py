@@ -43,8 +43,8 @@ def dynamic_int8(model: nn.Module) -> nn.Module:
     if dtype != torch.float32:
         raise UserError(f"dynamic_int8: the model is {dtype}; it starts from float32, so load it with dtype=torch.float32")
     small = clone(model)
-    with warnings.catch_warnings():  # the deprecation and its observers' advice, both known and chosen
-        warnings.filterwarnings("ignore", message="(?s).*(torch.ao.quantization|reduce_range).*")
+    with warnings.catch_warnings():  # its deprecation and its observers' advice, both known and chosen
+        warnings.filterwarnings("ignore", message="(?s).*(torch.ao.quantization|torch.quantize_per_tensor|reduce_range).*")
         return quantize_dynamic(small, {n: per_channel_dynamic_qconfig for n, _ in linears(small)}, inplace=True)
 
 

@@ -173,11 +173,13 @@ def compare(
             row |= {"accuracy": result.overall, "families": result.families, "floors": result.floors}
             right = result.right
             if reference is not None:
-                row["change"] = evaluate.paired(reference[: len(right)], right)
+                both = min(len(reference), len(right))  # the questions that both had time for
+                row["change"] = evaluate.paired(reference[:both], right[:both])
             reference = right if reference is None else reference
         else:
             reference = predictions if reference is None else reference
-            row["agreement"] = evaluate.agreement(predictions, reference[: len(predictions)])
+            both = min(len(reference), len(predictions))
+            row["agreement"] = evaluate.agreement(predictions[:both], reference[:both])
         row["predictions"] = predictions
         if timed:
             row |= {"ttft_ms": speed[name]["ttft"]["median"], "tokens_per_s": speed[name]["tokens_per_s"]["median"]}

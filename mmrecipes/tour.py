@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from mmrecipes import data, measure, models, quantize, report
+from mmrecipes import data, measure, models, pictures, quantize, report
 from mmrecipes.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _rows(images: Path | None, question: str | None, n: int) -> Dataset:
         return data.test_split(n)
     if not question:
         raise UserError(f"--images {images} needs --question, what to ask about each picture")
-    return data.pictures(models.images(images), question)
+    return data.pictures(pictures.images(images), question)
 
 
 def _variants(base, gflop: float) -> tuple[dict[str, Any], list[str]]:

@@ -4,7 +4,8 @@ In stages, as the field does it (LLaVA, arXiv:2304.08485; SmolVLM, arXiv:2504.05
 1. `vision`: the vision tower alone learns, patch by patch, what the scene's ground truth says is there; then `reading`:
    the same on pictures with several printed codes, the characters weighted up, since they come last;
 2. `align`: connector and language model learn to answer, with the tower frozen;
-3. `joint`: everything is unfrozen and trained together.
+3. `joint`: everything is unfrozen and trained together, and the language model learns to point: half-way up its layers, a name
+   such as "red circle" must tell whether and where that object is. Yes-or-no questions alone stay at a coin's toss for long.
 """
 
 from __future__ import annotations
@@ -55,12 +56,15 @@ class Stage:
 STAGES = (
     Stage("vision", 1400, 64, 0.005, 1.5e-3),
     Stage("reading", 600, 64, 0.004, 1e-3),
-    Stage("align", 1700, 32, 0.015, 1.5e-3),
-    Stage("joint", 800, 32, 0.004, 5e-4),
+    Stage("align", 1700, 32, 0.006, 1.5e-3),
+    Stage("joint", 1400, 32, 0.004, 1e-3),
 )
 DENSE = ("vision", "reading")  # the stages that train the tower alone
-# how many of an image's 12 training questions come from each family: the slow learners get more
+# How many of an image's training questions come from each family. The curriculum: first mostly what one look tells, then,
+# from step LATE of `align` on, more of what needs several.
 MIX = {"colour": 1, "shape": 1, "size": 1, "count": 2, "exists": 1, "relation": 4, "reading": 2}
+LATE_MIX = MIX | {"exists": 3}
+LATE = 800
 
 
 # ---- the model: the library's own classes, real files
@@ -251,9 +255,10 @@ class ChatBatches(VisionBatches):
     have when asked alone. So twelve questions cost one picture, and training looks like use.
     """
 
-    def __init__(self, start: int, stop: int, batch: int, tokenizer, mix: dict[str, int] = MIX):
+    def __init__(self, start: int, stop: int, batch: int, tokenizer, late: int | None = None):
+        """Batches `start` to `stop`; from batch `late` on with LATE_MIX."""
         super().__init__(start, stop, batch)
-        self.mix, self.tokenizer = [f for f, n in mix.items() for _ in range(n)], tokenizer
+        self.tokenizer, self.late = tokenizer, late
         image = "<image>" * VISUAL_TOKENS
         self.prefix = self.ids(f"<|im_start|>User:<fake_token_around_image><global-img>{image}<fake_token_around_image>")
         words = (*COLOURS, *SHAPES, *SIZES)
@@ -268,7 +273,9 @@ class ChatBatches(VisionBatches):
         if i >= len(self):
             raise IndexError(i)
         drawn = self._draw(self.steps[i])
-        rows = [self._row(s) for s in drawn]
+        mix = MIX if self.late is None or self.steps[i] < self.late else LATE_MIX
+        families = [f for f, n in mix.items() for _ in range(n)]
+        rows = [self._row(s, families) for s in drawn]
         longest = -(-max(len(r[0]) for r in rows) // 8) * 8
         ids, answers, segments, positions = (torch.zeros(self.batch, longest, dtype=torch.long) for _ in range(4))
         answers.fill_(-100)
@@ -277,13 +284,15 @@ class ChatBatches(VisionBatches):
             for tensor, values in zip((ids, answers, segments, positions), row[:4], strict=True):
                 tensor[k, : len(values)] = torch.tensor(values)
         kinds = torch.tensor([r[4] for r in rows])
+        points = torch.stack([self._points(s, r) for s, r in zip(drawn, ids, strict=True)])
         words = torch.stack([self._words_in_cells(s) for s in drawn])
-        return torch.from_numpy(np.stack([pixels(s) for s in drawn])), ids, answers, segments, positions, kinds, words
+        images = torch.from_numpy(np.stack([pixels(s) for s in drawn]))
+        return images, ids, answers, segments, positions, kinds, words, points
 
-    def _row(self, scene: Scene) -> tuple[list[int], ...]:
+    def _row(self, scene: Scene, families: list[str]) -> tuple[list[int], ...]:
         ids, answers = list(self.prefix), [-100] * len(self.prefix)
         segments, positions, kinds = [0] * len(ids), list(range(len(ids))), []
-        for n, family in enumerate(self.mix):
+        for n, family in enumerate(families):
             question = scenes.ask(scene, family, n) or scenes.ask(scene, "count", 100 + n)  # no printed code: count
             kinds.append(FAMILIES.index(question.family))
             prompt = self.ids(f"{question.text}<end_of_utterance>\nAssistant:")
@@ -293,6 +302,17 @@ class ChatBatches(VisionBatches):
             segments += [n + 1] * (len(prompt) + len(answer))
             positions += range(len(self.prefix), len(self.prefix) + len(prompt) + len(answer))
         return ids, answers, segments, positions, kinds
+
+    def _points(self, scene: Scene, ids: Tensor) -> Tensor:
+        """(T, 3): at the last token of each object's name whether it is there (1 or 0), and its centre; -1 elsewhere."""
+        points = torch.full((len(ids), 3), -1.0)
+        where = {t.name: (1.0, t.x, t.y) for t in scene.things}
+        names = {i: w for w, i in zip(self.word_index, self.word_ids.tolist(), strict=True)}
+        row = [names.get(i) for i in ids.tolist()]
+        for at, (colour, shape) in enumerate(itertools.pairwise(row), start=1):
+            if colour in COLOURS and shape in SHAPES:
+                points[at] = torch.tensor(where.get(f"{colour} {shape}", (0.0, 0.0, 0.0)))
+        return points
 
     def _words_in_cells(self, scene: Scene) -> Tensor:
         cells = torch.zeros(GRID // SHUFFLE, GRID // SHUFFLE, len(self.word_index))
@@ -306,15 +326,26 @@ class ChatBatches(VisionBatches):
 # ---- the three losses
 
 
-class PatchHead(nn.Module):
-    """The linear head of stage 1, thrown away afterwards: class logits and the object's centre, per patch."""
+class Probes(nn.Module):
+    """Linear heads that are thrown away after training: what a patch shows (stage 1), where a named object is (stage 3)."""
 
     def __init__(self, width: int):
         super().__init__()
         self.classes = nn.Linear(width, sum(PATCH_TARGETS.values()))
         self.centre = nn.Linear(width, 2)
+        self.point = nn.Linear(width, 3)
 
-    def loss(self, hidden: Tensor, labels: Tensor, centres: Tensor, char: float = 1.0) -> tuple[Tensor, dict[str, float]]:
+    def pointing(self, hidden: Tensor, points: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """hidden (B, T, D) from half-way up the language model, points (B, T, 3) -> loss, and how well it points."""
+        named = points[..., 0] >= 0
+        guess, want = self.point(F.layer_norm(hidden[named].float(), hidden.shape[-1:])), points[named]
+        there = want[:, 0] == 1
+        off = guess[there, 1:] - want[there, 1:]
+        loss = F.binary_cross_entropy_with_logits(guess[:, 0], want[:, 0]) + 10 * off.pow(2).mean()
+        right = (guess[:, 0] > 0) == there
+        return loss, {"there": right.float().mean().item(), "off": off.abs().mean().item()}
+
+    def patches(self, hidden: Tensor, labels: Tensor, centres: Tensor, char: float = 1.0) -> tuple[Tensor, dict[str, float]]:
         """hidden (B, 64, D), labels (B, 64, 9), centres (B, 64, 2) -> loss, and the accuracy of each target.
 
         `char` is the weight of the printed characters.
@@ -338,9 +369,14 @@ class PatchHead(nn.Module):
         return total + 10 * off.pow(2).mean(), accuracy
 
 
-def answer_loss(model: nn.Module, batch: tuple[Tensor, ...], word_ids: Tensor, align: float) -> tuple[Tensor, dict]:
-    """Cross-entropy of the answers' tokens, plus `align` x the alignment of each visual token with the words in its cell."""
-    images, ids, answers, segments, positions, kinds, words = batch
+def answer_loss(
+    model: nn.Module, batch: tuple[Tensor, ...], word_ids: Tensor, align: float, probes: Probes | None = None
+) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy of the answers' tokens -> loss, and the share of right answers per family.
+
+    Plus `align` x the alignment of each visual token with the words in its cell; plus, with `probes`, the pointing loss.
+    """
+    images, ids, answers, segments, positions, kinds, words, points = batch
     core = model.model
     frozen = not next(core.vision_model.parameters()).requires_grad
     with torch.no_grad() if frozen else torch.enable_grad():
@@ -351,7 +387,14 @@ def answer_loss(model: nn.Module, batch: tuple[Tensor, ...], word_ids: Tensor, a
     causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
     same = segments[:, :, None] == segments[:, None, :]
     mask = (causal & (same | (segments == 0)[:, None, :]))[:, None]
-    hidden = core.text_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+    out = core.text_model(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=positions,
+        use_cache=False,
+        output_hidden_states=probes is not None,
+    )
+    hidden = out.last_hidden_state
     here = answers[:, 1:] >= 0  # the token before an answer's token predicts it
     logits, want = model.lm_head(hidden[:, :-1][here]), answers[:, 1:][here]
     loss = F.cross_entropy(logits.float(), want)
@@ -362,6 +405,9 @@ def answer_loss(model: nn.Module, batch: tuple[Tensor, ...], word_ids: Tensor, a
         aligned = F.binary_cross_entropy_with_logits(match, words)
         logs["align"] = aligned.item()
         loss = loss + align * aligned
+    if probes is not None:
+        pointed, how = probes.pointing(out.hidden_states[model.config.text_config.num_hidden_layers // 2], points)
+        loss, logs = loss + pointed, logs | how
     return loss, logs
 
 
@@ -419,7 +465,7 @@ def optimizers(modules: Iterable[nn.Module], stage: Stage) -> list[torch.optim.O
         for name, p in module.named_parameters():
             if p.requires_grad and id(p) not in seen:
                 seen.add(id(p))
-                is_matrix = p.ndim == 2 and not any(k in name for k in ("embed", "lm_head", "classes", "centre"))
+                is_matrix = p.ndim == 2 and not any(k in name for k in ("embed", "lm_head", "classes", "centre", "point"))
                 (matrices if is_matrix else rest).append(p)
     return [Muon(matrices, lr=stage.lr), torch.optim.AdamW(rest, lr=stage.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
@@ -437,7 +483,7 @@ class _Run:
     """What every stage of one run shares."""
 
     model: nn.Module
-    head: PatchHead
+    probes: Probes
     tokenizer: object
     stages: tuple[Stage, ...]
     work: Path
@@ -458,20 +504,20 @@ def train_mini_vlm(
     A checkpoint is written `every` so many steps. On a GPU the arithmetic is bf16 mixed precision; on a CPU float32, which
     trains faster there. Returns `out`. Raises UserError when `out` holds something that is not a model, before any work.
     """
-    from mmrecipes import models
+    from mmrecipes import checks, models
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    models.check_replaceable(out)
-    models.check_replaceable(work / "new")  # the same question for checkpoints: may we write there?
+    checks.check_replaceable(out)
+    checks.check_replaceable(work / "new")  # the same question for checkpoints: may we write there?
     work.mkdir(parents=True, exist_ok=True)
     processor = make_processor()
     model = make_model(processor.tokenizer).to(device)
-    head = PatchHead(model.config.vision_config.hidden_size).to(device)
-    run = _Run(model, head, processor.tokenizer, stages, work, progress, every)
+    probes = Probes(model.config.vision_config.hidden_size).to(device)
+    run = _Run(model, probes, processor.tokenizer, stages, work, progress, every)
     state = _read_checkpoint(work, device)
     if state:
         model.load_state_dict(state["model"])
-        head.load_state_dict(state["head"])
+        probes.load_state_dict(state["probes"])
     at = (state["stage"], state["step"]) if state else (0, 0)
     seconds = _rewind_log(work / "log.jsonl", [s.name for s in stages], *at)
     for number in range(at[0], len(stages)):
@@ -482,16 +528,17 @@ def train_mini_vlm(
 
 
 def _run_stage(run: _Run, number: int, optimizer_states: list | None, begin: int, seconds: float) -> None:
-    stage, model, head, core = run.stages[number], run.model, run.head, run.model.model
+    stage, model, probes, core = run.stages[number], run.model, run.probes, run.model.model
     device = next(model.parameters()).device
     core.vision_model.requires_grad_(stage.name != "align")
-    trained = [core.vision_model, head] if stage.name in DENSE else [model]
+    trained = [core.vision_model if stage.name in DENSE else model, probes]
     first = sum(s.steps * s.batch for s in run.stages[:number]) // stage.batch + 1  # fresh seeds in every stage
     if stage.name in DENSE:
         codes = 2 if stage.name == "reading" else 0
         batches = VisionBatches(first + begin, first + stage.steps, stage.batch, codes)
     else:
-        batches = ChatBatches(first + begin, first + stage.steps, stage.batch, run.tokenizer)
+        late = first + LATE if stage.name == "align" else first
+        batches = ChatBatches(first + begin, first + stage.steps, stage.batch, run.tokenizer, late)
     steppers = optimizers(trained, stage)
     base = [[g["lr"] for g in s.param_groups] for s in steppers]
     for stepper, saved in zip(steppers, optimizer_states or [], strict=bool(optimizer_states)):
@@ -507,10 +554,11 @@ def _run_stage(run: _Run, number: int, optimizer_states: list | None, begin: int
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             if stage.name in DENSE:
                 char = 3.0 if stage.name == "reading" else 1.0
-                loss, logs = head.loss(core.vision_model(batch[0]).last_hidden_state, *batch[1:], char=char)
+                loss, logs = probes.patches(core.vision_model(batch[0]).last_hidden_state, *batch[1:], char=char)
+            elif stage.name == "align":
+                loss, logs = answer_loss(model, tuple(batch), batches.word_ids, align=0.5)
             else:
-                align = 0.5 if stage.name == "align" else 0.0
-                loss, logs = answer_loss(model, tuple(batch), batches.word_ids, align)
+                loss, logs = answer_loss(model, tuple(batch), batches.word_ids, align=0, probes=probes)
         if not torch.isfinite(loss):
             raise UserError(f"train: the loss of stage {stage.name}, step {step} is {loss.item()}; lower the stage's lr")
         loss.backward()
@@ -546,7 +594,7 @@ def _bar(loader: Iterable, text: str, progress: bool) -> Iterable:
 
 
 def _write_checkpoint(run: _Run, stage: int, step: int, steppers: list[torch.optim.Optimizer]) -> None:
-    state = {"stage": stage, "step": step, "model": run.model.state_dict(), "head": run.head.state_dict()}
+    state = {"stage": stage, "step": step, "model": run.model.state_dict(), "probes": run.probes.state_dict()}
     torch.save(state | {"optimizers": [s.state_dict() for s in steppers]}, run.work / "checkpoint.pt.part")
     os.replace(run.work / "checkpoint.pt.part", run.work / "checkpoint.pt")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from mmrecipes import data, evaluate
+from mmrecipes import data, evaluate, models
 from mmrecipes.errors import ParityError, UserError
 from mmrecipes.quantize import clone
 from mmrecipes.train import make_model, make_processor
@@ -67,7 +67,7 @@ def test_questions_needed_finds_the_gap_at_its_power():
     a, b = rng.binomial(n, 0.9, 2000) / n, rng.binomial(n, 0.88, 2000) / n
     z = (a - b) / np.sqrt(a * (1 - a) / n + b * (1 - b) / n)
     assert 0.75 < np.mean(z > 1.96) < 0.85
-    assert evaluate.questions_needed(1, flips=0.02) < evaluate.questions_needed(1) / 10  # pairing is worth a lot
+    assert evaluate.questions_needed(1, flips=0.02) < evaluate.questions_needed(1) / 4  # pairing is worth a lot
 
 
 def test_score_counts_per_family_and_ignores_case():
@@ -76,11 +76,11 @@ def test_score_counts_per_family_and_ignores_case():
     assert evaluate.agreement(["a", "b"], ["a", "c"]).value == 0.5
 
 
-def test_batched_answers_are_those_of_one_by_one(tiny):
-    rows = data.questions("validation", 9)
-    together = evaluate.answers(tiny, rows["image"][:], rows["question"][:], batch_size=9)
-    alone = evaluate.answers(tiny, rows["image"][:], rows["question"][:], batch_size=1)
-    assert together == alone and len(set(together)) > 1
+def test_batched_answers_are_those_of_one_by_one():
+    model, rows = models.load("mini-vlm"), data.questions("validation", 28)
+    together = evaluate.answers(model, rows["image"][:], rows["question"][:], batch_size=28)
+    alone = evaluate.answers(model, rows["image"][:], rows["question"][:], batch_size=1)
+    assert together == alone and len(set(together)) > 5
 
 
 def test_outputs_that_are_not_finite_are_an_error_not_a_score(tiny):

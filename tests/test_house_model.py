@@ -1,10 +1,12 @@
 """The committed `mini-vlm`: it answers, alone and well, and it can be hurt and saved."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 
+from conftest import ROOT
 from mmrecipes import data, evaluate, measure, models, prune, quantize, scenes
 
 SMALLER = 1000  # questions for damage of five points and more; the whole split elsewhere
@@ -53,17 +55,19 @@ print(processor.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_token
     assert done.stdout.decode().strip() == "3"
 
 
-def test_overall_accuracy(base):
+def test_overall_accuracy_is_what_results_say(base):
+    """On other CPUs a few answers may fall the other way, not half a point of them."""
+    said = json.loads((ROOT / "results" / "mini-vlm.json").read_text())
     print(base.overall)
-    assert base.overall.n >= 4000 and base.overall.value >= 0.95
+    assert base.overall.n == said["overall"]["n"] >= 4000
+    assert base.overall.value == pytest.approx(said["overall"]["value"], abs=0.005)
 
 
 @pytest.mark.parametrize("family", scenes.FAMILIES)
-def test_accuracy_of_each_family(base, family):
+def test_each_family_is_above_its_majority_floor(base, family):
     share = base.families[family]
     print(family, share, "floor", base.floors[family])
-    assert share.n >= 600 and share.value >= 0.90
-    assert share.low > base.floors[family]
+    assert share.n >= 600 and share.low > base.floors[family]
 
 
 def test_int8_per_channel_costs_less_than_half_a_point(model, rows, base):

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import tiny
-from mmrecipes import models, train
+from mmrecipes import checks, models, pictures, train
 from mmrecipes.errors import UserError
 
 RED = Image.new("RGB", (160, 120), "red")
@@ -216,14 +216,14 @@ def test_processor_does_without_its_video_half(kind, tmp_path):
 
 
 def test_free_memory_respects_the_container(tmp_path):
-    machine = models.free_memory(cgroup=tmp_path)
+    machine = checks.free_memory(cgroup=tmp_path)
     assert machine > 10**8
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("1000\n")
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 600\n")
-    assert models.free_memory(cgroup=tmp_path) > 10**8
+    assert checks.free_memory(cgroup=tmp_path) > 10**8
     (tmp_path / "memory.max").write_text("5000\n")
-    assert models.free_memory(cgroup=tmp_path) == 5000 - 1000 + 600
+    assert checks.free_memory(cgroup=tmp_path) == 5000 - 1000 + 600
 
 
 # ---- parts
@@ -347,9 +347,9 @@ def test_pictures_of_every_kind_become_rgb(tmp_path):
     }
     for name, (picture, want) in cases.items():
         picture.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
-        assert pixel(models.image(tmp_path / name)) == want, name
+        assert pixel(pictures.image(tmp_path / name)) == want, name
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "print.jpg", quality=95)
-    red, green, blue = pixel(models.image(tmp_path / "print.jpg"))
+    red, green, blue = pixel(pictures.image(tmp_path / "print.jpg"))
     assert red > 240 and green < 15 and blue < 15
 
 
@@ -358,12 +358,12 @@ def test_pictures_are_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned by a quarter
     picture.save(tmp_path / "turned.jpg", exif=exif)
-    assert models.image(tmp_path / "turned.jpg").size == (10, 20)
+    assert pictures.image(tmp_path / "turned.jpg").size == (10, 20)
 
 
 def test_image_takes_a_picture_and_leaves_it_alone():
     given = Image.new("RGB", (4, 4), "red")
-    got = models.image(given)
+    got = pictures.image(given)
     got.putpixel((0, 0), (0, 0, 0))
     assert pixel(given) == (255, 0, 0)
 
@@ -371,7 +371,7 @@ def test_image_takes_a_picture_and_leaves_it_alone():
 def test_images_are_sorted_and_only_pictures(tmp_path):
     for name in ("b.PNG", "a.jpg", "._a.jpg", "notes.txt"):
         RED.save(tmp_path / name, format="PNG")
-    assert [(name, picture.size) for name, picture in models.images(tmp_path)] == [("a.jpg", RED.size), ("b.PNG", RED.size)]
+    assert [(name, picture.size) for name, picture in pictures.images(tmp_path)] == [("a.jpg", RED.size), ("b.PNG", RED.size)]
 
 
 def test_chat_takes_several_pictures_paths_and_dtypes(tmp_path):

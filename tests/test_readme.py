@@ -117,7 +117,8 @@ def test_a_broken_link_is_found(tmp_path):
     (tmp_path / "there.md").write_text("# A `title`, here\n")
     page = tmp_path / "page.md"
     page.write_text(
-        '[a](there.md) [b](gone.md) [c](there.md#a-title-here) [d](there.md#nowhere)\n[e](https://x.org) [f](#no) <img src="no.png">'
+        "[a](there.md) [b](gone.md) [c](there.md#a-title-here) [d](there.md#nowhere)\n"
+        '[e](https://x.org) [f](#no) <img src="no.png">'
     )
     assert broken_links(page) == ["gone.md", "there.md#nowhere", "#no", "no.png"]
 

@@ -41,7 +41,7 @@ def test_pixels_are_what_the_processor_makes():
 def test_packed_questions_compute_what_each_computes_alone(tokenizer):
     model = train.make_model(tokenizer, width=128, vision_layers=1, language_layers=2).eval()
     batch = train.ChatBatches(3, 4, 1, tokenizer)[0]
-    images, ids, answers, segments, _, kinds, _ = batch
+    images, ids, answers, segments, _, kinds, *_ = batch
     seen = {}
     hook = model.lm_head.register_forward_pre_hook(lambda _, args: seen.update(hidden=args[0]))
     with torch.no_grad():

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
+from nbformat.v4.rwbase import rejoin_lines
 
 MAX_BYTES = 3_000_000
 MAX_LINES, MEDIAN_LINES = 40, 12
@@ -27,8 +28,12 @@ BINARY = ("image/png", "image/jpeg", "application/pdf")  # base64: any short wor
 
 
 def read(path: Path) -> NotebookNode:
-    """The notebook as it is in the file: nbformat.read would quietly add what is missing."""
-    return nbformat.v4.rejoin_lines(nbformat.from_dict(json.loads(path.read_text(encoding="utf-8"))))
+    """The notebook as it is in the file: nbformat.read would quietly add what is missing. ValueError if it is none."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    cells = content.get("cells") if isinstance(content, dict) else None
+    if not isinstance(cells, list) or not all(isinstance(cell, dict) and "cell_type" in cell for cell in cells):
+        raise ValueError("it has no list of cells")
+    return rejoin_lines(nbformat.from_dict(content))
 
 
 def code_cells(nb: NotebookNode) -> list[NotebookNode]:
@@ -203,7 +208,7 @@ def problems(path: Path, checks: Iterable[Check] = CHECKS) -> list[str]:
     """Everything that is wrong with the notebook at `path`, a line each."""
     try:
         nb = read(path)
-    except (ValueError, KeyError, AttributeError) as e:
+    except ValueError as e:
         return [f"{path.name}: not a notebook: {e}"]
     return [f"{path.name}: {problem}" for check in checks for problem in check(nb, path)]
 
