@@ -48,6 +48,25 @@ def dynamic_int8(model: nn.Module) -> nn.Module:
         return quantize_dynamic(small, {n: per_channel_dynamic_qconfig for n, _ in linears(small)}, inplace=True)
 
 
+def simulate_dynamic_int8(model: nn.Module) -> nn.Module:
+    """The arithmetic of `dynamic_int8`, done slowly in float32: what its kernels must agree with.
+
+    Weights are rounded to 8 bits a channel, and each layer's input to 7 bits between its own minimum and maximum: PyTorch
+    leaves one bit free, because AVX2's 8-bit products saturate.
+    """
+
+    def round_input(layer: nn.Linear, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0]
+        low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+        scale = (high - low).clamp(min=1e-12) / 127
+        return ((x / scale).round() * scale, *args[1:])
+
+    twin = simulate(model, 8)
+    for _, layer in linears(twin):
+        layer.register_forward_pre_hook(round_input)
+    return twin
+
+
 def round_to_nearest(weight: Tensor, bits: int, per: str = "channel", group_size: int = 32) -> Tensor:
     """`weight` (out, in) rounded to `bits` bits, symmetric, and back: what a quantized layer would compute with.
 

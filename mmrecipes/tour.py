@@ -54,7 +54,7 @@ def run(
     console.print("\n[bold]3. Shrink it[/]")
     variants, notes = _variants(base, sum(r["gflop"] for r in budget if r["stage"] != "decode"))
     with console.status("answering, timing, weighing ..."):
-        simulated = {"int8 dynamic": quantize.simulate(base, 8)}
+        simulated = {"int8 dynamic": quantize.simulate_dynamic_int8(base)}
         found = report.compare(rows, seconds=25, simulated=simulated, **variants)
     found.notes.extend(notes)
     console.print(_examples(rows, found))

@@ -4,8 +4,9 @@ In stages, as the field does it (LLaVA, arXiv:2304.08485; SmolVLM, arXiv:2504.05
 1. `vision`: the vision tower alone learns, patch by patch, what the scene's ground truth says is there; then `reading`:
    the same on pictures with several printed codes, the characters weighted up, since they come last;
 2. `align`: connector and language model learn to answer, with the tower frozen;
-3. `joint`: everything is unfrozen and trained together, and the language model learns to point: half-way up its layers, a name
-   such as "red circle" must tell whether and where that object is. Yes-or-no questions alone stay at a coin's toss for long.
+   then `point`: the same, and below the last layer a name such as "red circle" must tell whether and where that object is,
+   because yes-or-no answers alone stay at a coin's toss for long;
+3. `joint`: everything is unfrozen and trained together, at a small rate: at a large one the tower forgets.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ STAGES = (
     Stage("vision", 1400, 64, 0.005, 1.5e-3),
     Stage("reading", 600, 64, 0.004, 1e-3),
     Stage("align", 1700, 32, 0.006, 1.5e-3),
-    Stage("joint", 1400, 32, 0.004, 1e-3),
+    Stage("point", 700, 32, 0.003, 1e-3),
+    Stage("joint", 700, 32, 0.001, 3e-4),
 )
 DENSE = ("vision", "reading")  # the stages that train the tower alone
 # How many of an image's training questions come from each family. The curriculum: first mostly what one look tells, then,
@@ -327,7 +329,7 @@ class ChatBatches(VisionBatches):
 
 
 class Probes(nn.Module):
-    """Linear heads that are thrown away after training: what a patch shows (stage 1), where a named object is (stage 3)."""
+    """Linear heads that are thrown away after training: what a patch shows (stage 1), where a named object is (stage 2)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -336,7 +338,7 @@ class Probes(nn.Module):
         self.point = nn.Linear(width, 3)
 
     def pointing(self, hidden: Tensor, points: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """hidden (B, T, D) from half-way up the language model, points (B, T, 3) -> loss, and how well it points."""
+        """hidden (B, T, D) from below the last layer of the language model, points (B, T, 3) -> loss, and how well it points."""
         named = points[..., 0] >= 0
         guess, want = self.point(F.layer_norm(hidden[named].float(), hidden.shape[-1:])), points[named]
         there = want[:, 0] == 1
@@ -406,7 +408,7 @@ def answer_loss(
         logs["align"] = aligned.item()
         loss = loss + align * aligned
     if probes is not None:
-        pointed, how = probes.pointing(out.hidden_states[model.config.text_config.num_hidden_layers // 2], points)
+        pointed, how = probes.pointing(out.hidden_states[-2], points)
         loss, logs = loss + pointed, logs | how
     return loss, logs
 
@@ -530,7 +532,7 @@ def train_mini_vlm(
 def _run_stage(run: _Run, number: int, optimizer_states: list | None, begin: int, seconds: float) -> None:
     stage, model, probes, core = run.stages[number], run.model, run.probes, run.model.model
     device = next(model.parameters()).device
-    core.vision_model.requires_grad_(stage.name != "align")
+    core.vision_model.requires_grad_(stage.name not in ("align", "point"))
     trained = [core.vision_model if stage.name in DENSE else model, probes]
     first = sum(s.steps * s.batch for s in run.stages[:number]) // stage.batch + 1  # fresh seeds in every stage
     if stage.name in DENSE:
@@ -555,10 +557,9 @@ def _run_stage(run: _Run, number: int, optimizer_states: list | None, begin: int
             if stage.name in DENSE:
                 char = 3.0 if stage.name == "reading" else 1.0
                 loss, logs = probes.patches(core.vision_model(batch[0]).last_hidden_state, *batch[1:], char=char)
-            elif stage.name == "align":
-                loss, logs = answer_loss(model, tuple(batch), batches.word_ids, align=0.5)
             else:
-                loss, logs = answer_loss(model, tuple(batch), batches.word_ids, align=0, probes=probes)
+                align, pointer = (0 if stage.name == "joint" else 0.5), (None if stage.name == "align" else probes)
+                loss, logs = answer_loss(model, tuple(batch), batches.word_ids, align, pointer)
         if not torch.isfinite(loss):
             raise UserError(f"train: the loss of stage {stage.name}, step {step} is {loss.item()}; lower the stage's lr")
         loss.backward()

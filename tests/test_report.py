@@ -79,7 +79,7 @@ def test_broken_is_not_lossy(model):
     # a runtime that computes something else than its simulation: finite, plausible, wrong
     wrong = quantize.dynamic_int8(quantize.simulate(model, 2, "tensor"))
     with pytest.raises(ParityError, match="broken, not lossy"):
-        report.compare(rows, timed=False, simulated={"int8": quantize.simulate(model, 8)}, fp32=model, int8=wrong)
+        report.compare(rows, timed=False, simulated={"int8": quantize.simulate_dynamic_int8(model)}, fp32=model, int8=wrong)
     lossy = report.compare(rows, timed=False, fp32=model, two=quantize.simulate(model, 2, "tensor"))
     assert isinstance(lossy.rows[1]["accuracy"], evaluate.Share)
 

@@ -42,9 +42,9 @@ def badges(url: str, notebook: str | None = None) -> str:
     )
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A markdown table; the first column to the left, the others to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+def table(head: list[str], rows: list[list[str]], words: int = 1) -> str:
+    """A markdown table; the first `words` columns to the left, the others, numbers, to the right."""
+    lines = [head, ["---"] * words + ["---:"] * (len(head) - words), *rows]
     return "\n".join(f"| {' | '.join(c.replace('|', '/') for c in line)} |" for line in lines)
 
 
@@ -60,7 +60,7 @@ def notebook_table(titles: dict[str, str], measured: list[dict[str, Any]]) -> st
         row = found.get(file.removesuffix(".ipynb"))
         cost = [minutes(row["seconds"]), f"{row['peak_mb'] / 1000:.1f} GB"] if row else ["-", "-"]
         rows.append([f"[{file.removesuffix('.ipynb')}](notebooks/{file})", title, *cost])
-    return table(["notebook", "question", "minutes", "peak memory"], rows)
+    return table(["notebook", "question", "minutes", "peak memory"], rows, words=2)
 
 
 def result_table(result: dict[str, Any]) -> str:
