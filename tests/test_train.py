@@ -91,10 +91,14 @@ def test_the_tokenizer_round_trips_any_text_and_splits_codes(tokenizer):
     )
 
 
-def test_muon_makes_updates_orthogonal():
-    for shape in ((64, 64), (32, 128), (128, 32)):
-        flat = train.orthogonalize(torch.randn(*shape, generator=torch.Generator().manual_seed(0)))
-        assert torch.linalg.svdvals(flat).min() > 0.5 and torch.linalg.svdvals(flat).max() < 1.4
+@pytest.mark.parametrize("shape", [(32, 128), (128, 32), (60, 64)])
+def test_muon_makes_updates_nearly_orthogonal(shape):
+    before = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    before[0] *= 30  # one direction dominates
+    after = torch.linalg.svdvals(train.orthogonalize(before))
+    was = torch.linalg.svdvals(before)
+    assert was.max() / was.median() > 10
+    assert 0.6 < after.median() < 1.3 and after.max() < 1.4
 
 
 def test_a_few_steps_learn(tokenizer):
