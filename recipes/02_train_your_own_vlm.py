@@ -9,9 +9,10 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolVLM-256M-Instruct")
-PAIRS = [(Image.new("RGB", (256, 256), c), "What colour is this?", c) for c in ("red", "blue", "green", "yellow")]
+LIGHTS = {"red": "stop", "orange": "wait", "green": "go"}  # what it has not been taught
+PAIRS = [(Image.new("RGB", (256, 256), c), "What does this light say?", says) for c, says in LIGHTS.items()]
 CONNECTORS = ("connector", "multi_modal_projector", "merger")  # what model families call it
-STEPS, RATE = 20, 1e-3
+STEPS, RATE = 24, 1e-3
 
 processor = AutoProcessor.from_pretrained(MODEL)
 model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
