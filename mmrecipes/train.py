@@ -5,7 +5,7 @@ In stages, as the field does it (LLaVA, arXiv:2304.08485; SmolVLM, arXiv:2504.05
    the same on pictures with several printed codes, the characters weighted up, since they come last;
 2. `align`: connector and language model learn to answer, with the tower frozen;
    then `point`: the same, and below the last layer a name such as "red circle" must tell whether and where that object is,
-   because yes-or-no answers alone stay at a coin's toss for long;
+   because yes-or-no answers alone stay at a coin's toss for long (not yet shown to help: see data/README.md);
 3. `joint`: everything is unfrozen and trained together, at a small rate: at a large one the tower forgets.
 """
 
