@@ -10,7 +10,10 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-_ROOMS = ("data", "errors", "evaluate", "measure", "models", "prune", "quantize", "report", "scenes", "train")
+_ROOMS = (
+    *("data", "errors", "evaluate", "house", "lessons", "losses", "measure", "models", "muon"),
+    *("prune", "quantize", "report", "scenes", "train"),
+)
 _SHORT = {"load": "models", "ask": "models", "compare": "report"}
 __all__ = [*_ROOMS, *_SHORT]
 

@@ -355,7 +355,7 @@ def real_size(name: str = "smolvlm-256m", dtype: torch.dtype | str = torch.float
     )
     from transformers.initialization import no_init_weights
 
-    from mmrecipes import train
+    from mmrecipes import house
 
     dtype = torch.float32 if _dtype(dtype) == "auto" else _dtype(dtype)
     if name not in REAL_SIZES:
@@ -364,7 +364,7 @@ def real_size(name: str = "smolvlm-256m", dtype: torch.dtype | str = torch.float
     try:
         tokenizer = AutoTokenizer.from_pretrained(data_dir() / "models" / "mini-vlm")
     except (UserError, OSError, ValueError):  # not trained yet: the same one, made again in a few seconds
-        tokenizer = train.make_tokenizer()
+        tokenizer = house.make_tokenizer()
     config = Idefics3Config(
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=4,
@@ -389,7 +389,7 @@ def real_size(name: str = "smolvlm-256m", dtype: torch.dtype | str = torch.float
                 p.normal_(std=0.02, generator=noise)
     tile = {"longest_edge": 512}
     images = Idefics3ImageProcessorPil(size=tile, max_image_size=tile, do_image_splitting=True)
-    model.processor = Idefics3Processor(images, tokenizer, image_seq_len=64, chat_template=train.CHAT_TEMPLATE)
+    model.processor = Idefics3Processor(images, tokenizer, image_seq_len=64, chat_template=house.CHAT_TEMPLATE)
     return model.eval()
 
 

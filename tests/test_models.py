@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import tiny
-from mmrecipes import checks, models, pictures, train
+from mmrecipes import checks, house, models, pictures
 from mmrecipes.errors import UserError
 
 RED = Image.new("RGB", (160, 120), "red")
@@ -186,7 +186,7 @@ def _video_model(kind: str, out: Path) -> Path:
         config["vision_config"]["model_type"] = "smolvlm_vision"
         config = t.SmolVLMConfig(**{k: v for k, v in config.items() if k not in ("model_type", "architectures")})
         model = t.SmolVLMForConditionalGeneration(config)
-        tile = {"longest_edge": train.IMAGE_SIZE}
+        tile = {"longest_edge": house.IMAGE_SIZE}
         images = t.SmolVLMImageProcessorPil(size=tile, max_image_size=tile)
     elif kind == "minicpm":
         model, images = tiny.minicpm(), t.MiniCPMV4_6ImageProcessorPil(patch_size=8, scale_resolution=32, max_slice_nums=1)
@@ -195,9 +195,9 @@ def _video_model(kind: str, out: Path) -> Path:
         model, images = getattr(tiny, kind)(), t.Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, size=size)
     for part in (model, images, tokenizer):
         part.save_pretrained(out)
-    (out / "chat_template.jinja").write_text(train.CHAT_TEMPLATE)
+    (out / "chat_template.jinja").write_text(house.CHAT_TEMPLATE)
     if kind == "smolvlm":
-        settings = {"image_seq_len": train.VISUAL_TOKENS, "processor_class": "SmolVLMProcessor"}
+        settings = {"image_seq_len": house.VISUAL_TOKENS, "processor_class": "SmolVLMProcessor"}
         (out / "processor_config.json").write_text(json.dumps(settings))
     return out
 

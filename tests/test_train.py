@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from mmrecipes import models, scenes, train
+from mmrecipes import house, lessons, losses, models, muon, scenes, train
 from mmrecipes.errors import UserError
 
 TINY = (
     train.Stage("vision", 3, 2, 0.005, 1e-3),
     train.Stage("reading", 2, 2, 0.005, 1e-3),
+    train.Stage("spelling", 2, 2, 0.005, 1e-3),
     train.Stage("align", 7, 2, 0.01, 1e-3),
+    train.Stage("joint", 2, 2, 0.005, 1e-3),
 )
 RUN = """
 import sys; sys.path.insert(0, "tests")
@@ -29,23 +31,23 @@ train.train_mini_vlm(Path(sys.argv[1]), Path(sys.argv[2]), TINY, device="cpu", p
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train.make_tokenizer()
+    return house.make_tokenizer()
 
 
 def test_pixels_are_what_the_processor_makes():
-    processor, scene = train.make_processor(), scenes.make_scene(5)
+    processor, scene = house.make_processor(), scenes.make_scene(5)
     made = processor.image_processor([scenes.render(scene)], return_tensors="np")["pixel_values"][0, 0]
-    assert np.abs(made - train.pixels(scene)).max() < 1e-6
+    assert np.abs(made - lessons.pixels(scene)).max() < 1e-6
 
 
 def test_packed_questions_compute_what_each_computes_alone(tokenizer):
-    model = train.make_model(tokenizer, width=128, vision_layers=1, language_layers=2).eval()
-    batch = train.ChatBatches(3, 4, 1, tokenizer)[0]
+    model = house.make_model(tokenizer, width=128, vision_layers=1, language_layers=2).eval()
+    batch = lessons.ChatBatches(3, 4, 1, tokenizer)[0]
     images, ids, answers, segments, _, kinds, *_ = batch
     seen = {}
     hook = model.lm_head.register_forward_pre_hook(lambda _, args: seen.update(hidden=args[0]))
     with torch.no_grad():
-        train.answer_loss(model, batch, torch.zeros(28, dtype=torch.long), align=0)
+        losses.answer_loss(model, batch, torch.zeros(28, dtype=torch.long), align=0)
         hook.remove()
         at = 0
         for k in range(1, kinds.shape[1] + 1):
@@ -55,31 +57,74 @@ def test_packed_questions_compute_what_each_computes_alone(tokenizer):
             n = int(here.sum())
             assert torch.allclose(alone[0, :-1][here], seen["hidden"][at : at + n], atol=1e-4)
             at += n
-    assert at == len(seen["hidden"]) and kinds.shape[1] == sum(train.MIX.values())
+    assert at == len(seen["hidden"]) and kinds.shape[1] == sum(lessons.MIX.values())
 
 
 def test_a_packed_prompt_is_the_chat_templates(tokenizer):
-    processor = train.make_processor()
+    processor = house.make_processor()
     turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is there a red star?"}]}]
     text = processor.apply_chat_template(turn, add_generation_prompt=True)
     ids = processor(images=[scenes.render(scenes.make_scene(1))], text=[text])["input_ids"][0]
-    packed = train.ChatBatches(0, 1, 1, tokenizer)
+    packed = lessons.ChatBatches(0, 1, 1, tokenizer)
     assert ids == packed.prefix + packed.ids("Is there a red star?<end_of_utterance>\nAssistant:")
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_patch_labels_name_the_object_under_the_patch(seed):
     scene = scenes.make_scene(seed)
-    labels, centres = train.patch_labels(scene)
-    assert labels.shape == (64, len(train.PATCH_TARGETS))
+    labels, centres = lessons.patch_labels(scene)
+    assert labels.shape == (64, len(lessons.PATCH_TARGETS))
     for t in scene.things:
-        patch = int(t.y * train.GRID) * train.GRID + int(t.x * train.GRID)
-        row = dict(zip(train.PATCH_TARGETS, labels[patch], strict=True))
+        patch = int(t.y * house.GRID) * house.GRID + int(t.x * house.GRID)
+        row = dict(zip(lessons.PATCH_TARGETS, labels[patch], strict=True))
         assert row["there"] == 1 and row["colour"] == list(scenes.COLOURS).index(t.colour)
         assert row["shape"] == scenes.SHAPES.index(t.shape)
         code = [row[f"char{i}"] for i in range(3)]
         assert "".join(scenes.ALPHABET[c - 1] for c in code if c) == t.code
         assert centres[patch] == pytest.approx((t.x, t.y))
+
+
+def test_points_and_marks_are_what_the_words_of_a_question_refer_to(tokenizer):
+    batches = lessons.ChatBatches(0, 1, 12, tokenizer)
+    batch, absent, several = batches[0], 0, 0
+    for row, scene in enumerate(batches._draw(0)):
+        for question in range(1, batch.kinds.shape[1] + 1):
+            own = batch.segments[row] == question
+            asked = own & (batch.answers[row] < 0)
+            at = asked & (batch.points[row, :, 3] >= 0)
+            text, points, marks = tokenizer.decode(batch.ids[row, asked]), batch.points[row, at], batch.marks[row, at]
+            answer = tokenizer.decode(batch.answers[row, own & ~asked], skip_special_tokens=True).strip()
+            things = sorted((t for t in scene.things if t.name in text), key=lambda t: text.find(t.name))
+            family = scenes.FAMILIES[batch.kinds[row, question - 1]]
+            if family in ("size", "reading", "relation", "exists"):
+                assert torch.equal(points[:, 3], torch.ones(len(points))), text  # the colour, before the shape
+                shown = points[:, 1] >= 0
+                assert points[shown, 1:3].flatten().tolist() == pytest.approx([v for t in things for v in (t.x, t.y)]), text
+                assert all((batch.centres[row, mark] == point[1:3]).all() for mark, point in zip(marks, points, strict=True))
+                assert (marks.any(-1) == shown).all()
+                assert points[:, 0].tolist() == ([float(answer == "yes")] if family == "exists" else [-1] * len(things))
+                absent += answer == "no" and family == "exists"
+            elif family == "count":
+                assert len(points) == 1 and points[0, 0] == -2, text
+                assert marks.sum() == int(answer), text
+                several += int(answer) > 1
+    assert absent > 3 and several > 3
+
+
+@pytest.mark.parametrize(("index", "head"), [(0, 0), (1, 0), (2, -1)])
+def test_the_supervised_attention_is_the_models_own(tokenizer, index, head):
+    model = house.make_model(tokenizer, vision_layers=1).eval()
+    model.set_attn_implementation("eager")
+    batch = lessons.ChatBatches(5, 6, 1, tokenizer)[0]
+    ids, segments = batch[1], batch[3]
+    own = (segments[0] <= 1) & (segments[0] >= 0)  # the picture and its first question: one plain sequence
+    with torch.no_grad():
+        out = model(input_ids=ids[:, own], pixel_values=batch[0][:, None], output_attentions=True, output_hidden_states=True)
+        last = int(own.sum()) - 1
+        row, at, positions = torch.tensor([0, 0]), torch.tensor([last, 40]), torch.arange(last + 1)[None]
+        mask = torch.ones(1, 1, last + 1, last + 1, dtype=torch.bool).tril()
+        mine = losses._attention(model.model.text_model, index, head, out.hidden_states[index], positions, mask, row, at)
+    assert torch.allclose(mine.exp(), out.attentions[index][0, head, at], atol=1e-5)
 
 
 def test_the_tokenizer_round_trips_any_text_and_splits_codes(tokenizer):
@@ -95,25 +140,24 @@ def test_the_tokenizer_round_trips_any_text_and_splits_codes(tokenizer):
 def test_muon_makes_updates_nearly_orthogonal(shape):
     before = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     before[0] *= 30  # one direction dominates
-    after = torch.linalg.svdvals(train.orthogonalize(before))
+    after = torch.linalg.svdvals(muon.orthogonalize(before))
     was = torch.linalg.svdvals(before)
     assert was.max() / was.median() > 10
     assert 0.6 < after.median() < 1.3 and after.max() < 1.4
 
 
 def test_a_few_steps_learn(tokenizer):
-    model = train.make_model(tokenizer, width=128, vision_layers=1, language_layers=1)
-    stage = train.Stage("align", 12, 4, 0.01, 2e-3)
-    batches = train.ChatBatches(0, 12, 4, tokenizer)
-    steppers, losses = train.optimizers([model], stage), []
+    model = house.make_model(tokenizer, width=128, vision_layers=1, language_layers=1)
+    batches = lessons.ChatBatches(0, 12, 4, tokenizer)
+    steppers, course = muon.optimizers([model], 0.01, 2e-3), []
     for batch in (batches[i] for i in range(12)):
-        loss, _ = train.answer_loss(model, batch, batches.word_ids, 0.5)
+        loss, _ = losses.answer_loss(model, batch, batches.word_ids, 0.5)
         loss.backward()
         for s in steppers:
             s.step()
             s.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
+        course.append(loss.item())
+    assert course[-1] < 0.8 * course[0]
 
 
 def test_a_killed_run_resumes_to_the_weights_of_one_never_killed(tmp_path):
@@ -125,7 +169,7 @@ def test_a_killed_run_resumes_to_the_weights_of_one_never_killed(tmp_path):
     log = tmp_path / "work-killed" / "checkpoint.pt"
     deadline = time.time() + 300
     while time.time() < deadline and process.poll() is None:
-        if log.exists() and torch.load(log, weights_only=True)["stage"] == 2 and torch.load(log, weights_only=True)["step"] >= 2:
+        if log.exists() and torch.load(log, weights_only=True)["stage"] == 3 and torch.load(log, weights_only=True)["step"] >= 2:
             process.kill()
         time.sleep(0.02)
     process.wait()

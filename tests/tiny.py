@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mmrecipes import train
+from mmrecipes.house import CHAT_TEMPLATE, make_model, make_processor
 
 IMAGE_TOKEN = "<image>"
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -19,7 +19,7 @@ MROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
 @functools.cache
 def processor():
     """The house processor; its tokenizer serves all the models here. Seconds to make, so made once. Do not change it."""
-    return train.make_processor()
+    return make_processor()
 
 
 def text_config(**more) -> dict:
@@ -36,7 +36,7 @@ def _image_id() -> int:
 
 def house(seed: int = 0, width: int = 128, layers: int = 1):
     """A `mini-vlm` of one layer a tower, untrained, with its real processor: 128 px pictures, answers in (random) text."""
-    model = train.make_model(processor().tokenizer, width, layers, layers, seed=seed).eval()
+    model = make_model(processor().tokenizer, width, layers, layers, seed=seed).eval()
     model.processor = processor()
     return model
 
@@ -74,7 +74,7 @@ def llava():
         patch_size=8,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=train.CHAT_TEMPLATE,
+        chat_template=CHAT_TEMPLATE,
     )
     return model
 
