@@ -78,7 +78,9 @@ def _commit() -> str | None:
     git = functools.partial(subprocess.run, check=True, capture_output=True, text=True, cwd=here.parent)
     try:  # an installed copy may lie inside somebody else's repository: ours is the one that tracks this file
         git(["git", "ls-files", "--error-unmatch", here.name])
-        return git(["git", "describe", "--always", "--dirty=+dirty", "--abbrev=40", "--exclude=*"]).stdout.strip()
+        commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
+        made = [f":(top,exclude){path}" for path in ("README.md", "notebooks", "recipes", "results")]  # what measuring writes
+        return commit + ("+dirty" if git(["git", "status", "--porcelain", "--", ":(top)", *made]).stdout else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
