@@ -64,7 +64,7 @@ def wilson(right: int, n: int, z: float = 1.96) -> Share:
         raise UserError(f"wilson: {right} right of {n}; expected 0 <= right <= n and n >= 1")
     p, zz = right / n, z * z
     centre, half = (p + zz / (2 * n)) / (1 + zz / n), z * math.sqrt(p * (1 - p) / n + zz / (4 * n * n)) / (1 + zz / n)
-    return Share(p, max(0.0, centre - half), min(1.0, centre + half), n)
+    return Share(p, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)), n)  # p = 0 or 1: no rounding past it
 
 
 def questions_needed(points: float, accuracy: float = 0.95, flips: float | None = None) -> int:

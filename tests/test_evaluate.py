@@ -96,3 +96,10 @@ def test_answer_loss_of_a_random_model_is_near_uniform_and_ignores_padding(tiny)
     loss = evaluate.answer_loss(tiny, rows)
     assert loss == pytest.approx(math.log(len(tiny.processor.tokenizer)), rel=0.25)
     assert loss == pytest.approx(evaluate.answer_loss(tiny, rows, batch_size=1), rel=1e-3)
+
+
+@pytest.mark.parametrize("n", range(1, 200, 7))
+def test_the_interval_holds_the_proportion_to_the_last_bit(n):
+    for right in (0, 1, n - 1, n):
+        share = evaluate.wilson(right, n)
+        assert 0 <= share.low <= share.value <= share.high <= 1
