@@ -379,7 +379,7 @@ def test_stage_budget_counts_the_vision_tower_as_on_paper(house):
     weights = 3 * 16 * 16 * d + 4 * d * d + 2 * 4 * d * d  # patches, attention, MLP
     products = 2 * 2 * patches * patches * d  # scores, and the mean of the values
     assert rows["vision"]["gflop"] == pytest.approx((2 * patches * weights + products) / 1e9)
-    assert (rows["vision"]["tokens"], rows["connector"]["tokens"]) == (64, 16)
+    assert (rows["vision"]["tokens"], rows["connector"]["tokens"]) == (64, 64)
     assert (rows["decode"]["calls"], rows["decode"]["tokens"]) == (3, 3)
     assert rows["prefill"]["tokens"] == chat(house)["input_ids"].numel()
     assert sum(r["share"] for r in rows.values()) == pytest.approx(1)
