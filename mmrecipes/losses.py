@@ -14,7 +14,7 @@ from mmrecipes.scenes import FAMILIES
 
 
 class Probes(nn.Module):
-    """Linear heads that are thrown away after training: what a patch shows (stage 1), where a named object is (stage 2)."""
+    """Linear heads that are thrown away after training: what a patch shows (stage 1), where things are (stage 2)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -44,7 +44,8 @@ class Probes(nn.Module):
         asked, located = points[..., 0] >= 0, points[..., 1] >= 0
         there = points[asked][:, 0]
         off = guess[located][:, 1:] - points[located][:, 1:3]
-        loss = loss + F.binary_cross_entropy_with_logits(guess[asked][:, 0], there) + 10 * off.pow(2).mean()
+        present = F.binary_cross_entropy_with_logits(guess[asked][:, 0], there, reduction="sum") / max(1, len(there))
+        loss = loss + present + 10 * off.pow(2).sum() / max(1, off.numel())  # a small batch may ask none
         right = (guess[asked][:, 0] > 0) == (there > 0)
         logs |= {"there": right.float().mean().item(), "off": off.abs().mean().item()}
 
@@ -53,7 +54,7 @@ class Probes(nn.Module):
         start, end = (xy.gather(1, at[..., None].expand_as(xy)) for at in (first, last))
         row, at = (before & (first < last) & (start[..., 0] >= 0) & (end[..., 0] >= 0)).nonzero(as_tuple=True)
         apart = self.between(hidden[3][row, at]) - (end - start)[row, at]
-        return loss + 10 * apart.pow(2).mean(), logs | {"apart": apart.abs().mean().item()}
+        return loss + 10 * apart.pow(2).sum() / max(1, apart.numel()), logs | {"apart": apart.abs().mean().item()}
 
     def patches(self, hidden: Tensor, labels: Tensor, centres: Tensor, char: float = 1.0) -> tuple[Tensor, dict[str, float]]:
         """hidden (B, 64, D), labels (B, 64, 9), centres (B, 64, 2) -> loss, and the accuracy of each target.
@@ -84,7 +85,8 @@ def answer_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Cross-entropy of the answers' tokens -> loss, and the share of right answers per family.
 
-    Plus `align` x the alignment of each visual token with the words in its cell; plus, with `probes`, the pointing loss.
+    Plus `align` x the alignment of each visual token with the words for what it shows; plus, with `probes`, what they and the
+    supervised heads miss (for that the language model has three layers or more); plus their patch loss where the tower learns.
     """
     core, ids, segments = model.model, batch.ids, batch.segments
     frozen = not next(core.vision_model.parameters()).requires_grad

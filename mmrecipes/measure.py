@@ -79,7 +79,7 @@ def _commit() -> str | None:
     try:  # an installed copy may lie inside somebody else's repository: ours is the one that tracks this file
         git(["git", "ls-files", "--error-unmatch", here.name])
         commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
-        made = [f":(top,exclude){path}" for path in ("README.md", "notebooks", "recipes", "results")]  # what measuring writes
+        made = [f":(top,exclude){path}" for path in ("README.md", "results")]  # what measuring writes
         return commit + ("+dirty" if git(["git", "status", "--porcelain", "--", ":(top)", *made]).stdout else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -9,7 +9,7 @@ In stages, as the field does it (LLaVA, arXiv:2304.08485; SmolVLM, arXiv:2504.05
    heads are told where to look (at the words of a name, at the object so named, at the names in the question); and on the way
    a name must tell whether and where its object is;
 3. `joint`: everything is unfrozen and trained together, at a lower rate; the tower keeps its first task beside the new
-   one, because without it a first try forgot colours within 100 steps.
+   one, so that it does not forget.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mmrecipes.errors import UserError
+from mmrecipes.errors import UserError, one_line
 from mmrecipes.house import make_model, make_processor
 from mmrecipes.lessons import Chat, ChatBatches, VisionBatches
 from mmrecipes.losses import Probes, answer_loss
@@ -88,7 +88,7 @@ def train_mini_vlm(
     model = make_model(processor.tokenizer).to(device)
     probes = Probes(model.config.vision_config.hidden_size).to(device)
     run = _Run(model, probes, processor.tokenizer, stages, work, progress, every)
-    state = _read_checkpoint(work, device)
+    state = _read_checkpoint(work, device, stages)
     if state:
         model.load_state_dict(state["model"])
         probes.load_state_dict(state["probes"])
@@ -166,11 +166,26 @@ def _bar(loader: Iterable, text: str, progress: bool) -> Iterable:
 
 
 def _write_checkpoint(run: _Run, stage: int, step: int, steppers: list[torch.optim.Optimizer]) -> None:
-    state = {"stage": stage, "step": step, "model": run.model.state_dict(), "probes": run.probes.state_dict()}
+    state = {
+        "plan": repr(run.stages),
+        "stage": stage,
+        "step": step,
+        "model": run.model.state_dict(),
+        "probes": run.probes.state_dict(),
+    }
     torch.save(state | {"optimizers": [s.state_dict() for s in steppers]}, run.work / "checkpoint.pt.part")
     os.replace(run.work / "checkpoint.pt.part", run.work / "checkpoint.pt")
 
 
-def _read_checkpoint(work: Path, device: str) -> dict | None:
+def _read_checkpoint(work: Path, device: str, stages: tuple[Stage, ...]) -> dict | None:
     path = work / "checkpoint.pt"
-    return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
+    if not path.exists():
+        return None
+    go_on = "move it away to start anew, or give another work folder"
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # whatever a damaged file makes the reader raise
+        raise UserError(f"train: {path} can't be read as a checkpoint ({one_line(e)}); {go_on}") from e
+    if not isinstance(state, dict) or state.get("plan") != repr(stages):
+        raise UserError(f"train: {path} was written by a run with other stages, so it can't be resumed; {go_on}")
+    return state

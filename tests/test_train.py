@@ -187,3 +187,30 @@ def test_a_foreign_directory_is_not_overwritten(tmp_path):
     with pytest.raises(UserError, match="holds something else"):
         train.train_mini_vlm(tmp_path, tmp_path / "work", TINY)
     assert (tmp_path / "thesis.txt").read_text() == "years of work" and not (tmp_path / "work").exists()
+
+
+def test_a_checkpoint_of_other_stages_or_a_damaged_one_is_refused_and_kept(tmp_path):
+    work = tmp_path / "work"
+    train.train_mini_vlm(tmp_path / "out", work, TINY[:1], device="cpu", progress=False)
+    before = (work / "checkpoint.pt").read_bytes()
+    with pytest.raises(UserError, match="other stages"):
+        train.train_mini_vlm(tmp_path / "out", work, TINY, device="cpu", progress=False)
+    assert (work / "checkpoint.pt").read_bytes() == before
+    (work / "checkpoint.pt").write_bytes(before[:1000])
+    with pytest.raises(UserError, match="can't be read as a checkpoint"):
+        train.train_mini_vlm(tmp_path / "out", work, TINY[:1], device="cpu", progress=False)
+
+
+def test_the_supervised_heads_learn_to_look(tokenizer):
+    model = house.make_model(tokenizer, width=128, vision_layers=1, language_layers=3)
+    batches, probes = lessons.ChatBatches(0, 1, 4, tokenizer), losses.Probes(128)
+    steppers, course = muon.optimizers([model, probes], 0.02, 3e-3), []
+    for _ in range(40):
+        loss, logs = losses.answer_loss(model, batches[0], batches.word_ids, 0.1, probes)
+        loss.backward()
+        for s in steppers:
+            s.step()
+            s.zero_grad()
+        course.append(logs)
+    for head in ("gathers", "relates", "first", "last"):
+        assert course[-1][head] > 0.5 > 3 * course[0][head], (head, course[0][head], course[-1][head])

@@ -114,12 +114,10 @@ def clean(path: Path) -> None:
     subprocess.run([*command, *keep, path], check=True)
 
 
-def record(row: dict, path: Path = RESULT) -> None:
+def record(row: dict, environment: dict, path: Path = RESULT) -> None:
     """Put one notebook's row, with the environment it ran in, into the JSON file at `path`."""
-    from mmrecipes import measure
-
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = [r for r in rows if r["name"] != row["name"]] + [row | {"environment": measure.environment()}]
+    rows = [r for r in rows if r["name"] != row["name"]] + [row | {"environment": environment}]
     path.parent.mkdir(exist_ok=True)
     aside = path.with_name(path.name + ".part")
     aside.write_text(json.dumps({"rows": sorted(rows, key=lambda r: r["name"])}, indent=1) + "\n")
@@ -130,7 +128,9 @@ def main(names: list[str]) -> int:
     for key, value in OFFLINE.items():
         os.environ.setdefault(key, value)
     paths = [Path(n).resolve() for n in names] or sorted((ROOT / "notebooks").glob("*.ipynb"))
-    failed = []
+    from mmrecipes import measure
+
+    environment, failed = measure.environment(), []  # asked before the first notebook is written back
     for path in paths:
         print(f"{path.name} ...", end=" ", flush=True)
         try:
@@ -139,7 +139,7 @@ def main(names: list[str]) -> int:
             print(f"failed, left as it was\n{e}")
             failed.append(path.name)
             continue
-        record(row)
+        record(row, environment)
         print(f"{row['seconds']} s, {row['peak_mb']} MB", flush=True)
     if failed:
         print(f"{len(failed)} of {len(paths)} notebooks failed: {', '.join(failed)}", file=sys.stderr)
