@@ -15,6 +15,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 import hygiene
 import run_notebooks
 from conftest import ROOT
+from mmrecipes import measure
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 BADGES = (
@@ -258,7 +259,7 @@ def test_a_notebook_that_fails_is_left_as_it_was(tmp_path):
 def test_record_replaces_only_its_own_row(tmp_path):
     path = tmp_path / "results" / "notebooks.json"
     for name, seconds in (("11_b", 1.0), ("10_a", 2.0), ("11_b", 3.0)):
-        run_notebooks.record({"name": name, "seconds": seconds}, path)
+        run_notebooks.record({"name": name, "seconds": seconds}, measure.environment(), path)
     rows = json.loads(path.read_text())["rows"]
     assert [(r["name"], r["seconds"]) for r in rows] == [("10_a", 2.0), ("11_b", 3.0)]
     assert all(r["environment"]["cpu"] and r["environment"]["date"] for r in rows)
