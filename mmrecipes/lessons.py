@@ -15,7 +15,8 @@ from mmrecipes.house import GRID, IMAGE_SIZE, VISUAL_TOKENS
 from mmrecipes.scenes import ALPHABET, COLOURS, FAMILIES, SHAPES, SIZES, Scene
 
 # How many of an image's training questions come from each family: more for those that take several looks
-MIX = {"colour": 1, "shape": 1, "size": 1, "count": 2, "exists": 2, "relation": 3, "reading": 2}
+MIX = {"colour": 1, "shape": 1, "size": 1, "count": 2, "exists": 2, "relation": 3, "reading": 3}
+MANY = 5  # printed characters in a picture chosen for reading: one scene of six has so many
 RELATIONS = ("left", "right", "above", "below", "closest")
 PATCH_TARGETS = {  # name -> number of classes of each patch's labels; codes have a "none" class
     "there": 2,
@@ -65,19 +66,22 @@ def patch_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 class VisionBatches(torch.utils.data.Dataset):
     """Batch `i` of stage 1: pixels (B, 3, 128, 128), labels (B, 64, 9), centres (B, 64, 2).
 
-    With `codes`, only pictures with at least so many printed codes.
+    With `printed`, only pictures with at least so many printed characters.
     """
 
-    def __init__(self, start: int, stop: int, batch: int, codes: int = 0):
-        self.steps, self.batch, self.codes = range(start, stop), batch, codes
+    def __init__(self, start: int, stop: int, batch: int, printed: int = 0):
+        self.steps, self.batch, self.printed = range(start, stop), batch, printed
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def _draw(self, step: int) -> list[Scene]:
-        first = step * self.batch * (8 if self.codes else 1)  # room for the scenes that are passed over
+        return self._scenes(step, self.printed)
+
+    def _scenes(self, step: int, printed: int) -> list[Scene]:
+        first = step * self.batch * (8 if printed else 1)  # room for the scenes that are passed over
         found = map(scenes.make_scene, itertools.count(first))
-        return list(itertools.islice((s for s in found if sum(bool(t.code) for t in s.things) >= self.codes), self.batch))
+        return list(itertools.islice((s for s in found if sum(len(t.code) for t in s.things) >= printed), self.batch))
 
     def __getitem__(self, i: int) -> tuple[Tensor, ...]:
         if i >= len(self):
@@ -110,7 +114,8 @@ class ChatBatches(VisionBatches):
     """Batch `i` of stages 2 and 3: one sequence an image, its picture followed by many independent questions.
 
     Every question sees the picture and itself, never the other questions (a block mask), and has the positions it will
-    have when asked alone. So twelve questions cost one picture, and training looks like use.
+    have when asked alone. So thirteen questions cost one picture, and training looks like use. Every other batch holds
+    pictures with MANY printed characters: reading is learned last, and a quarter of all pictures has nothing to read.
     """
 
     def __init__(self, start: int, stop: int, batch: int, tokenizer):
@@ -124,6 +129,9 @@ class ChatBatches(VisionBatches):
         self.names = {self.ids(f" {w}")[0]: (w, False) for w in (*words, "object")}
         self.names |= {self.ids(f" {w}")[0]: (w, False) for w in RELATIONS}
         self.names |= {self.ids(f" {w}{'es' if w == 'cross' else 's'}")[0]: (w, True) for w in (*SHAPES, "object")}
+
+    def _draw(self, step: int) -> list[Scene]:
+        return self._scenes(step, MANY * (step % 2))
 
     @functools.lru_cache(maxsize=200_000)  # noqa: B019  one dataset lives as long as its stage
     def ids(self, text: str) -> list[int]:

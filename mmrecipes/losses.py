@@ -139,18 +139,20 @@ def names(batch: Chat) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def looking(text_model: nn.Module, hidden_states: tuple[Tensor, ...], mask: Tensor, is_image: Tensor, batch: Chat):
-    """Six attention heads are told where to look (attention supervision, as in Qiao et al. 2018, arXiv:1709.06308).
+    """Seven attention heads are told where to look (attention supervision, as in Qiao et al. 2018, arXiv:1709.06308).
 
     In layer 1 one `gathers`: from a name's last word ("circle") at its other words ("large", "red"); and one `relates`: from
     the token before an answer's at the word that says which relation is meant ("left", "closest"). In layer 2 one `looks`
     from there at the patches of that object, and one `counts`: from "red objects" at the middle of each, and as much at the
     first token, so that the share that is left for that one tells how many they are. In layer 3 two recall: from the token
-    before an answer's at the `first` and at the `last` name of the question. Returns the sum of the mean surprises, and how
-    much of the attention each head puts where it should.
+    before an answer's at the `first` and at the `last` name of the question. In layer 4 one `spells`: where a printed code is
+    asked for, from each token before an answer's at the patches of the object that carries it. Returns the sum of the mean
+    surprises, and how much of the attention each head puts where it should.
     """
     before, first, last = names(batch)
     points, tokens = batch.points, torch.arange(batch.ids.shape[1], device=batch.ids.device)
     segments = batch.segments
+    reads = (batch.kinds == FAMILIES.index("reading")).gather(1, (segments - 1).clamp(0)) & (segments > 0)
     related = (points[..., 0] == -3)[:, None] & (segments[:, :, None] == segments[:, None, :])
     heads = (
         ("gathers", 0, 0, points[..., 3] > 0),
@@ -159,19 +161,20 @@ def looking(text_model: nn.Module, hidden_states: tuple[Tensor, ...], mask: Tens
         ("counts", 1, -1, points[..., 0] == -2),
         ("first", 2, 0, before),
         ("last", 2, -1, before),
+        ("spells", 3, 0, before & reads),
     )
     total, logs = torch.zeros((), device=tokens.device), {}
     for what, index, head, here in heads:
         row, at = here.nonzero(as_tuple=True)
-        if not len(row):
+        if not len(row) or index >= len(text_model.layers):  # nothing asked, or a model with fewer layers
             continue
         share = _attention(text_model, index, head, hidden_states[index], batch.positions, mask, row, at)
         if what == "gathers":
             back = at[:, None] - tokens
             on = (back >= 1) & (back <= points[row, at, None, 3])
-        elif what in ("looks", "counts"):
+        elif what in ("looks", "counts", "spells"):
             on = torch.zeros_like(share, dtype=torch.bool)
-            on[is_image[row]] = batch.marks[row, at].flatten()
+            on[is_image[row]] = batch.marks[row, last[row, at] if what == "spells" else at].flatten()
             on[:, 0] = what == "counts"
         elif what == "relates":
             on = related[row, at]

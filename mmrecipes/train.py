@@ -2,12 +2,11 @@
 
 In stages, as the field does it (LLaVA, arXiv:2304.08485; SmolVLM, arXiv:2504.05299), told in notebook 02:
 1. `vision`: the vision tower alone learns, patch by patch, what the scene's ground truth says is there; then
-   `reading` and `spelling`: the same on pictures with several printed codes, the characters weighted up, since they come
-   last; twice, the rate falling to nothing each time;
+   `reading`: the same on pictures with much printed on them, the characters weighted up, since they come last;
 2. `align`: connector and language model learn to answer, with the tower frozen. Answers alone teach too little in a few
-   hours, so three helpers stand beside them: each visual token should resemble the words for what it shows; six attention
-   heads are told where to look (at the words of a name, at the object so named, at the names in the question); and on the way
-   a name must tell whether and where its object is;
+   hours, so three helpers stand beside them: each visual token should resemble the words for what it shows; seven
+   attention heads are told where to look (at the words of a name, at the object so named, at what is printed); and on the way a
+   name must tell whether and where its object is;
 3. `joint`: everything is unfrozen and trained together, at a lower rate; the tower keeps its first task beside the new
    one, so that it does not forget.
 """
@@ -26,7 +25,7 @@ from torch import nn
 
 from mmrecipes.errors import UserError, one_line
 from mmrecipes.house import make_model, make_processor
-from mmrecipes.lessons import Chat, ChatBatches, VisionBatches
+from mmrecipes.lessons import MANY, Chat, ChatBatches, VisionBatches
 from mmrecipes.losses import Probes, answer_loss
 from mmrecipes.muon import optimizers, schedule
 
@@ -43,13 +42,12 @@ class Stage:
 
 
 STAGES = (
-    Stage("vision", 1400, 64, 0.005, 1.5e-3),
-    Stage("reading", 600, 64, 0.004, 1e-3),
-    Stage("spelling", 600, 64, 0.003, 1e-3),
-    Stage("align", 1000, 16, 0.004, 1e-3),
-    Stage("joint", 700, 16, 0.002, 5e-4),
+    Stage("vision", 1000, 64, 0.005, 1.5e-3),
+    Stage("reading", 2200, 64, 0.004, 1e-3),
+    Stage("align", 1700, 16, 0.004, 1e-3),
+    Stage("joint", 500, 16, 0.0007, 2e-4),
 )
-DENSE = ("vision", "reading", "spelling")  # the stages that train the tower alone
+DENSE = ("vision", "reading")  # the stages that train the tower alone
 
 
 @dataclass
@@ -108,8 +106,8 @@ def _run_stage(run: _Run, number: int, optimizer_states: list | None, begin: int
     trained = [core.vision_model if stage.name in DENSE else model, probes]
     first = sum(s.steps * s.batch for s in run.stages[:number]) // stage.batch + 1  # fresh seeds in every stage
     if stage.name in DENSE:
-        codes = 0 if stage.name == "vision" else 2
-        batches = VisionBatches(first + begin, first + stage.steps, stage.batch, codes)
+        printed = 0 if stage.name == "vision" else MANY
+        batches = VisionBatches(first + begin, first + stage.steps, stage.batch, printed)
     else:
         batches = ChatBatches(first + begin, first + stage.steps, stage.batch, run.tokenizer)
     steppers = optimizers(trained, stage.lr, stage.adam_lr)
