@@ -1,4 +1,4 @@
-"""The command line: `mmrecipes tour`, `mmrecipes train`, `mmrecipes evaluate`."""
+"""The command line: `mmrecipes tour`, `mmrecipes doctor`, `mmrecipes train`, `mmrecipes evaluate`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,20 @@ def tour(
     from mmrecipes import tour as room
 
     room.run(model, images, question, out, n)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help="a house model, a local directory, or a hub id")] = "mini-vlm",
+    picture: Annotated[Path | None, typer.Option(help="a picture of the size you use; default: a drawn scene, 512 px")] = None,
+) -> None:
+    """What will break or not pay off on this model and this machine, before you compress anything."""
+    from mmrecipes import doctor as room
+    from mmrecipes import models, scenes
+
+    loaded = models.load(model)
+    shown = scenes.render(scenes.make_scene(1), 512) if picture is None else picture
+    room.show(room.examine(loaded, models.chat(loaded, shown, "What is in this picture?")))
 
 
 @app.command()

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mmrecipes.errors import ParityError, UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import BatchFeature
 
 
 @dataclass(frozen=True)
@@ -146,10 +148,12 @@ def agreement(predictions: Sequence[str], reference: Sequence[str]) -> Share:
     return wilson(sum(p == r for p, r in zip(predictions, reference, strict=True)), len(reference))
 
 
-@torch.inference_mode()
-def answer_loss(model: torch.nn.Module, rows: Dataset, batch_size: int = 50) -> float:
-    """Mean cross-entropy (nats) of the right answers' tokens, teacher-forced. Quicker and finer than accuracy: for sweeps."""
-    processor, total, count = model.processor, 0.0, 0
+def teacher_forced(model: torch.nn.Module, rows: Dataset, batch_size: int = 50) -> Iterator[tuple[BatchFeature, list[int]]]:
+    """Batches of `rows` (image, question, answer) as the model's inputs, each prompt followed by its answer.
+
+    With each batch, how many tokens each answer has: with their end, they are the last ones of their row.
+    """
+    processor = model.processor
     processor.tokenizer.padding_side = "left"
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "{}"}]}]
@@ -161,10 +165,28 @@ def answer_loss(model: torch.nn.Module, rows: Dataset, batch_size: int = 50) -> 
         texts = [prompt.replace("{}", q) + t for q, t in zip(part["question"], tails, strict=True)]
         images = [[image.convert("RGB")] for image in part["image"]]
         inputs = processor(images=images, text=texts, padding=True, return_tensors="pt").to(model.device, dtype)
-        logits = model(**inputs).logits.float()
-        for row, tail in enumerate(tails):
-            k = len(processor.tokenizer(tail, add_special_tokens=False)["input_ids"])
-            want = inputs["input_ids"][row, -k:]
-            total += torch.nn.functional.cross_entropy(logits[row, -k - 1 : -1], want, reduction="sum").item()
-            count += k
-    return total / count
+        yield inputs, [len(processor.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in tails]
+
+
+@torch.inference_mode()
+def answer_logits(model: torch.nn.Module, rows: Dataset, batch_size: int = 50) -> tuple[Tensor, Tensor]:
+    """Logits (T, V), float32, before each token of the right answers, teacher-forced; and those tokens (T,)."""
+    logits, tokens = [], []
+    for inputs, lengths in teacher_forced(model, rows, batch_size):
+        found = model(**inputs, logits_to_keep=max(lengths) + 1).logits.float()
+        for row, k in enumerate(lengths):
+            logits.append(found[row, -k - 1 : -1])
+            tokens.append(inputs["input_ids"][row, -k:])
+    return torch.cat(logits), torch.cat(tokens)
+
+
+def answer_loss(model: torch.nn.Module, rows: Dataset, batch_size: int = 50) -> float:
+    """Mean cross-entropy (nats) of the right answers' tokens, teacher-forced. Quicker and finer than accuracy: for sweeps."""
+    return torch.nn.functional.cross_entropy(*answer_logits(model, rows, batch_size)).item()
+
+
+def divergence(reference: Tensor, logits: Tensor) -> float:
+    """Mean Kullback-Leibler divergence (nats a token) of `logits` (T, V) from those of a reference model: needs no labels."""
+    return torch.nn.functional.kl_div(
+        logits.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="batchmean"
+    ).item()

@@ -62,6 +62,18 @@ def test_the_tour_takes_a_foreign_model(tmp_path):
     assert "int8 dynamic" in done.stdout and (tmp_path / "tour.html").exists()
 
 
+def test_the_doctor_prints_parts_verdicts_and_what_stands_in_the_way(tmp_path):
+    import tiny
+
+    tiny.save(tiny.llava(), tmp_path / "llava")
+    for model in ("mini-vlm", tmp_path / "llava"):
+        done = run("doctor", model, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert all(word in done.stdout for word in ("language", "dynamic int8", "decode", "pay"))
+    check(run("doctor", "nowhere", cwd=tmp_path), tmp_path, "nowhere")
+    check(run("doctor", "--picture", "nothing.png", cwd=tmp_path), tmp_path, "nothing.png")
+
+
 def test_evaluate_prints_families_with_floors(tmp_path):
     done = run("evaluate", "mini-vlm", "--n", 70, "--out", "r.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,120 @@
+"""GPTQ, AWQ and the search for a scale: bounds on any tensor, and that each does what it is there for."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tiny
+from mmrecipes import calibrated, data, quantize
+from mmrecipes.errors import UserError
+
+METHODS = {
+    "search": lambda w, h, bits, group: calibrated.search_round(w, bits, group, h.diagonal()),
+    "gptq": calibrated.gptq_round,
+    "awq": calibrated.awq_round,
+}
+SEEDS, BITS, GROUP = st.integers(0, 10**6), st.integers(2, 8), st.sampled_from([None, 16])
+
+
+def made(seed: int, outputs: int = 12, inputs: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight, and the moments of inputs that differ in size and hang together, as real ones do."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(outputs, inputs, generator=g)
+    x = torch.randn(400, inputs, generator=g) @ torch.randn(inputs, inputs, generator=g)
+    x = x * torch.logspace(-1, 1, inputs)[torch.randperm(inputs, generator=g)]
+    return w, x.T @ x / len(x)
+
+
+@given(SEEDS, BITS, GROUP, st.sampled_from(sorted(METHODS)))
+@settings(max_examples=40, deadline=None)
+def test_every_method_leaves_few_values_a_row_and_beats_plain_rounding_on_the_output(seed, bits, group, method):
+    w, h = made(seed)
+    rounded = METHODS[method](w, h, bits, group)
+    plain = quantize.round_to_nearest(w, bits, "group" if group else "channel", group or 32)
+    assert torch.isfinite(rounded).all() and rounded.shape == w.shape and rounded.dtype == w.dtype
+    if method != "awq":  # which scales inputs, so that a row has more values once the scales are folded back
+        assert max(len(row.unique()) for row in rounded.reshape(-1, group or 32)) <= 2**bits
+    assert calibrated.output_error(w, rounded, h) <= 1.02 * calibrated.output_error(w, plain, h) + 1e-9
+
+
+@given(SEEDS, st.integers(2, 4))
+@settings(max_examples=20, deadline=None)
+def test_gptq_makes_up_for_errors_that_hang_together(seed, bits):
+    w, h = made(seed)
+    by_search = calibrated.output_error(w, METHODS["search"](w, h, bits, None), h)
+    assert calibrated.output_error(w, calibrated.gptq_round(w, h, bits), h) < by_search
+
+
+def test_the_output_error_is_the_mean_square_that_it_says():
+    w, _ = made(1)
+    x = torch.randn(500, 32)
+    rounded = quantize.round_to_nearest(w, 3)
+    want = (x @ (w - rounded).T).square().sum(1).mean().item()
+    assert calibrated.output_error(w, rounded, x.T @ x / len(x)) == pytest.approx(want, rel=1e-4)
+
+
+@given(SEEDS, BITS, GROUP, st.floats(1e-3, 1e3))
+@settings(max_examples=30, deadline=None)
+def test_rounding_scales_along_with_the_weight(seed, bits, group, factor):
+    w, _ = made(seed)
+    rounded = calibrated.search_round(w, bits, group)
+    assert torch.allclose(calibrated.search_round(w * factor, bits, group), rounded * factor, rtol=1e-3, atol=1e-5 * factor)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_zero_and_constant_weights_and_dead_inputs(method):
+    h = torch.zeros(32, 32)
+    h[0, 0] = 1.0  # all inputs but one are always zero
+    assert torch.equal(METHODS[method](torch.zeros(4, 32), h, 3, None), torch.zeros(4, 32))
+    constant = METHODS[method](torch.full((4, 32), 0.7), h, 3, None)
+    assert torch.allclose(constant[:, 0], torch.tensor(0.7), atol=0.02) and torch.isfinite(constant).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bad_requests_say_what_to_do(method):
+    w, h = made(0)
+    with pytest.raises(UserError, match="32 inputs do not divide into groups of 20"):
+        METHODS[method](w, h, 4, 20)
+    with pytest.raises(UserError, match="not finite"):
+        METHODS[method](torch.full((4, 32), float("nan")), h, 4, None)
+
+
+def test_gptq_refuses_moments_of_another_layer():
+    w, _ = made(0)
+    for h in (torch.eye(16), torch.full((32, 32), float("inf"))):
+        with pytest.raises(UserError, match=r"expected finite \(32, 32\)"):
+            calibrated.gptq_round(w, h, 4)
+
+
+@pytest.mark.parametrize("make", [tiny.house, tiny.llava], ids=["idefics3", "llava"])
+def test_moments_are_those_of_the_real_tokens(make):
+    model, rows, seen = make(), data.calibration(6), []
+    name = next(n for n, _ in quantize.linears(model) if "q_proj" in n and ("text" in n or "language" in n))
+    hook = dict(model.named_modules())[name].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    found = calibrated.moments(model, rows, [name], batch_size=6)[name]
+    hook.remove()
+    from mmrecipes.evaluate import teacher_forced
+
+    inputs, _ = next(teacher_forced(model, rows, 6))
+    real = seen[0][inputs["attention_mask"].bool()]
+    assert torch.allclose(found, real.T @ real / len(real), rtol=1e-3, atol=1e-4)
+    balanced = calibrated.moments(model, rows, [name], balance=True, batch_size=6)[name]
+    picture = (inputs["input_ids"] == model.config.image_token_id)[inputs["attention_mask"].bool()]
+    halves = [part.T @ part / len(part) for part in (real[picture], real[~picture])]
+    assert torch.allclose(balanced, sum(halves) / 2, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [tiny.house, tiny.llava], ids=["idefics3", "llava"])
+def test_a_calibrated_copy_of_any_vlm_is_rounded_everywhere_and_leaves_its_parent_alone(make):
+    model, rows = make(), data.calibration(4)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    small = calibrated.calibrated(model, rows, 3)
+    for _, layer in quantize.linears(small):
+        assert max(len(row.unique()) for row in layer.weight) <= 8
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_layers_of_one_block_are_calibrated_together():
+    assert calibrated.block_of("model.text_model.layers.3.mlp.up_proj") == "model.text_model.layers.3"
+    assert calibrated.block_of("model.connector.proj") == "model.connector.proj"
