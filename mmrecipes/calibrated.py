@@ -28,6 +28,8 @@ def best_scale(rows: Tensor, bits: int, importance: Tensor | None = None) -> Ten
     Clipping the largest weights may pay, so several reaches are tried; and both signs, because whole numbers of b bits reach
     one further on the negative side.
     """
+    if bits < 2:
+        raise UserError(f"{bits} bits; expected 2 or more: one bit has no mark beside zero")
     top = 2 ** (bits - 1) - 1
     largest = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / top
     weight = torch.ones_like(rows[0]) if importance is None else importance
@@ -149,6 +151,8 @@ def moments(model: nn.Module, rows: Dataset, names: list[str], balance: bool = F
     finally:
         for h in hooks:
             h.remove()
+    if unseen := [n for n in names if not weights[n]]:
+        raise UserError(f"moments: nothing flowed through {unseen[0]} on {len(rows)} rows; give rows that use it, at least one")
     return {n: totals[n] / weights[n] for n in names}
 
 

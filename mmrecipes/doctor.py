@@ -139,7 +139,7 @@ def _foreign(operators: _Operators) -> Iterator[Finding]:
         yield Finding(
             "static int8, export",
             name,
-            f"a custom operator, called {count} times: no quantizer or exporter knows it",
+            f"a custom operator, called {count}x: no quantizer or exporter knows it",
             "write it in PyTorch's operators, or keep it outside of the exported graph",
         )
 
@@ -224,7 +224,7 @@ def show(found: Diagnosis) -> None:
         "technique", "stage", "will it run", "its costliest layer, against fp32", "layer", title="Will it run, will it pay"
     )
     for v in found.verdicts:
-        pays = "not timed" if v.faster is None else f"{v.faster:.1f}x {'pays' if v.faster > 1.1 else 'does not pay'}"
+        pays = "not timed" if v.faster is None else f"{v.faster:.2f}x {'pays' if v.faster > 1.1 else 'does not pay'}"
         table.add_row(v.technique, v.stage, "yes" if v.runs else "no, see below", pays, v.layer)
     console.print(table)
     table = Table("technique", "where", "what", "cure", title="What stands in the way")

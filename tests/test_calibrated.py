@@ -78,6 +78,15 @@ def test_bad_requests_say_what_to_do(method):
         METHODS[method](w, h, 4, 20)
     with pytest.raises(UserError, match="not finite"):
         METHODS[method](torch.full((4, 32), float("nan")), h, 4, None)
+    with pytest.raises(UserError, match="1 bits; expected 2 or more"):
+        METHODS[method](w, h, 1, None)
+
+
+def test_moments_of_no_rows_are_refused():
+    model = tiny.house()
+    name = next(n for n, _ in quantize.linears(model))
+    with pytest.raises(UserError, match="nothing flowed through"):
+        calibrated.moments(model, data.calibration(1).select([]), [name])
 
 
 def test_gptq_refuses_moments_of_another_layer():
