@@ -7,15 +7,21 @@ rest. Everything is imported when first used, so that `import mmrecipes` takes n
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any
 
 __version__ = "0.1.0"
 _ROOMS = (
-    *("data", "errors", "evaluate", "house", "lessons", "losses", "measure", "models", "muon"),
-    *("prune", "quantize", "report", "scenes", "train"),
+    *("calibrated", "cnn", "data", "doctor", "errors", "evaluate", "house", "lessons", "losses", "measure", "models", "muon"),
+    *("plan", "prune", "quantize", "report", "runtime", "scenes", "train"),
 )
 _SHORT = {"load": "models", "ask": "models", "compare": "report"}
 __all__ = [*_ROOMS, *_SHORT]
+
+# torchao, which transformers imports, warns of every CUDA library that a machine lacks: noise wherever the job is a CPU's
+for _name in ("torchao", "torch.utils._pytree"):
+    if not logging.getLogger(_name).level:
+        logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

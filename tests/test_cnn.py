@@ -1,0 +1,49 @@
+"""The CNN tower: its targets, its training, and that the library alone can load it."""
+
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+from mmrecipes import cnn, lessons, scenes
+from mmrecipes.errors import UserError
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_cells_name_the_object_that_covers_them(seed):
+    scene = scenes.make_scene(seed)
+    classes = cnn.cells(lessons.patch_labels(scene)[0])
+    assert classes.shape == (8, 8) and classes.min() >= 0 and classes.max() < len(cnn.CLASSES)
+    found = {cnn.CLASSES[c] for c in classes.flatten()} - {"nothing"}
+    assert found <= {t.name for t in scene.things}
+    for t in scene.things:
+        assert cnn.CLASSES[classes[int(t.y * 8), int(t.x * 8)]] == t.name
+
+
+def test_naming_is_scored_by_the_objects():
+    drawn = [scenes.make_scene(s) for s in range(8)]
+
+    def perfect(pixels):
+        classes = torch.stack([torch.from_numpy(cnn.cells(lessons.patch_labels(s)[0])) for s in drawn])
+        return torch.nn.functional.one_hot(classes, len(cnn.CLASSES)).permute(0, 3, 1, 2).float()
+
+    assert all(cnn.named(perfect, drawn)) and len(cnn.named(perfect, drawn)) == sum(len(s.things) for s in drawn)
+    assert not any(cnn.named(lambda p: torch.zeros(len(p), 49, 8, 8), drawn))
+
+
+def test_the_image_processor_makes_the_pixels_of_training():
+    scene = scenes.make_scene(3)
+    made = cnn.make_image_processor()(scenes.render(scene), return_tensors="pt")["pixel_values"][0]
+    assert torch.allclose(made, torch.from_numpy(lessons.pixels(scene)), atol=1e-5)
+
+
+def test_training_writes_a_model_that_the_library_loads_alone_and_that_learned_something(tmp_path):
+    out = cnn.train_mini_cnn(tmp_path / "cnn", steps=6, batch=4, device="cpu", progress=False)
+    model, processor = AutoModelForSemanticSegmentation.from_pretrained(out), AutoImageProcessor.from_pretrained(out)
+    inputs = processor(scenes.render(scenes.make_scene(1)), return_tensors="pt").to(model.dtype)
+    with torch.no_grad():
+        assert model(**inputs).logits.shape == (1, 49, 8, 8)
+    assert model.config.id2label[1] == "red circle" or model.config.id2label[1] in cnn.CLASSES
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError):
+        cnn.train_mini_cnn(tmp_path / "thesis", steps=1, progress=False)
