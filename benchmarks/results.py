@@ -1,17 +1,23 @@
-"""Measures what results/ and the README say, on this machine. About ten minutes on two cores: `make results`.
+"""Measures what results/ and the README say, on this machine. About 45 minutes on two cores: `make results`, or
+one job by its name: `python benchmarks/results.py plan`.
 
 - results/mini-vlm.json: accuracy of the committed model on the whole test split, per family, beside the majority floors
 - results/damage.json: how it breaks: rounding to few bits and pruning, against fp32 on the same questions
+- results/plan.json: mixed precision under a byte budget against one width for all, on the whole test split
+- results/calibrated.json: GPTQ, AWQ and searched scales against round-to-nearest, at few bits, on the whole test split
 - results/tour.json: the tour's comparison, with 1,000 questions
 - results/real-size.json: stage budget and roofline of the real-size twin, fp32, on this machine
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
-from mmrecipes import data, evaluate, measure, models, prune, quantize, report, scenes, tour
+from datasets import Dataset
+
+from mmrecipes import calibrated, data, evaluate, measure, models, plan, prune, quantize, report, scenes, tour
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 DAMAGE = {  # name -> what is done to a copy of the model
@@ -23,6 +29,15 @@ DAMAGE = {  # name -> what is done to a copy of the model
     "2 bits in groups of 32": lambda m: quantize.simulate(m, 2, "group"),
     "magnitude pruning 50%": lambda m: prune.magnitude(m, 0.5),
     "magnitude pruning 70%": lambda m: prune.magnitude(m, 0.7),
+}
+
+METHODS = {
+    "round to nearest": lambda w, h, bits, group: quantize.round_to_nearest(
+        w, bits, "group" if group else "channel", group or 32
+    ),
+    "searched scale": lambda w, h, bits, group: calibrated.search_round(w, bits, group),
+    "AWQ": calibrated.awq_round,
+    "GPTQ": calibrated.gptq_round,
 }
 
 
@@ -46,6 +61,57 @@ def accuracy() -> None:
         found[name] = {"accuracy": hurt.overall, "change": evaluate.paired(base.right, hurt.right), "families": hurt.families}
         print(f"{name:24s} {hurt.overall}  {found[name]['change']}", flush=True)
     write("damage.json", {"variants": found})
+
+
+def the_plan() -> None:
+    """Plans and uniform widths at the same bytes, all rounded by GPTQ; plans are made from validation questions."""
+    rows, model, seen = data.test_split(), models.load("mini-vlm"), data.calibration(64)
+    probe, units = data.questions("validation", 280), list(plan.units(model))
+    base, reference = evaluate.vqa(model, rows), evaluate.answer_logits(model, probe)[0]
+    rounding, rough = plan.gptq(model, seen), dict.fromkeys(units, 2)
+    found, costs, whole = {}, {}, measure.model_bytes(model)
+    costs["searched"] = plan.sensitivity(model, probe, (8, 4, 3, 2))
+    costs["alone"] = plan.sensitivity(model, probe, (8, 4, 3, 2), rounding=rounding)
+    costs["around 2 bits"] = plan.sensitivity(model, probe, (4, 3, 2), rounding=rounding, around=rough)
+
+    def record(name: str, chosen: dict[str, int], group: int | None = None, seen: Dataset | None = seen) -> None:
+        small, size = plan.apply(model, chosen, group, seen), plan.packed_bytes(model, chosen, group)
+        hurt, moved = evaluate.vqa(small, rows), evaluate.divergence(reference, evaluate.answer_logits(small, probe)[0])
+        found[name] = {
+            **{"mb": size / 1e6, "times_smaller": whole / size, "divergence": moved, "bits": chosen, "group": group},
+            **{"accuracy": hurt.overall, "change": evaluate.paired(base.right, hurt.right), "families": hurt.families},
+        }
+        print(f"{name:36s} {size / 1e6:.2f} MB {moved:.4f} {hurt.overall} {found[name]['change']}", flush=True)
+
+    def size(bits: int, group: int | None = None) -> int:
+        return plan.packed_bytes(model, dict.fromkeys(units, bits), group)
+
+    rest = size(8) - sum(c.bytes for c in costs["alone"] if c.bits == 8)  # norms, biases, the patch convolution
+    for bits, group in ((4, None), (3, None), (2, 32), (2, None)):
+        record(f"uniform {bits} bits" + (f", groups of {group}" if group else ""), dict.fromkeys(units, bits), group)
+    for how in ("alone", "around 2 bits"):
+        record(f"plan ({how}), bytes of 2 bits g32", plan.knapsack(costs[how], size(2, 32) - rest))
+    record("greedy plan (alone), bytes of 2 bits g32", plan.greedy(costs["alone"], size(2, 32) - rest))
+    record("plan (alone), 7x smaller than fp32", plan.knapsack(costs["alone"], whole // 7 - rest))
+    record("plan (alone), bytes of 3 bits", plan.knapsack(costs["alone"], size(3) - rest))
+    record("no data: uniform 3 bits", dict.fromkeys(units, 3), seen=None)
+    record("no data: plan, bytes of 3 bits", plan.knapsack(costs["searched"], size(3) - rest), seen=None)
+    sweeps = {how: [dataclasses.asdict(c) for c in made] for how, made in costs.items()}
+    write("plan.json", {"fp32": base.overall, "variants": found, "sweeps": sweeps})
+
+
+def the_calibrated() -> None:
+    """What looking at data recovers, where plain rounding loses most."""
+    rows, model, seen = data.test_split(), models.load("mini-vlm"), data.calibration(64)
+    base, found = evaluate.vqa(model, rows), {}
+    for bits, group in ((4, None), (3, None), (2, 32)):
+        for how, method in METHODS.items():
+            hurt = evaluate.vqa(calibrated.calibrated(model, seen, bits, method, group), rows)
+            name = f"{bits} bits, {f'groups of {group}' if group else 'a scale a channel'}: {how}"
+            found[name] = {"accuracy": hurt.overall, "change": evaluate.paired(base.right, hurt.right)}
+            print(f"{name:48s} {hurt.overall}  {found[name]['change']}", flush=True)
+    about = f"{len(seen)} pictures with question and answer; linear layers only, embeddings in 16 bits"
+    write("calibrated.json", {"calibration": about, "fp32": base.overall, "variants": found})
 
 
 def real_size() -> None:
@@ -73,6 +139,6 @@ def the_tour() -> None:
 
 
 if __name__ == "__main__":
-    jobs = {"accuracy": accuracy, "tour": the_tour, "real-size": real_size}
+    jobs = {"accuracy": accuracy, "plan": the_plan, "calibrated": the_calibrated, "tour": the_tour, "real-size": real_size}
     for job in sys.argv[1:] or jobs:
         jobs[job]()

@@ -6,7 +6,7 @@ layer's output is known for any rounded weight: the mean of |x (W - Q)^T|^2 is t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -70,17 +70,19 @@ def gptq_round(weight: Tensor, moments: Tensor, bits: int, group_size: int | Non
         raise UserError(f"gptq_round: moments are {tuple(moments.shape)}; expected finite ({n}, {n}), from calibrated.moments")
     groups, top = _groups(weight, group_size), 2 ** (bits - 1) - 1
     order = torch.arange(n) if group_size else moments.diagonal().argsort(descending=True)
-    w, h = weight.float()[:, order].clone(), moments[order][:, order].clone()
+    w, h = (
+        weight.detach().float().T[order].clone(),
+        moments[order][:, order].clone(),
+    )  # (in, out): an input is a row, quick to reach
     h.diagonal().add_(damp * h.diagonal().mean() + 1e-8)
     spread = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     rounded = torch.empty_like(w)
     for at in groups:
-        scale = best_scale(w[:, at], bits, h.diagonal()[at])
+        scale = best_scale(w[at].T, bits, h.diagonal()[at])[:, 0]
         for i in range(n)[at]:
-            rounded[:, i] = _to_marks(w[:, i : i + 1], scale, top)[:, 0]
-            error = (w[:, i] - rounded[:, i]) / spread[i, i]
-            w[:, i:] -= error[:, None] * spread[i, i:]
-    return rounded[:, order.argsort()].to(weight.dtype)
+            rounded[i] = _to_marks(w[i], scale, top)
+            w[i:].addr_(spread[i, i:], (w[i] - rounded[i]) / spread[i, i], alpha=-1)
+    return rounded[order.argsort()].T.contiguous().to(weight.dtype)
 
 
 def awq_round(weight: Tensor, moments: Tensor, bits: int, group_size: int | None = None) -> Tensor:
@@ -159,20 +161,24 @@ def moments(model: nn.Module, rows: Dataset, names: list[str], balance: bool = F
 def calibrated(
     model: nn.Module,
     rows: Dataset,
-    bits: int,
+    bits: int | Mapping[str, int],
     method: Callable[..., Tensor] = gptq_round,
     group_size: int | None = None,
     balance: bool = False,
 ) -> nn.Module:
-    """A copy with every linear weight rounded by `method`, block after block, each calibrated behind the rounded ones."""
+    """A copy with every linear weight rounded by `method`, block after block, each calibrated behind the rounded ones.
+
+    With `bits` {layer's name: bits}, only the layers named.
+    """
     small = clone(model)
     layers = dict(linears(small))
-    for _, block in groupby(layers, key=block_of):
+    width = bits if isinstance(bits, Mapping) else dict.fromkeys(layers, bits)
+    for _, block in groupby((n for n in layers if n in width), key=block_of):
         names = list(block)
         found = moments(small, rows, names, balance)
         with torch.no_grad():
             for n in names:
-                layers[n].weight.copy_(method(layers[n].weight, found[n], bits, group_size))
+                layers[n].weight.copy_(method(layers[n].weight, found[n], width[n], group_size))
     return small
 
 

@@ -151,20 +151,22 @@ def agreement(predictions: Sequence[str], reference: Sequence[str]) -> Share:
 def teacher_forced(model: torch.nn.Module, rows: Dataset, batch_size: int = 50) -> Iterator[tuple[BatchFeature, list[int]]]:
     """Batches of `rows` (image, question, answer) as the model's inputs, each prompt followed by its answer.
 
-    With each batch, how many tokens each answer has: with their end, they are the last ones of their row.
+    With each batch, how many tokens each answer has: with their end, they are the last ones of their row. Rows without a
+    column `image` become prompts of text alone.
     """
     processor = model.processor
     processor.tokenizer.padding_side = "left"
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "{}"}]}]
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    seen = "image" in rows.column_names
+    content = [*([{"type": "image"}] if seen else []), {"type": "text", "text": "{}"}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     eos = processor.tokenizer.eos_token
     for i in range(0, len(rows), batch_size):
         part = rows[i : i + batch_size]
         tails = [f" {a}{eos}" for a in part["answer"]]
         texts = [prompt.replace("{}", q) + t for q, t in zip(part["question"], tails, strict=True)]
-        images = [[image.convert("RGB")] for image in part["image"]]
-        inputs = processor(images=images, text=texts, padding=True, return_tensors="pt").to(model.device, dtype)
+        pictures = {"images": [[image.convert("RGB")] for image in part["image"]]} if seen else {}
+        inputs = processor(**pictures, text=texts, padding=True, return_tensors="pt").to(model.device, dtype)
         yield inputs, [len(processor.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in tails]
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from mmrecipes import evaluate, models
-from mmrecipes.calibrated import search_round
+from mmrecipes import evaluate, models, quantize
+from mmrecipes.calibrated import calibrated, gptq_round, moments, search_round
 from mmrecipes.errors import UserError
 from mmrecipes.quantize import clone, linears
 
@@ -19,7 +19,24 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 BITS = (8, 6, 4, 3, 2)
-Round = Callable[[Tensor, int, int | None], Tensor]  # weight (out, in), bits, group size -> rounded weight
+Round = Callable[[str, Tensor, int, int | None], Tensor]  # module's name, weight (out, in), bits, group size -> rounded weight
+
+
+def searched(name: str, weight: Tensor, bits: int, group_size: int | None) -> Tensor:
+    """Rounding that looks at no data: to nearest, with the best scale."""
+    return search_round(weight, bits, group_size)
+
+
+def gptq(model: nn.Module, rows: Dataset) -> Round:
+    """Rounding by GPTQ on the inputs that each layer of `model` gets from `rows`; embeddings have none, so by `searched`."""
+    found = moments(model, rows, [n for n, _ in linears(model)])
+
+    def rounding(name: str, weight: Tensor, bits: int, group_size: int | None) -> Tensor:
+        if name in found:
+            return gptq_round(weight, found[name], bits, group_size)
+        return search_round(weight, bits, group_size)
+
+    return rounding
 
 
 @dataclass(frozen=True)
@@ -30,7 +47,7 @@ class Cost:
     part: str
     bits: int
     bytes: int
-    loss: float  # Kullback-Leibler divergence from the whole model, nats an answer token
+    loss: float  # rise of the Kullback-Leibler divergence from the whole model, nats an answer token
 
 
 def units(model: nn.Module) -> dict[str, list[str]]:
@@ -45,20 +62,21 @@ def units(model: nn.Module) -> dict[str, list[str]]:
     return found | {n: [n] for n, m in model.named_modules() if m is embeddings}
 
 
-def packed_bytes(model: nn.Module, bits: dict[str, int], group_size: int | None = None) -> int:
-    """Bytes on disk when each unit is packed to its `bits`: a 16-bit scale a row or group; everything else in 16 bits."""
-    modules, total, counted = dict(model.named_modules()), 0, set()
-    for unit, names in units(model).items():
-        for name in names:
-            total += _packed(modules[name].weight, bits[unit], group_size)
-            counted.add(id(modules[name].weight))
-    return total + sum(2 * p.numel() for p in model.parameters() if id(p) not in counted)
+def widths(model: nn.Module, plan: Mapping[str, int]) -> dict[str, int]:
+    """The plan a module instead of a unit: {module's name: bits}. UserError when it names a unit that is not there."""
+    members = units(model)
+    if missing := set(plan) - set(members):
+        raise UserError(f"the plan names {sorted(missing)[0]!r}, which the model does not have; expected plan.units(model)")
+    return {n: bits for unit, bits in plan.items() for n in members[unit]}
 
 
-def _packed(weight: Tensor, bits: int, group_size: int | None) -> int:
-    if bits >= 16:
-        return weight.numel() * bits // 8
-    return -(-weight.numel() * bits // 8) + 2 * (weight.numel() // (group_size or weight.shape[1]))
+def packed_bytes(model: nn.Module, plan: Mapping[str, int], group_size: int | None = None) -> int:
+    """Bytes on disk when each unit is packed to its bits: a 16-bit scale a row or group; everything else in 16 bits."""
+    return quantize.packed_bytes(model, widths(model, plan), *_scales(group_size))
+
+
+def _scales(group_size: int | None) -> tuple[str, int]:
+    return ("group", group_size) if group_size else ("channel", 0)
 
 
 def sensitivity(
@@ -66,30 +84,38 @@ def sensitivity(
     rows: Dataset,
     bits: Sequence[int] = BITS,
     group_size: int | None = None,
-    rounding: Round = search_round,
-    progress: bool | None = None,
+    rounding: Round = searched,
+    around: Mapping[str, int] | None = None,
 ) -> list[Cost]:
-    """The cost of each unit of `model` at each of `bits`, alone, on `rows` (image, question, answer)."""
+    """The cost of each unit of `model` at each of `bits`, alone, on `rows` (image, question, answer).
+
+    All else stays whole, or is rounded as the plan `around` says: losses add up only near the point where they were measured.
+    """
     from tqdm.auto import tqdm
 
-    if progress is None:
-        progress = not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
+    quiet = bool(os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"))
     small, found, part = clone(model), [], models.part_of(model)
-    modules = dict(small.named_modules())
     reference, _ = evaluate.answer_logits(small, rows)
-    for unit, names in tqdm(units(small).items(), disable=not progress, desc="sensitivity", leave=False):
-        kept = {n: modules[n].weight.detach().clone() for n in names}
+    for n, b in widths(model, around or {}).items():
+        _set(small, n, rounding(n, model.get_submodule(n).weight.detach(), b, group_size))
+    start = evaluate.divergence(reference, evaluate.answer_logits(small, rows)[0]) if around else 0.0
+    for unit, names in tqdm(units(small).items(), disable=quiet, desc="sensitivity", leave=False):
+        before = {n: small.get_submodule(n).weight.detach().clone() for n in names}
+        whole = {n: model.get_submodule(n).weight.detach() for n in names}
         for b in bits:
-            with torch.no_grad():
-                for n in names:
-                    modules[n].weight.copy_(rounding(kept[n], b, group_size))
-            logits, _ = evaluate.answer_logits(small, rows)
-            size = sum(_packed(w, b, group_size) for w in kept.values())
-            found.append(Cost(unit, part[f"{names[0]}.weight"], b, size, evaluate.divergence(reference, logits)))
-        with torch.no_grad():
             for n in names:
-                modules[n].weight.copy_(kept[n])
+                _set(small, n, rounding(n, whole[n], b, group_size))
+            loss = evaluate.divergence(reference, evaluate.answer_logits(small, rows)[0]) - start
+            size = sum(quantize.packed(w, b, *_scales(group_size)) for w in whole.values())
+            found.append(Cost(unit, part[f"{names[0]}.weight"], b, size, loss))
+        for n in names:
+            _set(small, n, before[n])
     return found
+
+
+@torch.no_grad()
+def _set(model: nn.Module, name: str, weight: Tensor) -> None:
+    model.get_submodule(name).weight.copy_(weight)
 
 
 def greedy(costs: Sequence[Cost], budget: int) -> dict[str, int]:
@@ -148,14 +174,15 @@ def _too_small(table: dict[str, dict[int, Cost]], budget: int) -> UserError:
     return UserError(f"a budget of {budget} bytes is too small: at the fewest bits tried, the units take {least} bytes")
 
 
-def apply(model: nn.Module, plan: dict[str, int], group_size: int | None = None, rounding: Round = search_round) -> nn.Module:
-    """A copy of `model` with each unit rounded to its bits in `plan`, kept in floating point."""
-    small, members = clone(model), units(model)
-    if missing := set(plan) - set(members):
-        raise UserError(f"the plan names {sorted(missing)[0]!r}, which the model does not have; expected plan.units(model)")
-    modules = dict(small.named_modules())
+def apply(model: nn.Module, plan: Mapping[str, int], group_size: int | None = None, rows: Dataset | None = None) -> nn.Module:
+    """A copy of `model` with each unit rounded to its bits in `plan`, kept in floating point.
+
+    With calibration `rows`, linear layers by GPTQ, block after block (`calibrated.calibrated`); without, by `searched`.
+    """
+    width, small = widths(model, plan), clone(model)
+    inner = [n for n, _ in linears(model) if n in width] if rows is not None else []
     with torch.no_grad():
-        for unit, bits in plan.items():
-            for n in members[unit]:
-                modules[n].weight.copy_(rounding(modules[n].weight, bits, group_size))
-    return small
+        for n in set(width) - set(inner):
+            weight = small.get_submodule(n).weight
+            weight.copy_(search_round(weight, width[n], group_size))
+    return calibrated(small, rows, {n: width[n] for n in inner}, group_size=group_size) if inner else small

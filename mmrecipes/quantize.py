@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -101,13 +101,19 @@ def simulate(model: nn.Module, bits: int, per: str = "channel", group_size: int 
     return small
 
 
-def packed_bytes(model: nn.Module, bits: int, per: str = "channel", group_size: int = 32) -> int:
-    """Bytes that `simulate`'s model takes when packed: `bits` a weight and a 16-bit scale a group; all else in 16 bits."""
-    total, small = 0, {id(layer.weight): layer for _, layer in linears(model)}
-    for p in model.parameters():
-        if id(p) in small:
-            scales = {"tensor": 1, "channel": p.shape[0], "group": p.numel() // group_size}[per]
-            total += -(-p.numel() * bits // 8) + 2 * scales
-        else:
-            total += 2 * p.numel()
-    return total
+def packed_bytes(model: nn.Module, bits: int | Mapping[str, int], per: str = "channel", group_size: int = 32) -> int:
+    """Bytes of `model` when every linear weight is packed to `bits` with a 16-bit scale a tensor, channel or group.
+
+    Or `bits` {module's name: bits}, for those modules alone. All else counts 16 bits.
+    """
+    chosen = bits if isinstance(bits, Mapping) else {n: bits for n, _ in linears(model)}
+    width = {id(model.get_submodule(n).weight): b for n, b in chosen.items()}
+    return sum(packed(p, width.get(id(p), 16), per, group_size) for p in model.parameters())
+
+
+def packed(weight: Tensor, bits: int, per: str = "channel", group_size: int = 32) -> int:
+    """Bytes of one weight at `bits`, its 16-bit scales included; from 16 bits on there are none."""
+    if bits >= 16:
+        return weight.numel() * bits // 8
+    scales = weight.numel() // group_size if per == "group" else {"tensor": 1, "channel": weight.shape[0]}[per]
+    return -(-weight.numel() * bits // 8) + 2 * scales

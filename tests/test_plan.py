@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from mmrecipes import data, plan, quantize
+from mmrecipes import data, evaluate, plan, quantize
 from mmrecipes.errors import UserError
 
 
@@ -73,7 +73,7 @@ def test_packed_bytes_add_up(group_size):
 def test_sensitivity_hurts_one_unit_at_a_time_and_a_plan_is_applied_as_said(make):
     model, rows = make(), data.calibration(4)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    costs = plan.sensitivity(model, rows, bits=(8, 2), progress=False)
+    costs = plan.sensitivity(model, rows, bits=(8, 2))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert [(c.unit, c.bits) for c in costs] == [(u, b) for u in plan.units(model) for b in (8, 2)]
     assert all(c.loss >= -1e-5 for c in costs)
@@ -87,3 +87,30 @@ def test_sensitivity_hurts_one_unit_at_a_time_and_a_plan_is_applied_as_said(make
             assert len(small.get_submodule(name).weight[0].unique()) <= 2**bits
     with pytest.raises(UserError, match=r"'model\.nothing', which the model does not have"):
         plan.apply(model, {"model.nothing": 4})
+
+
+def test_sensitivity_around_a_plan_tells_what_a_step_away_from_it_brings():
+    model, rows = tiny.house(), data.calibration(4)
+    rough = dict.fromkeys(plan.units(model), 2)
+    costs = plan.sensitivity(model, rows, bits=(2, 8), around=rough)
+    assert all(abs(c.loss) < 1e-4 for c in costs if c.bits == 2), "its own bits: nothing changes"
+    unit = costs[1].unit
+    reference, _ = evaluate.answer_logits(model, rows)
+    moved = [
+        evaluate.divergence(reference, evaluate.answer_logits(plan.apply(model, chosen), rows)[0])
+        for chosen in (rough, rough | {unit: 8})
+    ]
+    assert costs[1].loss == pytest.approx(moved[1] - moved[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("make", [tiny.house, tiny.llava], ids=["idefics3", "llava"])
+def test_plans_are_rounded_by_gptq_behind_one_another_when_there_is_data(make):
+    model, rows = make(), data.calibration(4)
+    chosen = {u: 3 if i % 2 else 2 for i, u in enumerate(plan.units(model))}
+    small = plan.apply(model, chosen, rows=rows)
+    for name, bits in plan.widths(model, chosen).items():
+        assert max(len(row.unique()) for row in small.get_submodule(name).weight) <= 2**bits
+    rounding, name = plan.gptq(model, rows), next(n for n, _ in quantize.linears(model))
+    weight = model.get_submodule(name).weight
+    assert torch.equal(rounding(name, weight, 2, None), small.get_submodule(name).weight), "the first layer has nothing before it"
+    assert torch.equal(rounding("embeddings", weight, 3, None), plan.searched("", weight, 3, None))
