@@ -5,6 +5,7 @@ one job by its name: `python benchmarks/results.py plan`.
 - results/damage.json: how it breaks: rounding to few bits and pruning, against fp32 on the same questions
 - results/plan.json: mixed precision under a byte budget against one width for all, on the whole test split
 - results/calibrated.json: GPTQ, AWQ and searched scales against round-to-nearest, at few bits, on the whole test split
+- results/modality.json: a language model calibrated on text alone, on pictures and text, and with both weighed alike
 - results/tour.json: the tour's comparison, with 1,000 questions
 - results/real-size.json: stage budget and roofline of the real-size twin, fp32, on this machine
 """
@@ -66,13 +67,11 @@ def accuracy() -> None:
 def the_plan() -> None:
     """Plans and uniform widths at the same bytes, all rounded by GPTQ; plans are made from validation questions."""
     rows, model, seen = data.test_split(), models.load("mini-vlm"), data.calibration(64)
-    probe, units = data.questions("validation", 280), list(plan.units(model))
+    probe, units = data.questions("validation", 140), list(plan.units(model))
     base, reference = evaluate.vqa(model, rows), evaluate.answer_logits(model, probe)[0]
-    rounding, rough = plan.gptq(model, seen), dict.fromkeys(units, 2)
-    found, costs, whole = {}, {}, measure.model_bytes(model)
-    costs["searched"] = plan.sensitivity(model, probe, (8, 4, 3, 2))
-    costs["alone"] = plan.sensitivity(model, probe, (8, 4, 3, 2), rounding=rounding)
-    costs["around 2 bits"] = plan.sensitivity(model, probe, (4, 3, 2), rounding=rounding, around=rough)
+    found, whole = {}, measure.model_bytes(model)
+    costs = plan.sensitivity(model, probe, (8, 4, 3, 2), rounding=plan.gptq(model, seen))
+    no_data = plan.sensitivity(model, probe, (4, 3, 2))
 
     def record(name: str, chosen: dict[str, int], group: int | None = None, seen: Dataset | None = seen) -> None:
         small, size = plan.apply(model, chosen, group, seen), plan.packed_bytes(model, chosen, group)
@@ -86,17 +85,16 @@ def the_plan() -> None:
     def size(bits: int, group: int | None = None) -> int:
         return plan.packed_bytes(model, dict.fromkeys(units, bits), group)
 
-    rest = size(8) - sum(c.bytes for c in costs["alone"] if c.bits == 8)  # norms, biases, the patch convolution
+    rest = size(8) - sum(c.bytes for c in costs if c.bits == 8)  # norms, biases, the patch convolution
     for bits, group in ((4, None), (3, None), (2, 32), (2, None)):
         record(f"uniform {bits} bits" + (f", groups of {group}" if group else ""), dict.fromkeys(units, bits), group)
-    for how in ("alone", "around 2 bits"):
-        record(f"plan ({how}), bytes of 2 bits g32", plan.knapsack(costs[how], size(2, 32) - rest))
-    record("greedy plan (alone), bytes of 2 bits g32", plan.greedy(costs["alone"], size(2, 32) - rest))
-    record("plan (alone), 7x smaller than fp32", plan.knapsack(costs["alone"], whole // 7 - rest))
-    record("plan (alone), bytes of 3 bits", plan.knapsack(costs["alone"], size(3) - rest))
+    record("plan, bytes of 2 bits in groups of 32", plan.knapsack(costs, size(2, 32) - rest))
+    record("greedy plan, the same bytes", plan.greedy(costs, size(2, 32) - rest))
+    record("plan, 7x smaller than fp32", plan.knapsack(costs, whole // 7 - rest))
+    record("plan, bytes of 3 bits", plan.knapsack(costs, size(3) - rest))
     record("no data: uniform 3 bits", dict.fromkeys(units, 3), seen=None)
-    record("no data: plan, bytes of 3 bits", plan.knapsack(costs["searched"], size(3) - rest), seen=None)
-    sweeps = {how: [dataclasses.asdict(c) for c in made] for how, made in costs.items()}
+    record("no data: plan, bytes of 3 bits", plan.knapsack(no_data, size(3) - rest), seen=None)
+    sweeps = {"GPTQ": [dataclasses.asdict(c) for c in costs], "no data": [dataclasses.asdict(c) for c in no_data]}
     write("plan.json", {"fp32": base.overall, "variants": found, "sweeps": sweeps})
 
 
@@ -104,7 +102,7 @@ def the_calibrated() -> None:
     """What looking at data recovers, where plain rounding loses most."""
     rows, model, seen = data.test_split(), models.load("mini-vlm"), data.calibration(64)
     base, found = evaluate.vqa(model, rows), {}
-    for bits, group in ((4, None), (3, None), (2, 32)):
+    for bits, group in ((3, None), (2, 32)):
         for how, method in METHODS.items():
             hurt = evaluate.vqa(calibrated.calibrated(model, seen, bits, method, group), rows)
             name = f"{bits} bits, {f'groups of {group}' if group else 'a scale a channel'}: {how}"
@@ -112,6 +110,21 @@ def the_calibrated() -> None:
             print(f"{name:48s} {hurt.overall}  {found[name]['change']}", flush=True)
     about = f"{len(seen)} pictures with question and answer; linear layers only, embeddings in 16 bits"
     write("calibrated.json", {"calibration": about, "fp32": base.overall, "variants": found})
+
+
+def the_modality() -> None:
+    """On what should a VLM's language model be calibrated? It alone is rounded, to 2 bits in groups of 32."""
+    rows, model, seen = data.test_split(), models.load("mini-vlm"), data.calibration(64)
+    language = {name: 2 for name, _ in quantize.linears(model) if "text_model" in name}
+    sets = {"pictures and text": (seen, False), "balanced": (seen, True), "text only": (seen.remove_columns("image"), False)}
+    base, found = evaluate.vqa(model, rows), {}
+    for how in ("AWQ", "GPTQ"):
+        for name, (data_set, balance) in sets.items():
+            hurt = evaluate.vqa(calibrated.calibrated(model, data_set, language, METHODS[how], 32, balance), rows)
+            found[f"{how}, {name}"] = {"accuracy": hurt.overall, "change": evaluate.paired(base.right, hurt.right)}
+            print(f"{how}, {name:20s} {hurt.overall}  {found[f'{how}, {name}']['change']}", flush=True)
+    about = f"{len(seen)} pictures with question and answer; the language model's linear layers, 2 bits in groups of 32"
+    write("modality.json", {"calibration": about, "fp32": base.overall, "variants": found})
 
 
 def real_size() -> None:
@@ -139,6 +152,13 @@ def the_tour() -> None:
 
 
 if __name__ == "__main__":
-    jobs = {"accuracy": accuracy, "plan": the_plan, "calibrated": the_calibrated, "tour": the_tour, "real-size": real_size}
+    jobs = {
+        "accuracy": accuracy,
+        "plan": the_plan,
+        "calibrated": the_calibrated,
+        "modality": the_modality,
+        "tour": the_tour,
+        "real-size": real_size,
+    }
     for job in sys.argv[1:] or jobs:
         jobs[job]()

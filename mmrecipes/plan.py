@@ -47,7 +47,7 @@ class Cost:
     part: str
     bits: int
     bytes: int
-    loss: float  # rise of the Kullback-Leibler divergence from the whole model, nats an answer token
+    loss: float  # Kullback-Leibler divergence from the whole model, nats an answer token
 
 
 def units(model: nn.Module) -> dict[str, list[str]]:
@@ -85,31 +85,23 @@ def sensitivity(
     bits: Sequence[int] = BITS,
     group_size: int | None = None,
     rounding: Round = searched,
-    around: Mapping[str, int] | None = None,
 ) -> list[Cost]:
-    """The cost of each unit of `model` at each of `bits`, alone, on `rows` (image, question, answer).
-
-    All else stays whole, or is rounded as the plan `around` says: losses add up only near the point where they were measured.
-    """
+    """The cost of each unit of `model` at each of `bits`, alone, on `rows` (image, question, answer)."""
     from tqdm.auto import tqdm
 
     quiet = bool(os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"))
     small, found, part = clone(model), [], models.part_of(model)
     reference, _ = evaluate.answer_logits(small, rows)
-    for n, b in widths(model, around or {}).items():
-        _set(small, n, rounding(n, model.get_submodule(n).weight.detach(), b, group_size))
-    start = evaluate.divergence(reference, evaluate.answer_logits(small, rows)[0]) if around else 0.0
     for unit, names in tqdm(units(small).items(), disable=quiet, desc="sensitivity", leave=False):
-        before = {n: small.get_submodule(n).weight.detach().clone() for n in names}
         whole = {n: model.get_submodule(n).weight.detach() for n in names}
         for b in bits:
             for n in names:
                 _set(small, n, rounding(n, whole[n], b, group_size))
-            loss = evaluate.divergence(reference, evaluate.answer_logits(small, rows)[0]) - start
+            loss = evaluate.divergence(reference, evaluate.answer_logits(small, rows)[0])
             size = sum(quantize.packed(w, b, *_scales(group_size)) for w in whole.values())
             found.append(Cost(unit, part[f"{names[0]}.weight"], b, size, loss))
         for n in names:
-            _set(small, n, before[n])
+            _set(small, n, whole[n])
     return found
 
 
