@@ -127,3 +127,18 @@ def test_a_calibrated_copy_of_any_vlm_is_rounded_everywhere_and_leaves_its_paren
 def test_layers_of_one_block_are_calibrated_together():
     assert calibrated.block_of("model.text_model.layers.3.mlp.up_proj") == "model.text_model.layers.3"
     assert calibrated.block_of("model.connector.proj") == "model.connector.proj"
+
+
+@pytest.mark.parametrize("make", [tiny.house, tiny.llava], ids=["idefics3", "llava"])
+def test_rows_without_pictures_calibrate_the_language_model_alone(make):
+    model, rows = make(), data.calibration(4).remove_columns("image")
+    from mmrecipes.evaluate import teacher_forced
+
+    inputs, _ = next(teacher_forced(model, rows))
+    assert "pixel_values" not in inputs and model.config.image_token_id not in inputs["input_ids"]
+    language = {n: 3 for n, _ in quantize.linears(model) if "text_model" in n or "language_model" in n}
+    small = calibrated.calibrated(model, rows, language)
+    for name, layer in quantize.linears(small):
+        assert (max(len(row.unique()) for row in layer.weight) <= 8) == (name in language), name
+    with pytest.raises(UserError, match="nothing flowed through"):
+        calibrated.calibrated(model, rows, 3)

@@ -155,7 +155,9 @@ def project(tmp_path) -> Path:
     )
     nb = nbformat.v4.new_notebook(cells=[first, nbformat.v4.new_code_cell("print('ü')", execution_count=1)])
     nbformat.write(nb, tmp_path / "notebooks" / "00_it.ipynb")
-    regions = "\n\n".join(f"<!-- begin:{r} -->\nold\n<!-- end:{r} -->" for r in ("badges", "notebooks", "results"))
+    regions = "\n\n".join(
+        f"<!-- begin:{r} -->\nold\n<!-- end:{r} -->" for r in ("badges", "notebooks", "quantization", "results")
+    )
     (tmp_path / "README.md").write_text(f"# Title\n\n{regions}\n\nThe end.\n")
     (tmp_path / "results").mkdir()
     measured = {"rows": [{"name": "00_it", "seconds": 66, "peak_mb": 912}]}
@@ -192,6 +194,16 @@ def test_result_table_shows_what_was_measured():
     assert lines[7] == "Measured on A CPU, 2 threads, 2026-11-21, commit 0123456789 with changes."
 
 
+def test_quantization_table_shows_what_was_measured(project):
+    accuracy, change = {"n": 4200}, {"points": -1.24, "low": -1.9, "high": -0.6}
+    row = {"accuracy": accuracy, "change": change, "times_smaller": 9.04}
+    variants = {"uniform 3 bits": row, "of no interest": row}
+    (project / "results" / "plan.json").write_text(json.dumps({"variants": variants}))
+    lines = readme.quantization_table(project / "results").splitlines()
+    assert "on 4200 questions" in lines[0]
+    assert lines[2:] == ["| 3 bits, GPTQ | 9.0x | -1.2 [-1.9, -0.6] |"]
+
+
 def test_nothing_measured_is_said(project):
     for file in ("tour.json", "notebooks.json"):
         (project / "results" / file).unlink()
@@ -206,7 +218,7 @@ def test_nothing_measured_is_said(project):
         ("<!-- begin:badges -->", "do not pair up"),
         ("<!-- begin:badges --><!-- begin:results --><!-- end:results --><!-- end:badges -->", "do not pair up"),
         ("<!-- begin:badgers --><!-- end:badgers -->", "no region badgers"),
-        ("<!-- begin:badges --><!-- end:badges -->", "has no region notebooks, results"),
+        ("<!-- begin:badges --><!-- end:badges -->", "has no region notebooks, quantization, results"),
     ],
 )
 def test_broken_regions_are_refused(project, text, message):

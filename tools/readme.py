@@ -1,7 +1,8 @@
 """Fills the generated regions of README.md and of the notebooks' first cells; with --check, says which are stale instead.
 
 A region lies between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. README.md has `badges`, `notebooks` (a table from
-results/notebooks.json) and `results` (a table from results/tour.json); a notebook has `badges` and, if it likes, `cost`.
+results/notebooks.json), `results` (a table from results/tour.json) and `quantization`
+(what chapter 1 costs); a notebook has `badges` and, if it likes, `cost`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,16 @@ COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (  # key of a row, 
     ("tokens_per_s", "tokens/s", "{:.0f}".format),
     ("peak_mb", "peak memory, MB", "{:.0f}".format),
     ("disk_mb", "on disk, MB", "{:.1f}".format),
+)
+
+QUANTIZATION = (  # file in results/, the variant's name in it, what README calls it
+    ("int8.json", "ONNX Runtime int8 dynamic", "int8 weights and activations, dynamic, ONNX Runtime"),
+    ("int8.json", "ONNX Runtime int8 static", "int8 weights and activations, calibrated, ONNX Runtime"),
+    ("plan.json", "uniform 4 bits", "4 bits, GPTQ"),
+    ("calibrated.json", "3 bits, a scale a channel: round to nearest", "3 bits, rounded to nearest, embeddings in 16 bits"),
+    ("plan.json", "uniform 3 bits", "3 bits, GPTQ"),
+    ("plan.json", "uniform 2 bits, groups of 32", "2 bits in groups of 32, GPTQ"),
+    ("plan.json", "plan, bytes of 2 bits in groups of 32", "2 to 4 bits, planned module by module, GPTQ"),
 )
 
 
@@ -70,6 +81,19 @@ def result_table(result: dict[str, Any]) -> str:
     cells = [["-" if row.get(key) is None else show(row[key]) for key, _, show in columns] for row in rows]
     lines = [table([c[1] for c in columns], cells), *result.get("notes", []), f"Measured on {where(result['environment'])}."]
     return "\n\n".join(lines)
+
+
+def quantization_table(results: Path) -> str:
+    """Bytes and points lost on all test questions, a row for each of QUANTIZATION that was measured."""
+    rows, n = [], 0
+    for file, name, called in QUANTIZATION:
+        row = load(results / file).get("variants", {}).get(name)
+        if row:
+            c, n = row["change"], row["accuracy"]["n"]
+            times = f"{row['times_smaller']:.1f}x" if "times_smaller" in row else "-"
+            rows.append([called, times, f"{c['points']:+.1f} [{c['low']:+.1f}, {c['high']:+.1f}]"])
+    head = ["weights of `mini-vlm`", "smaller than fp32", f"points of accuracy, on {n} questions [95% interval]"]
+    return table(head, rows) if rows else "Not measured yet: `make results`."
 
 
 def where(environment: dict[str, Any]) -> str:
@@ -125,6 +149,7 @@ def expected(root: Path = ROOT) -> dict[Path, str]:
     regions = {
         "badges": badges(url, next(iter(titles), None)),
         "notebooks": notebook_table(titles, measured),
+        "quantization": quantization_table(root / "results"),
         "results": result_table(tour) if tour["rows"] else "Not measured yet: `make results`.",
     }
     readme = root / "README.md"
