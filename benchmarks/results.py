@@ -6,6 +6,8 @@ one job by its name: `python benchmarks/results.py plan`.
 - results/plan.json: mixed precision under a byte budget against one width for all, on the whole test split
 - results/calibrated.json: GPTQ, AWQ and searched scales against round-to-nearest, at few bits, on the whole test split
 - results/modality.json: a language model calibrated on text alone, on pictures and text, and with both weighed alike
+- results/int8.json: int8 with activations, by library: accuracy, and time on the real-size twin (benchmarks/int8.py)
+- results/static.json: mini-cnn in static int8, by observer, calibration set and runtime (benchmarks/static.py)
 - results/tour.json: the tour's comparison, with 1,000 questions
 - results/real-size.json: stage budget and roofline of the real-size twin, fp32, on this machine
 """
@@ -127,6 +129,20 @@ def the_modality() -> None:
     write("modality.json", {"calibration": about, "fp32": base.overall, "variants": found})
 
 
+def the_int8() -> None:
+    """int8 for transformers: accuracy of each way on the test split, time of each on the real-size twin."""
+    import int8
+
+    write("int8.json", {"accuracy": int8.accuracy(), "speed": int8.speed()})
+
+
+def the_static() -> None:
+    """Static int8 of mini-cnn: observers, calibration sets, runtimes."""
+    import static
+
+    write("static.json", static.run())
+
+
 def real_size() -> None:
     """Where a real model's time goes; random weights, so time and memory only."""
     twin = models.real_size("smolvlm-256m")
@@ -157,6 +173,8 @@ if __name__ == "__main__":
         "plan": the_plan,
         "calibrated": the_calibrated,
         "modality": the_modality,
+        "int8": the_int8,
+        "static": the_static,
         "tour": the_tour,
         "real-size": real_size,
     }

@@ -13,7 +13,7 @@ from typing import Any
 __version__ = "0.1.0"
 _ROOMS = (
     *("calibrated", "cnn", "data", "doctor", "errors", "evaluate", "house", "lessons", "losses", "measure", "models", "muon"),
-    *("plan", "prune", "quantize", "report", "runtime", "scenes", "train"),
+    *("plan", "prune", "quantize", "report", "runtime", "scenes", "static_int8", "train"),
 )
 _SHORT = {"load": "models", "ask": "models", "compare": "report"}
 __all__ = [*_ROOMS, *_SHORT]

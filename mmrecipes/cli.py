@@ -49,17 +49,24 @@ def doctor(
 
 @app.command()
 def train(
-    name: Annotated[str, typer.Argument(help="the house model to train: mini-vlm")],
-    out: Annotated[Path, typer.Option(help="where the model goes")] = Path("data/models/mini-vlm"),
-    work: Annotated[Path, typer.Option(help="checkpoints and log; run again to resume")] = Path("runs/mini-vlm"),
+    name: Annotated[str, typer.Argument(help="the house model to train: mini-vlm or mini-cnn")],
+    out: Annotated[Path | None, typer.Option(help="where the model goes; default: data/models/NAME")] = None,
+    work: Annotated[Path, typer.Option(help="mini-vlm's checkpoints and log; run again to resume")] = Path("runs/mini-vlm"),
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
+    steps: Annotated[int, typer.Option(help="of mini-cnn, each on 32 pictures", min=1)] = 900,
 ) -> None:
-    """Train a house model from nothing. Interrupted, it resumes from its last checkpoint."""
-    if name != "mini-vlm":
-        raise UserError(f"no house model {name!r} to train; expected mini-vlm")
-    from mmrecipes.train import train_mini_vlm
+    """Train a house model from nothing. Interrupted, mini-vlm resumes from its last checkpoint; mini-cnn takes minutes."""
+    out = out or Path("data/models") / name
+    if name == "mini-vlm":
+        from mmrecipes.train import train_mini_vlm
 
-    typer.echo(f"wrote {train_mini_vlm(out, work, device=device)}")
+        typer.echo(f"wrote {train_mini_vlm(out, work, device=device)}")
+    elif name == "mini-cnn":
+        from mmrecipes.cnn import train_mini_cnn
+
+        typer.echo(f"wrote {train_mini_cnn(out, steps, device=device)}")
+    else:
+        raise UserError(f"no house model {name!r} to train; expected mini-vlm or mini-cnn")
 
 
 @app.command()

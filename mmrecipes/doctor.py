@@ -123,6 +123,14 @@ def examine(model: nn.Module, inputs: Mapping) -> Diagnosis:
     )
 
 
+def resists(module: nn.Module, pictures: Tensor) -> list[Finding]:
+    """What in a vision module keeps it from static int8: group norms, and custom operators seen on one run on `pictures`."""
+    operators = _Operators()
+    with torch.no_grad(), operators:
+        module(pictures)
+    return [*_foreign(operators), *_norms(module)]
+
+
 def _direct_reads(model: nn.Module, watch: _Watch) -> Iterator[Finding]:
     free = {name for name, _ in quantize.linears(model)}
     for name, how in watch.read.items():

@@ -189,5 +189,15 @@ def test_training_refuses_what_it_would_destroy_and_what_it_does_not_know(tmp_pa
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "text.txt").write_text("years of work")
     check(run("train", "mini-vlm", "--out", "thesis", cwd=tmp_path), tmp_path, "thesis")
-    check(run("train", "maxi-vlm", cwd=tmp_path), tmp_path, "maxi-vlm", "mini-vlm")
+    check(run("train", "mini-cnn", "--out", "thesis", cwd=tmp_path), tmp_path, "thesis")
+    check(run("train", "maxi-vlm", cwd=tmp_path), tmp_path, "maxi-vlm", "mini-vlm", "mini-cnn")
     assert (tmp_path / "thesis" / "text.txt").exists()
+
+
+def test_training_mini_cnn_writes_it(tmp_path):
+    done = run("train", "mini-cnn", "--out", "made", "--steps", 2, "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "wrote made" in done.stdout
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "training.json"} <= {
+        p.name for p in (tmp_path / "made").iterdir()
+    }

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-from mmrecipes import cnn, lessons, scenes
+from mmrecipes import cnn, lessons, models, scenes
 from mmrecipes.errors import UserError
 
 
@@ -34,6 +34,14 @@ def test_the_image_processor_makes_the_pixels_of_training():
     scene = scenes.make_scene(3)
     made = cnn.make_image_processor()(scenes.render(scene), return_tensors="pt")["pixel_values"][0]
     assert torch.allclose(made, torch.from_numpy(lessons.pixels(scene)), atol=1e-5)
+
+
+def test_the_committed_model_names_nearly_every_object():
+    model = AutoModelForSemanticSegmentation.from_pretrained(models.data_dir() / "models" / "mini-cnn", dtype=torch.float32)
+    found = cnn.accuracy(lambda x: model.eval()(x).logits, 100)
+    assert found.low > 0.95 and found.n > 300
+    files = [p.stat().st_size for p in (models.data_dir() / "models" / "mini-cnn").iterdir()]
+    assert sum(files) < 6e6
 
 
 def test_training_writes_a_model_that_the_library_loads_alone_and_that_learned_something(tmp_path):

@@ -1,0 +1,112 @@
+"""Static int8 of mini-cnn on 1,000 test pictures: observers, calibration sets, PT2E, ONNX Runtime QDQ, and their times.
+
+`run()` returns what results/static.json says. About five minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmrecipes import cnn, evaluate, measure, models, scenes, static_int8
+from mmrecipes.errors import one_line
+
+PICTURES = 1000
+CALIBRATION = 64
+
+
+def calibration_sets() -> dict[str, Tensor]:
+    """Pixels (N, 3, 128, 128): the right pictures, too few of them, and wrong ones."""
+    real, processor = cnn.pictures("calibration", CALIBRATION), cnn.make_image_processor()
+    clevr = [scenes.sort_of_clevr(seed)[0] for seed in range(CALIBRATION)]
+    return {
+        "real scenes": real,
+        "two scenes": real[:2],
+        "one scene": real[:1],
+        "uniform noise": torch.rand(real.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1,
+        "Sort-of-CLEVR": processor(clevr, return_tensors="pt")["pixel_values"],
+        "dark scenes": (real + 1) * 0.15 - 1,
+        "grey pictures": real.mean((1, 2, 3), keepdim=True).expand_as(real).contiguous(),
+    }
+
+
+def run(n: int = PICTURES) -> dict:
+    """Accuracy of every variant against fp32 on the same objects, its bytes where it is a file, and milliseconds a picture."""
+    from transformers import AutoModelForSemanticSegmentation
+
+    path = models.data_dir() / "models" / "mini-cnn"
+    tower = AutoModelForSemanticSegmentation.from_pretrained(path, dtype=torch.float32).eval()
+    drawn, sets = [scenes.make_scene(s) for s in scenes.SPLITS["test"][:n]], calibration_sets()
+    real, rows, base = sets["real scenes"], [], []
+
+    def score(variant: str, calibration: str, run: Callable[[Tensor], Tensor], **more) -> None:
+        right = cnn.named(run, drawn)
+        base[:] = base or right
+        row = {"variant": variant, "calibration": calibration, "accuracy": evaluate.wilson(sum(right), len(right)), **more}
+        rows.append(row | {"change": evaluate.paired(base, right)})
+        print(f"{variant:34s} {calibration:16s} {rows[-1]['accuracy']}  {rows[-1]['change']}", flush=True)
+
+    folded = static_int8.fold_batch_norms(tower, real[:2])
+    score("fp32", "-", partial(static_int8.output, tower))
+    seen = {name: static_int8.histograms(folded, part) for name, part in sets.items()}
+    for observer in static_int8.OBSERVERS:  # by hand, simulated
+        for per in ("channel", "tensor"):
+            small = static_int8.simulate(folded, static_int8.ranges(seen["real scenes"], observer), per)
+            score(f"simulated, {observer}, weights per {per}", "real scenes", partial(static_int8.output, small))
+        small = static_int8.simulate(folded, static_int8.ranges(seen["real scenes"], observer), symmetric=True)
+        score(f"simulated, {observer}, symmetric", "real scenes", partial(static_int8.output, small))
+    for name in sets:
+        small = static_int8.simulate(folded, static_int8.ranges(seen[name], "MSE"))
+        score("simulated, MSE, weights per channel", name, partial(static_int8.output, small))
+    for name in sets:
+        score("PT2E", name, static_int8.pt2e(tower, sets[name]))
+    with tempfile.TemporaryDirectory(prefix="mmrecipes-") as folder:
+        floats = static_int8.onnx(folded, real, Path(folder, "float.onnx"))
+        score("ONNX Runtime fp32", "-", static_int8.session(floats), bytes=floats.stat().st_size)
+        files = {}
+        for explicit, kind in ((True, "explicit int8"), (False, "uint8, CPU")):
+            for method in ("MinMax", "Percentile", "Entropy"):
+                for name in sets if method == "MinMax" else ("real scenes",):
+                    out = Path(folder, f"{kind} {method} {name}.onnx")
+                    files[kind, method, name] = static_int8.qdq(floats, sets[name], out, method, explicit)
+                    score(f"ONNX Runtime {kind}, {method}", name, static_int8.session(out), bytes=out.stat().st_size)
+        checked = static_int8.check_explicit_int8(files["explicit int8", "MinMax", "real scenes"])
+        timed = times(tower, folded, real, floats, files)
+    return {"objects": len(base), "pictures": n, "rows": rows, "explicit_int8": checked, "ms": timed}
+
+
+def times(tower: torch.nn.Module, folded: torch.nn.Module, real: Tensor, floats: Path, files: dict) -> dict:
+    """Milliseconds for one picture and for 16, interleaved: what `measure.wall` gives of each variant, and its error to fp32.
+
+    A variant that does not compile on this machine has no times; "failed" says why.
+    """
+    from torch._inductor import config
+
+    runs = {
+        "torch fp32": partial(static_int8.output, tower),
+        "torch fp32, folded": partial(static_int8.output, folded),
+        "torch fp32, compiled": torch.compile(partial(static_int8.output, folded)),
+        "PT2E int8, compiled": torch.compile(static_int8.pt2e(tower, real)),
+        "ONNX Runtime fp32": static_int8.session(floats),
+        "ONNX Runtime explicit int8": static_int8.session(files["explicit int8", "MinMax", "real scenes"]),
+        "ONNX Runtime uint8, CPU": static_int8.session(files["uint8, CPU", "MinMax", "real scenes"]),
+    }
+    found, failed = {}, {}
+    for size in (1, 16):
+        part = real[:size].contiguous()
+        with torch.no_grad(), config.patch(freezing=True):  # weights become constants, so that int8 kernels can be chosen
+            wanted, errors = runs["torch fp32"](part), {}
+            for name in list(runs):
+                try:
+                    errors[name] = ((runs[name](part) - wanted).norm() / wanted.norm()).item()
+                except Exception as e:
+                    failed[name] = one_line(e)
+                    del runs[name]
+            ms = measure.wall({k: partial(f, part) for k, f in runs.items()}, repeats=15)
+        found[f"{size} pictures"] = {k: {**ms[k], "relative error": errors[k]} for k in ms}
+    return found | {"failed": failed}
