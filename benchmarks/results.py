@@ -6,7 +6,7 @@ one job by its name: `python benchmarks/results.py plan`.
 - results/plan.json: mixed precision under a byte budget against one width for all, on the whole test split
 - results/calibrated.json: GPTQ, AWQ and searched scales against round-to-nearest, at few bits, on the whole test split
 - results/modality.json: a language model calibrated on text alone, on pictures and text, and with both weighed alike
-- results/int8.json: int8 with activations, by library: accuracy, and time on the real-size twin (benchmarks/int8.py)
+- results/int8.json, int8-speed.json: int8 with activations, by library: accuracy; time on the real-size twin (benchmarks/int8.py)
 - results/static.json: mini-cnn in static int8, by observer, calibration set and runtime (benchmarks/static.py)
 - results/tour.json: the tour's comparison, with 1,000 questions
 - results/real-size.json: stage budget and roofline of the real-size twin, fp32, on this machine
@@ -130,10 +130,17 @@ def the_modality() -> None:
 
 
 def the_int8() -> None:
-    """int8 for transformers: accuracy of each way on the test split, time of each on the real-size twin."""
+    """int8 for transformers: accuracy of each way on the test split."""
     import int8
 
-    write("int8.json", {"accuracy": int8.accuracy(), "speed": int8.speed()})
+    write("int8.json", int8.accuracy())
+
+
+def the_int8_speed() -> None:
+    """int8 for transformers: time of each way on the real-size twin."""
+    import int8
+
+    write("int8-speed.json", int8.speed())
 
 
 def the_static() -> None:
@@ -174,6 +181,7 @@ if __name__ == "__main__":
         "calibrated": the_calibrated,
         "modality": the_modality,
         "int8": the_int8,
+        "int8-speed": the_int8_speed,
         "static": the_static,
         "tour": the_tour,
         "real-size": real_size,

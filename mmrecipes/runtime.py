@@ -78,6 +78,7 @@ def export(model: nn.Module, folder: str | Path) -> dict[str, Path]:
         core.vision_model, "post_layernorm"
     ):
         raise UserError(f"export: {type(model).__name__} is not built like Idefics3; export its parts with runtime.to_onnx")
+    _float32(model)
     modules = {"vision": Vision(model), "language": Language(model)}
     size, width = core.vision_model.config.image_size, core.text_model.config.hidden_size
     mask = torch.ones(2, 12, dtype=torch.int64)
@@ -101,9 +102,7 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, Tensor], path: str | Path, f
     example. Attention without a mask becomes ONNX Runtime's fused MultiHeadAttention. Raises as `export`.
     """
     _needs("onnx", "onnxscript")
-    wrong = next((p.dtype for p in module.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
-    if wrong:
-        raise UserError(f"export: the weights are {wrong}; it starts from float32, so load the model with dtype=torch.float32")
+    _float32(module)
     if (size := sum(t.nbytes for t in (*module.parameters(), *module.buffers()))) > MOST:
         raise UserError(f"export: {size / 1e9:.1f} GB of weights do not fit in one ONNX file of 2 GB; export a smaller part")
     dims = {name: torch.export.Dim(name, min=1) for axes in free.values() for name in axes.values()}
@@ -122,6 +121,12 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, Tensor], path: str | Path, f
         )
         program.save(aside, external_data=False)
     return Path(path)
+
+
+def _float32(module: nn.Module) -> None:
+    wrong = next((p.dtype for p in module.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
+    if wrong:
+        raise UserError(f"export: the weights are {wrong}; it starts from float32, so load the model with dtype=torch.float32")
 
 
 def _attention() -> Callable:
@@ -352,13 +357,20 @@ def _written(path: str | Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _prepared(graph: str | Path) -> Iterator[str]:
     """The graph with constants folded and shapes inferred, as the quantizer wants it, in a file that does not stay."""
+    import onnx
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     if not Path(graph).is_file():
         raise UserError(f"no graph at {graph}; make it with runtime.export")
     with tempfile.TemporaryDirectory(prefix="mmrecipes-") as folder, _quiet():
-        ready = f"{folder}/ready.onnx"
-        quant_pre_process(str(graph), ready, skip_symbolic_shape=True)
+        whole, bare, ready = onnx.load(str(graph)), f"{folder}/bare.onnx", f"{folder}/ready.onnx"
+        weights = {t.name for t in whole.graph.initializer}
+        # the exporter notes the shapes of weights, too; the pre-processing turns weights of Gemm round and forgets these notes
+        shapes = [v for v in whole.graph.value_info if v.name not in weights]
+        del whole.graph.value_info[:]
+        whole.graph.value_info.extend(shapes)
+        onnx.save(whole, bare)
+        quant_pre_process(bare, ready, skip_symbolic_shape=True)
         yield ready
 
 
