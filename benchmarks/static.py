@@ -55,15 +55,18 @@ def run(n: int = PICTURES) -> dict:
     score("fp32", "-", partial(static_int8.output, tower))
     seen = {name: static_int8.histograms(folded, part) for name, part in sets.items()}
     for observer in static_int8.OBSERVERS:  # by hand, simulated
-        for per in ("channel", "tensor"):
-            small = static_int8.simulate(folded, static_int8.ranges(seen["real scenes"], observer), per)
-            score(f"simulated, {observer}, weights per {per}", "real scenes", partial(static_int8.output, small))
-        small = static_int8.simulate(folded, static_int8.ranges(seen["real scenes"], observer), symmetric=True)
-        score(f"simulated, {observer}, symmetric", "real scenes", partial(static_int8.output, small))
-    for name in sets:
+        small = static_int8.simulate(folded, static_int8.ranges(seen["real scenes"], observer))
+        score(f"simulated, {observer}", "real scenes", partial(static_int8.output, small))
+    chosen = static_int8.ranges(seen["real scenes"], "MSE")
+    for name, small in {
+        "simulated, MSE, weights per tensor": static_int8.simulate(folded, chosen, "tensor"),
+        "simulated, MSE, symmetric": static_int8.simulate(folded, chosen, symmetric=True),
+    }.items():
+        score(name, "real scenes", partial(static_int8.output, small))
+    for name in list(sets)[1:]:
         small = static_int8.simulate(folded, static_int8.ranges(seen[name], "MSE"))
-        score("simulated, MSE, weights per channel", name, partial(static_int8.output, small))
-    for name in sets:
+        score("simulated, MSE", name, partial(static_int8.output, small))
+    for name in ("real scenes", "one scene", "uniform noise"):
         score("PT2E", name, static_int8.pt2e(tower, sets[name]))
     with tempfile.TemporaryDirectory(prefix="mmrecipes-") as folder:
         floats = static_int8.onnx(folded, real, Path(folder, "float.onnx"))
@@ -75,6 +78,8 @@ def run(n: int = PICTURES) -> dict:
                     out = Path(folder, f"{kind} {method} {name}.onnx")
                     files[kind, method, name] = static_int8.qdq(floats, sets[name], out, method, explicit)
                     score(f"ONNX Runtime {kind}, {method}", name, static_int8.session(out), bytes=out.stat().st_size)
+        as_written = static_int8.session(files["explicit int8", "MinMax", "real scenes"], as_written=True)
+        score("the same explicit file, as written", "real scenes", as_written)
         checked = static_int8.check_explicit_int8(files["explicit int8", "MinMax", "real scenes"])
         timed = times(tower, folded, real, floats, files)
     return {"objects": len(base), "pictures": n, "rows": rows, "explicit_int8": checked, "ms": timed}

@@ -311,7 +311,8 @@ def qdq(
     """Write `model`, or the float32 file that `onnx` made of it, as an int8 ONNX file with quantize-dequantize pairs.
 
     By ONNX Runtime's `quantize_static`; `method` is MinMax, Entropy or Percentile. With `explicit`, as TensorRT wants it:
-    symmetric int8 without zero points, biases in float. Else as ONNX Runtime's CPU kernels want it: affine uint8 activations,
+    symmetric int8 without zero points, biases in float;
+    on a CPU without VNNI its 8-bit weights saturate. Else as ONNX Runtime's CPU kernels want it: affine uint8 activations,
     int32 biases, and weights in 7 bits where 8-bit sums would overflow. Returns `out`.
     """
     from onnxruntime import quantization as ort
@@ -378,13 +379,19 @@ def _quietly() -> Iterator[None]:
             each.setLevel(level)
 
 
-def session(path: str | Path, threads: int | None = None) -> Callable[[Tensor], Tensor]:
-    """A function that runs an ONNX file on the CPU: pictures in, its first output out."""
+def session(path: str | Path, threads: int | None = None, as_written: bool = False) -> Callable[[Tensor], Tensor]:
+    """A function that runs an ONNX file on the CPU: pictures in, its first output out.
+
+    With `as_written`, without this CPU's int8 kernels: each quantize and dequantize as the file says, products in float. Slow,
+    and what the file means; kernels that saturate (see `saturates`) may give something else.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
+    if as_written:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         run = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as e:  # ONNX Runtime's own kinds, without a common parent

@@ -230,7 +230,10 @@ def test_foreign_cnns_go_through_everything(kind, tmp_path):
     assert moved(logits(static_int8.pt2e(model, x), x), wanted) < 0.15
     path = static_int8.qdq(model, x, tmp_path / "int8.onnx")
     assert static_int8.check_explicit_int8(path)["layers"] > 3
-    assert moved(static_int8.session(path)(x), wanted) < 0.5  # random weights on noise: symmetric marks are twice as coarse
+    # as written: the kernels of a CPU without VNNI saturate on 8-bit weights, which the other file avoids
+    assert moved(static_int8.session(path, as_written=True)(x), wanted) < 0.1
+    for_the_cpu = static_int8.qdq(model, x, tmp_path / "uint8.onnx", explicit=False)
+    assert moved(static_int8.session(for_the_cpu)(x), wanted) < 0.1
 
 
 def test_pt2e_and_qdq_keep_the_house_cnns_accuracy(tower, calibration, floats, tmp_path):
