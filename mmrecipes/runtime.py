@@ -107,7 +107,7 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, Tensor], path: str | Path, f
         raise UserError(f"export: {size / 1e9:.1f} GB of weights do not fit in one ONNX file of 2 GB; export a smaller part")
     dims = {name: torch.export.Dim(name, min=1) for axes in free.values() for name in axes.values()}
     shapes = {k: {axis: dims[name] for axis, name in free.get(k, {}).items()} for k in inputs}
-    with _quiet(), _written(path) as aside, torch.no_grad():
+    with quiet(), written(path) as aside, torch.no_grad():
         program = torch.onnx.export(
             module.eval(),
             kwargs=dict(inputs),
@@ -178,7 +178,7 @@ def dynamic_int8(
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     kind = _kind(weights)
-    with _prepared(graph) as ready, _quiet(), _written(out) as aside:
+    with prepared(graph) as ready, quiet(), written(out) as aside:
         quantize_dynamic(
             ready,
             aside,
@@ -219,7 +219,7 @@ def static_int8(
         def get_next(self):
             return next(self.rest, None)
 
-    with _prepared(graph) as ready, _quiet(), _written(out) as aside:
+    with prepared(graph) as ready, quiet(), written(out) as aside:
         quantize_static(
             ready,
             aside,
@@ -340,30 +340,33 @@ def _needs(*names: str) -> None:
 
 
 @contextlib.contextmanager
-def _written(path: str | Path) -> Iterator[Path]:
+def written(path: str | Path) -> Iterator[Path]:
     """A name beside `path`, renamed to it when all went well and removed when not. UserError where it cannot be written."""
     path = Path(path)
     aside = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield aside
         os.replace(aside, path)
     except OSError as e:
-        raise UserError(f"cannot write {path} ({one_line(e)}); choose a folder that you can write to") from e
+        raise UserError(f"{path}: could not be written ({one_line(e)}); choose a folder that you can write to") from e
     finally:
         aside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _prepared(graph: str | Path) -> Iterator[str]:
+def prepared(graph: str | Path) -> Iterator[str]:
     """The graph with constants folded and shapes inferred, as the quantizer wants it, in a file that does not stay."""
     import onnx
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     if not Path(graph).is_file():
         raise UserError(f"no graph at {graph}; make it with runtime.export")
-    with tempfile.TemporaryDirectory(prefix="mmrecipes-") as folder, _quiet():
-        whole, bare, ready = onnx.load(str(graph)), f"{folder}/bare.onnx", f"{folder}/ready.onnx"
+    with tempfile.TemporaryDirectory(prefix="mmrecipes-") as folder, quiet():
+        try:
+            whole = onnx.load(str(graph))
+        except Exception as e:  # whatever a file that is none makes the parser raise
+            raise UserError(f"{graph}: not an ONNX file ({one_line(e, 80)}); export it again") from e
+        bare, ready = f"{folder}/bare.onnx", f"{folder}/ready.onnx"
         weights = {t.name for t in whole.graph.initializer}
         # the exporter notes the shapes of weights, too; the pre-processing turns weights of Gemm round and forgets these notes
         shapes = [v for v in whole.graph.value_info if v.name not in weights]
@@ -375,7 +378,7 @@ def _prepared(graph: str | Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold back the known remarks of exporter and quantizer: of torchvision, of names of axes, of their own deprecations."""
     logs = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", None)]
     before = [log.level for log in logs]

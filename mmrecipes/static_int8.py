@@ -8,10 +8,7 @@ for runtimes. Pictures are pixel tensors (N, 3, H, W), as the image processor gi
 from __future__ import annotations
 
 import contextlib
-import io
-import os
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmrecipes import measure, quantize
+from mmrecipes import measure, quantize, runtime
 from mmrecipes.errors import UserError, one_line
 
 BINS = 4095  # odd, so that zero, the commonest value after a ReLU, has a bin to itself
@@ -273,7 +270,7 @@ def pt2e(model: nn.Module, pictures: Tensor, batch: int = 32, reduce_range: bool
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-    plain = Plain(quantize.clone(model).eval())
+    plain = Plain(quantize.clone(model)).eval()
     config = x86.get_default_x86_inductor_quantization_config(reduce_range=saturates() if reduce_range is None else reduce_range)
     shapes = ({0: torch.export.Dim("pictures", min=1, max=4096)},)
     with torch.no_grad():
@@ -297,8 +294,8 @@ def saturates() -> bool:
 
 def onnx(model: nn.Module, pictures: Tensor, out: str | Path) -> Path:
     """Write `model` as a float32 ONNX file with the batch left open. Returns `out`."""
-    plain = Plain(quantize.clone(model).eval())
-    with _aside(out) as part, _quietly():
+    plain = Plain(quantize.clone(model)).eval()
+    with runtime.written(out) as part, runtime.quiet():
         shapes = ({0: torch.export.Dim.DYNAMIC},)
         program = torch.onnx.export(plain, (_two(pictures),), dynamic_shapes=shapes, input_names=["pictures"], verbose=False)
         program.save(part)
@@ -311,12 +308,11 @@ def qdq(
     """Write `model`, or the float32 file that `onnx` made of it, as an int8 ONNX file with quantize-dequantize pairs.
 
     By ONNX Runtime's `quantize_static`; `method` is MinMax, Entropy or Percentile. With `explicit`, as TensorRT wants it:
-    symmetric int8 without zero points, biases in float;
-    on a CPU without VNNI its 8-bit weights saturate. Else as ONNX Runtime's CPU kernels want it: affine uint8 activations,
-    int32 biases, and weights in 7 bits where 8-bit sums would overflow. Returns `out`.
+    symmetric int8 without zero points, biases in float; on a CPU without VNNI its 8-bit weights saturate. Else as ONNX
+    Runtime's CPU kernels want it: affine uint8 activations, int32 biases, and weights in 7 bits where 8-bit sums would
+    overflow. Returns `out`.
     """
     from onnxruntime import quantization as ort
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     if method not in ("MinMax", "Entropy", "Percentile"):
         raise UserError(f"qdq: method={method!r}; expected MinMax, Entropy or Percentile")
@@ -329,10 +325,14 @@ def qdq(
             part = next(self.parts, None)
             return None if part is None else {"pictures": part.numpy()}
 
-    with tempfile.TemporaryDirectory(prefix="mmrecipes-") as folder, _aside(out) as part, _quietly():
-        floats = onnx(model, pictures, Path(folder, "float.onnx")) if isinstance(model, nn.Module) else model
-        ready = str(Path(folder, "ready.onnx"))
-        quant_pre_process(str(floats), ready, skip_symbolic_shape=True)  # folds what is left of batch norms
+    with contextlib.ExitStack() as stack:
+        floats = model
+        if isinstance(model, nn.Module):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mmrecipes-"))
+            floats = onnx(model, pictures, Path(folder, "float.onnx"))
+        ready = stack.enter_context(runtime.prepared(floats))  # which also folds what is left of batch norms
+        part = stack.enter_context(runtime.written(out))
+        stack.enter_context(runtime.quiet())
         ort.quantize_static(
             ready,
             str(part),
@@ -345,38 +345,6 @@ def qdq(
             extra_options={"ActivationSymmetric": explicit, "WeightSymmetric": True, "QuantizeBias": not explicit},
         )
     return Path(out)
-
-
-@contextlib.contextmanager
-def _aside(out: str | Path) -> Iterator[Path]:
-    """A path beside `out` to write to, renamed to it when all went well and removed when not."""
-    out = Path(out)
-    part = out.with_name(out.name + ".part")
-    try:
-        yield part
-        os.replace(part, out)
-    except OSError as e:
-        raise UserError(f"{out}: could not be written ({one_line(e)}); give a place you may write to") from e
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """The quantizer prints its progress and logs advice that is followed here; the exporter logs that torchvision lacks."""
-    import logging
-
-    loggers = [logging.getLogger(name) for name in (None, "torch.onnx._internal.exporter._registration")]
-    levels = [each.level for each in loggers]
-    for each in loggers:
-        each.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)
 
 
 def session(path: str | Path, threads: int | None = None, as_written: bool = False) -> Callable[[Tensor], Tensor]:

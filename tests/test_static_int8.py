@@ -210,6 +210,10 @@ def foreign(kind: str) -> nn.Module:
         "resnet": lambda: tf.ResNetModel(
             tf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
         ),
+        # its head is a linear layer on two axes, which is exported as a Gemm
+        "resnet with a head": lambda: tf.ResNetForImageClassification(
+            tf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=12)
+        ),
         "regnet": lambda: tf.RegNetModel(tf.RegNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=4)),
     }[kind]()
     with torch.no_grad():
@@ -218,7 +222,7 @@ def foreign(kind: str) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("kind", ["resnet", "regnet"])
+@pytest.mark.parametrize("kind", ["resnet", "resnet with a head", "regnet"])
 def test_foreign_cnns_go_through_everything(kind, tmp_path):
     model, x = foreign(kind), torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     wanted = logits(model, x)
@@ -369,7 +373,7 @@ def test_nothing_half_written_is_left_and_logging_is_as_before(tower, floats, ca
     with pytest.raises(UserError, match="could not be written"):
         static_int8.onnx(tower, calibration, tmp_path / "no" / "folder" / "a.onnx")
     (tmp_path / "a.onnx").write_text("older")
-    with pytest.raises(Exception):  # noqa: B017  a broken input file, whatever ONNX Runtime says of it
+    with pytest.raises(UserError, match="not an ONNX file"):
         static_int8.qdq(tmp_path / "a.onnx", calibration, tmp_path / "a.onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"] and (tmp_path / "a.onnx").read_text() == "older"
     assert logging.getLogger().level == level
