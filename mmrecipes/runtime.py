@@ -267,10 +267,22 @@ def session(graph: str | Path):  # -> onnxruntime.InferenceSession
 
     if not Path(graph).is_file():
         raise UserError(f"session: no file {graph}; make it with runtime.export or runtime.dynamic_int8")
+    return ort.InferenceSession(str(graph), session_options(), providers=["CPUExecutionProvider"])
+
+
+def session_options(threads: int | None = None):  # -> onnxruntime.SessionOptions
+    """Settings of a session: as many threads as PyTorch uses, which rest once a run is done.
+
+    By default they spin on for tens of milliseconds, ready for the next run, and take the cores from whatever else computes
+    in the process: eager PyTorch between two runs, or the variant that is timed next.
+    """
+    import onnxruntime as ort
+
     options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
-    return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
 
 
 class _Tower(nn.Module):

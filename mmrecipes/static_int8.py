@@ -355,9 +355,7 @@ def session(path: str | Path, threads: int | None = None, as_written: bool = Fal
     """
     import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.log_severity_level = 3
+    options = runtime.session_options(threads)
     if as_written:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:

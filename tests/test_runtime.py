@@ -1,6 +1,7 @@
 """The graphs compute what the model does, in fp32 and near it in int8, and `attach` answers through them."""
 
 import logging
+import time
 
 import numpy as np
 import pytest
@@ -119,6 +120,16 @@ def test_default_int8_does_not_saturate(tmp_path):
     for i, options in enumerate([{}, {"weights": "int8", "reduce_range": True}]):
         small = runtime.dynamic_int8(graph, tmp_path / f"small{i}.onnx", **options)
         assert np.allclose(run(small, x), run(graph, x), rtol=0.02)
+
+
+def test_idle_sessions_leave_the_cores_alone(graphs):
+    run = runtime.session(graphs["vision"])
+    x = np.zeros([1, *run.get_inputs()[0].shape[1:]], np.float32)
+    for _ in range(3):
+        run.run(None, {"pixel_values": x})
+    begin = time.process_time()
+    time.sleep(0.1)
+    assert time.process_time() - begin < 0.03, "threads that spin would have burnt most of the time"
 
 
 def test_plain_modules_export_too(tmp_path):
