@@ -12,10 +12,10 @@ from typing import Any
 
 __version__ = "0.1.0"
 _ROOMS = (
-    *("calibrated", "cnn", "data", "doctor", "errors", "evaluate", "house", "lessons", "losses", "measure", "models", "muon"),
-    *("plan", "prune", "quantize", "report", "runtime", "scenes", "static_int8", "train"),
+    *("calibrated", "cnn", "data", "doctor", "errors", "evaluate", "export", "exported", "house", "lessons", "losses"),
+    *("measure", "models", "muon", "packed", "plan", "prune", "quantize", "report", "runtime", "scenes", "static_int8", "train"),
 )
-_SHORT = {"load": "models", "ask": "models", "compare": "report"}
+_SHORT = {"load": "models", "ask": "models", "compare": "report", "load_exported": "exported"}
 __all__ = [*_ROOMS, *_SHORT]
 
 # torchao, which transformers imports, warns of every CUDA library that a machine lacks: noise wherever the job is a CPU's

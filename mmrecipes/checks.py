@@ -112,6 +112,18 @@ def check_replaceable(out: str | Path) -> None:
         raise UserError(f"{out}: cannot be written ({parent}: {e.strerror}); give a directory you may write to") from e
 
 
+def take_place(part: Path, out: Path) -> None:
+    """Rename directory `part` to `out`; what was there goes, but only once the new one stands. Both are on one disk."""
+    with tempfile.TemporaryDirectory(dir=out.parent) as aside:  # on the same disk, so that each move is one step
+        old = out.rename(Path(aside) / out.name) if out.exists() else None
+        try:
+            part.rename(out)
+        except OSError:
+            if old:
+                old.rename(out)
+            raise
+
+
 def _holds_only_a_model(path: Path) -> bool:
     with contextlib.suppress(UserError):  # config.json is a common name: ours says what model it is
         return "model_type" in read_json(path / "config.json") and not (path / ".git").exists()

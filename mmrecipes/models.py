@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from mmrecipes.checks import check_memory, check_replaceable, read_json, weight_bytes
+from mmrecipes.checks import check_memory, check_replaceable, read_json, take_place, weight_bytes
 from mmrecipes.errors import UserError, one_line
 from mmrecipes.pictures import image
 
@@ -278,14 +277,7 @@ def save(
         processor.save_pretrained(part)
         for name, text in (extra or {}).items():
             (part / name).write_text(text, encoding="utf-8")
-        with tempfile.TemporaryDirectory(dir=out.parent) as aside:  # on the same disk, so that each move is one step
-            old = out.rename(Path(aside) / out.name) if out.exists() else None
-            try:
-                part.rename(out)
-            except OSError:
-                if old:
-                    old.rename(out)
-                raise
+        take_place(part, out)
     except (OSError, SafetensorError) as e:  # the latter when the disk is full
         raise UserError(f"{out}: could not be written ({one_line(e)}); nothing was changed: give another directory") from e
     finally:

@@ -101,7 +101,7 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, Tensor], path: str | Path, f
     `free` names the axes whose length may change, {"pixel_values": {0: "batch"}}; give them a length of 2 or more in the
     example. Attention without a mask becomes ONNX Runtime's fused MultiHeadAttention. Raises as `export`.
     """
-    _needs("onnx", "onnxscript")
+    needs("onnx", "onnxscript")
     _float32(module)
     if (size := sum(t.nbytes for t in (*module.parameters(), *module.buffers()))) > MOST:
         raise UserError(f"export: {size / 1e9:.1f} GB of weights do not fit in one ONNX file of 2 GB; export a smaller part")
@@ -174,7 +174,7 @@ def dynamic_int8(
     "Quantize ONNX models". Products of two activations (attention) stay in float32, and so do the layers of which a name in
     `keep` is part, say ("down_proj",): the way out where a few activations are far larger than the rest.
     """
-    _needs("onnxruntime", "onnx")
+    needs("onnxruntime", "onnx")
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     kind = _kind(weights)
@@ -205,7 +205,7 @@ def static_int8(
     (see `dynamic_int8`, also for `keep`); activations uint8, one range a tensor. `feeds` are the graph's inputs by name, one
     entry a batch, all of one shape except for MinMax; `method` is MinMax, Entropy, Percentile or Distribution.
     """
-    _needs("onnxruntime", "onnx")
+    needs("onnxruntime", "onnx")
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     if not feeds:
@@ -262,7 +262,7 @@ def _kind(weights: str) -> str:
 
 def session(graph: str | Path):  # -> onnxruntime.InferenceSession
     """`graph` ready to run on the CPU, with as many threads as PyTorch uses; UserError where there is no such file."""
-    _needs("onnxruntime")
+    needs("onnxruntime")
     import onnxruntime as ort
 
     if not Path(graph).is_file():
@@ -344,7 +344,8 @@ def attach(model: nn.Module, graphs: Mapping[str, str | Path]) -> nn.Module:
 # ---- small print
 
 
-def _needs(*names: str) -> None:
+def needs(*names: str) -> None:
+    """ImportError that names the extra where one of these packages is missing."""
     import importlib.util
 
     if missing := [n for n in names if importlib.util.find_spec(n) is None]:
@@ -391,8 +392,8 @@ def prepared(graph: str | Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back the known remarks of exporter and quantizer: of torchvision, of names of axes, of their own deprecations."""
-    logs = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", None)]
+    """Hold back the known remarks of exporters and quantizers: of torchvision, of versions, of names of axes, of deprecations."""
+    logs = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "transformers", None)]
     before = [log.level for log in logs]
     for log in logs:
         log.setLevel(logging.ERROR)

@@ -1,0 +1,216 @@
+"""A vision-language model as a directory that another runtime answers from, checked against its source before it is kept.
+
+Two graphs: `vision` (pixels to visual tokens, connector included) and `language` (words and visual tokens, after a KV cache, to
+the logits of the next word). One graph does prefill and decode, so its weights are stored once. Batches of one: no padding, so
+no mask, and the cache can stay in the runtime. `exported.load_exported` reads it back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmrecipes import exported, models
+from mmrecipes import runtime as graphs
+from mmrecipes.checks import check_replaceable, take_place
+from mmrecipes.errors import ParityError, UserError, one_line
+
+# what each part can be: fp32; bf16, where the CPU has instructions for it; int8, weights and, in ONNX Runtime, activations,
+# rounded on the fly; int4, weights in groups of 32
+PRECISIONS = {
+    "onnx": {"vision": ("fp32", "int8"), "language": ("fp32", "int8", "int4")},
+    "openvino": {"vision": ("fp32", "bf16", "int8"), "language": ("fp32", "bf16", "int8", "int4")},
+}
+# relative error of the first words' logits that each precision may have; beyond it is broken, not lossy
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.25, "int4": 0.6}
+
+
+# ---- what is exported
+
+
+class Language(nn.Module):
+    """input_ids (1, T), image_features (N, D), a cache -> {"logits": (1, 1, V) of the next word, "past_key_values": the cache}.
+
+    Words' embeddings, with the visual tokens in their places, go through the library's own decoder after what the cache holds:
+    the same graph reads a prompt and finds each further word. Without pictures N is 1 and its row is not read.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        found = models.parts(model)
+        self.decoder, self.head = found["language"], found["head"]
+        self.words, self.image = model.get_input_embeddings(), model.config.image_token_id
+
+    def forward(self, input_ids: Tensor, image_features: Tensor, past_key_values: object) -> dict[str, object]:
+        pictured = input_ids == self.image
+        at = (pictured.long().cumsum(1) - 1).clamp(min=0)
+        embeds = torch.where(pictured.unsqueeze(-1), image_features[at], self.words(input_ids))
+        found = self.decoder(inputs_embeds=embeds, past_key_values=past_key_values, use_cache=True)
+        return {"logits": self.head(found.last_hidden_state[:, -1:]), "past_key_values": found.past_key_values}
+
+
+class Features(nn.Module):
+    """pixel_values (1, 3, H, W) -> visual tokens (T, D), by the model's own get_image_features (LLaVA and kin)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.core = model.model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        found = self.core.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
+        return found[0] if isinstance(found, list | tuple) else found.flatten(0, -2)
+
+
+# ---- export
+
+
+def export(
+    model: nn.Module, out: str | Path, runtime: str = "onnx", precision: str | Mapping[str, str] = "fp32", check: bool = True
+) -> Path:
+    """Write `model` (float32, as `models.load` gives it) to directory `out`, for "onnx" (ONNX Runtime) or "openvino".
+
+    Returns `out`. `precision` is one word for both parts or {"vision": ..., "language": ...}, of those in PRECISIONS. All or
+    nothing: `out` appears, or takes an older export's place, once the graphs answer as `model` does (`check`; ParityError).
+    Raises UserError for an architecture, dtype or directory that it cannot take; ImportError where a package is missing.
+    """
+    if runtime not in PRECISIONS:
+        raise UserError(f"export: runtime={runtime!r}; expected one of {', '.join(PRECISIONS)}")
+    widths = _widths(runtime, precision)
+    _supported(model)
+    out = Path(out).expanduser().resolve()
+    check_replaceable(out)
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # left by a killed run
+    try:
+        part.mkdir(parents=True)
+        importlib.import_module(f"mmrecipes.export_{runtime}").write(model, part, widths)
+        _write_rest(model, part, runtime, widths)
+        if check:
+            parity(model, exported.load_exported(part), max(TOLERANCE[w] for w in widths.values()))
+        take_place(part, out)
+    except OSError as e:
+        raise UserError(f"{out}: could not be written ({one_line(e)}); nothing was changed: give another directory") from e
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return out
+
+
+def _widths(runtime: str, precision: str | Mapping[str, str]) -> dict[str, str]:
+    known = PRECISIONS[runtime]
+    given = dict(precision) if isinstance(precision, Mapping) else dict.fromkeys(known, precision)
+    if precision == "int4":
+        given["vision"] = "int8"  # 4-bit weights do not pay where hundreds of patches share them
+    for part, words in known.items():
+        if given.get(part) not in words:
+            raise UserError(f"precision of {part} for {runtime}: {given.get(part)!r}; expected one of {', '.join(words)}")
+    return given
+
+
+def _supported(model: nn.Module) -> None:
+    found = models.parts(model)
+    if "head" not in found:
+        raise UserError(f"export: {type(model).__name__} compares pictures with texts; give a model that answers")
+    wrong = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
+    if wrong:
+        raise UserError(f"export: the weights are {wrong}; it starts from float32, so load the model with dtype=torch.float32")
+    if not isinstance(getattr(model.config, "image_token_id", None), int):
+        raise UserError(f"export: {type(model).__name__} has no image_token_id in its config; there is no recipe for it yet")
+    vision(model)
+
+
+def vision(model: nn.Module) -> tuple[nn.Module, Tensor]:
+    """The module that makes visual tokens, and an example of what it takes: one picture (or tile) of the model's own size."""
+    core, config = getattr(model, "model", None), model.config.vision_config
+    if not isinstance(getattr(config, "image_size", None), int):
+        raise UserError(f"export: {type(model).__name__} takes pictures of many shapes; there is no recipe for it yet")
+    picture = torch.randn(1, 3, config.image_size, config.image_size)
+    if hasattr(core, "connector") and hasattr(getattr(core, "vision_model", None), "post_layernorm"):
+        return graphs.Vision(model), picture
+    if hasattr(core, "multi_modal_projector") and hasattr(core, "get_image_features"):
+        return Features(model), picture
+    raise UserError(
+        f"export: {type(model).__name__} is built neither like Idefics3 nor like LLaVA; there is no recipe for it yet"
+    )
+
+
+def language(model: nn.Module) -> tuple[nn.Module, dict[str, object], dict[str, object]]:
+    """The module that finds the next word, an example of what it takes, and which of its axes are free."""
+    from transformers import DynamicCache
+
+    config = model.config.get_text_config()
+    found = Language(model).eval()
+    with torch.no_grad():  # a cache as the decoder itself makes it
+        cache, five = DynamicCache(config=config), torch.zeros(1, 5, dtype=torch.int64)
+        found.decoder(inputs_embeds=found.words(five), past_key_values=cache, use_cache=True)
+    ids, pieces = torch.full((1, 3), found.image), torch.randn(4, config.hidden_size)
+    words, features, before = (torch.export.Dim(n, min=least) for n, least in (("words", 1), ("features", 1), ("before", 0)))
+    axes = {"input_ids": {1: words}, "image_features": {0: features}}
+    axes["past_key_values"] = [{2: before}] * (2 * config.num_hidden_layers)
+    return found, {"input_ids": ids, "image_features": pieces, "past_key_values": cache}, axes
+
+
+# ---- check and write
+
+
+def _write_rest(model: nn.Module, folder: Path, runtime: str, widths: Mapping[str, str]) -> None:
+    files = [p for p in sorted(folder.iterdir()) if p.is_file()]
+    model.processor.save_pretrained(folder)
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    stop = model.generation_config.eos_token_id
+    if stop is None:
+        stop = model.config.get_text_config().eos_token_id
+    manifest = {
+        "format": exported.FORMAT,
+        "runtime": runtime,
+        "precision": dict(widths),
+        "source": model.name_or_path or type(model).__name__,
+        "class": type(model).__name__,
+        "image_token_id": model.config.image_token_id,
+        "stop": [stop] if isinstance(stop, int) else list(stop or ()),
+        "longest": model.config.get_text_config().max_position_embeddings,
+        "versions": {n: metadata.version(n) for n in ("torch", "transformers", exported.PACKAGES[runtime])},
+        "bytes": {p.name: p.stat().st_size for p in files},
+        "sha256": {p.name: exported.sha256(p) for p in sorted(folder.iterdir()) if p.is_file()},
+    }
+    (folder / exported.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def parity(model: nn.Module, loaded: exported.Exported, tolerance: float) -> dict[str, float]:
+    """Relative error of the logits of `loaded` to those of `model` on drawn pictures and on words alone.
+
+    {"prefill": ..., "decode": ...}, the largest of each: after the prompt, and one word further, from the cache.
+    Raises ParityError beyond `tolerance` or for logits that are not finite.
+    """
+    from mmrecipes import scenes
+
+    found = {"prefill": 0.0, "decode": 0.0}
+    for picture in (scenes.render(scenes.make_scene(1), 256), scenes.render(scenes.make_scene(2), 256), None):
+        inputs = loaded.inputs(picture, "What is in this picture?")
+        logits = loaded.prefill(inputs)
+        token = int(logits.argmax())
+        given = {k: torch.from_numpy(np.asarray(v)) for k, v in inputs.items()}
+        with torch.inference_mode():
+            _compare(found, "prefill", logits, model(**given).logits[0, -1].numpy())
+            given["input_ids"] = torch.cat([given["input_ids"], torch.tensor([[token]])], 1)
+            given["attention_mask"] = torch.ones_like(given["input_ids"])
+            _compare(found, "decode", loaded.graphs.step(np.array([[token]])), model(**given).logits[0, -1].numpy())
+    worst = float(np.max(list(found.values())))
+    if not worst <= tolerance:  # also where it is NaN
+        raise ParityError(
+            f"the exported model's logits are {worst:.2g} (relative) away from the source's, more than "
+            f"{tolerance}: it is broken, and was not kept"
+        )
+    return found
+
+
+def _compare(found: dict[str, float], stage: str, logits: np.ndarray, wanted: np.ndarray) -> None:
+    found[stage] = float(np.maximum(found[stage], np.linalg.norm(logits - wanted) / np.linalg.norm(wanted)))  # keeps a NaN

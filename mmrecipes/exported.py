@@ -1,0 +1,214 @@
+"""An exported vision-language model, answering from ONNX Runtime or OpenVINO: no PyTorch model, no code of the source.
+
+`export.export` writes such a directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmrecipes.errors import UserError, one_line
+
+MANIFEST = "export.json"
+FORMAT = 1  # of the manifest; a newer one is refused
+PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino"}
+
+
+def load_exported(folder: str | Path, threads: int | None = None, check: bool = True) -> Exported:
+    """The model that `export` wrote to `folder`, ready to answer. `threads` of the runtime: by default all physical cores.
+
+    With `check`, the files must be those that were exported (SHA-256). Raises UserError for anything else.
+    """
+    folder = Path(folder).expanduser()
+    manifest = read_manifest(folder)
+    if check:
+        for name, digest in manifest["sha256"].items():
+            path = folder / name
+            if not path.is_file():
+                raise UserError(f"{path}: missing, though {MANIFEST} names it; export the model again")
+            if sha256(path) != digest:
+                raise UserError(f"{path}: not the file that was exported (truncated or changed); export the model again")
+    return Exported(folder, manifest, threads)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder}: no {MANIFEST}, so not an exported model; make one with mmrecipes.export.export")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] > FORMAT:
+            raise UserError(f"{folder}: exported by a newer mmrecipes (format {manifest['format']}); upgrade, or export it again")
+        _ = [manifest[key] for key in ("runtime", "precision", "image_token_id", "stop", "sha256", "longest")]
+        if manifest["runtime"] not in PACKAGES:
+            raise UserError(f"{folder}: exported for {manifest['runtime']!r}; expected one of {', '.join(PACKAGES)}")
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path}: not readable ({one_line(e, 80)}); export the model again") from e
+    return manifest
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+class Exported:
+    """Answers like the model it came from, greedily. `generate` and `stream` take pictures and a text or messages."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None):
+        package = PACKAGES[manifest["runtime"]]
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"{package} is not installed; get it with: pip install 'mmrecipes[deploy]'")
+        from transformers import AutoProcessor
+
+        self.folder, self.manifest = folder, manifest
+        self.processor = AutoProcessor.from_pretrained(folder)
+        graphs = {"onnx": OnnxGraphs, "openvino": OpenVinoGraphs}[manifest["runtime"]]
+        try:
+            self.graphs = graphs(folder, manifest["precision"], threads)
+        except Exception as e:  # the runtimes' own kinds, without a common parent
+            raise UserError(f"{folder}: {package} cannot load it ({one_line(e)}); export the model again") from e
+
+    def generate(self, images: Any, text: str | Sequence[dict], max_new_tokens: int = 64) -> str:
+        """The answer. `images`: None, a picture (PIL, path) or a list; `text`: a question, or messages as a chat template
+        takes them, with an {"type": "image"} for each picture."""
+        return "".join(self.stream(images, text, max_new_tokens)).strip()
+
+    def stream(self, images: Any, text: str | Sequence[dict], max_new_tokens: int = 64) -> Iterator[str]:
+        """The answer, piece by piece as its words are found."""
+        tokenizer, ids, said = self.processor.tokenizer, [], ""
+        for token in self.tokens(self.inputs(images, text), max_new_tokens):
+            ids.append(token)
+            whole = tokenizer.decode(ids, skip_special_tokens=True)
+            if not whole.endswith("\ufffd"):  # a character may need more than one token
+                yield whole[len(said) :]
+                said = whole
+        if ids and len(whole) > len(said):  # it stopped in the middle of a character
+            yield whole[len(said) :]
+
+    def tokens(self, inputs: dict[str, np.ndarray], max_new_tokens: int) -> Iterator[int]:
+        """Token ids, the likeliest each time, until the model stops or `max_new_tokens` are found."""
+        logits = self.prefill(inputs)
+        for i in range(max_new_tokens):
+            token = int(logits.argmax())
+            if token in self.manifest["stop"]:
+                return
+            yield token
+            if i + 1 < max_new_tokens:
+                logits = self.graphs.step(np.array([[token]]))
+
+    def prefill(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """Logits (V) of the first new token; the cache then holds the prompt."""
+        ids = inputs["input_ids"]
+        self.graphs.reset()
+        pixels = inputs.get("pixel_values")
+        features = None if pixels is None else self.graphs.look(pixels.reshape(-1, *pixels.shape[-3:]))
+        expected, found = int((ids == self.manifest["image_token_id"]).sum()), 0 if features is None else len(features)
+        if expected != found:
+            raise UserError(
+                f"{expected} places for visual tokens in the text, and {found} of them: an image is missing or too many"
+            )
+        return self.graphs.step(ids, features)
+
+    def inputs(self, images: Any, text: str | Sequence[dict]) -> dict[str, np.ndarray]:
+        """What the processor makes of one conversation: input_ids (1, T), pixel_values; UserError where it does not fit."""
+        from mmrecipes.pictures import image
+
+        pictures = [] if images is None else [image(p) for p in (images if isinstance(images, list | tuple) else [images])]
+        if isinstance(text, str):
+            content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": text}]
+            text = [{"role": "user", "content": content}]
+        places = sum(part["type"] == "image" for turn in text for part in turn["content"] if isinstance(part, dict))
+        if places != len(pictures):
+            raise UserError(f"{len(pictures)} pictures, and {places} places for them in the messages: give as many")
+        prompt = self.processor.apply_chat_template(text, add_generation_prompt=True)
+        found = self.processor(text=[prompt], images=[pictures] if pictures else None, return_tensors="np")
+        if not np.asarray(found.get("pixel_attention_mask", 1)).all():
+            raise UserError(
+                "a picture is padded, and the exported tower takes whole ones of its own size: resize the picture to it"
+            )
+        longest = self.manifest["longest"]
+        if found["input_ids"].shape[1] >= longest:
+            raise UserError(f"the prompt has {found['input_ids'].shape[1]} tokens, and the model takes {longest}: shorten it")
+        return dict(found)
+
+
+class OnnxGraphs:
+    """vision.onnx and language.onnx in ONNX Runtime. The KV cache stays in the runtime's memory from step to step."""
+
+    def __init__(self, folder: Path, precision: dict[str, str], threads: int | None):
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads or 0  # 0: its own choice, a thread for each physical core
+        # threads that rest between runs; spinning, they would take the cores from everything else in the process
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        cpu = ["CPUExecutionProvider"]
+        self.vision, self.language = (
+            ort.InferenceSession(str(folder / f"{part}.onnx"), options, providers=cpu) for part in ("vision", "language")
+        )
+        self.value = ort.OrtValue.ortvalue_from_numpy
+        _, features, *past = self.language.get_inputs()
+        self.past_names = [i.name for i in past]
+        self.outputs = ["logits", *(name.replace("input.", "output.", 1) for name in self.past_names)]
+        heads, width = (int(past[0].shape[axis]) for axis in (1, 3))
+        self.empty = np.zeros((1, heads, 0, width), np.float32)
+        self.nothing = np.zeros((1, int(features.shape[1])), np.float32)
+        self.reset()
+
+    def reset(self) -> None:
+        self.past = [self.value(self.empty)] * len(self.past_names)
+
+    def look(self, pixel_values: np.ndarray) -> np.ndarray:
+        """Visual tokens (T, D) of all pictures (or tiles), one after the other."""
+        name = self.vision.get_inputs()[0].name
+        found = [self.vision.run(None, {name: picture[None].astype(np.float32)})[0] for picture in pixel_values]
+        return np.concatenate([each.reshape(-1, each.shape[-1]) for each in found])
+
+    def step(self, ids: np.ndarray, features: np.ndarray | None = None) -> np.ndarray:
+        """Logits (V) after `ids` (1, T), which the cache then holds, too."""
+        values = {"input_ids": ids.astype(np.int64), "image_features": self.nothing if features is None else features}
+        feeds = {name: self.value(value) for name, value in values.items()}
+        feeds |= dict(zip(self.past_names, self.past, strict=True))
+        logits, *self.past = self.language.run_with_ort_values(self.outputs, feeds)
+        return logits.numpy()[0, -1]
+
+
+class OpenVinoGraphs:
+    """vision.xml and language.xml in OpenVINO on the CPU. The KV cache is the language graph's own state."""
+
+    def __init__(self, folder: Path, precision: dict[str, str], threads: int | None):
+        import openvino as ov
+
+        core, found = ov.Core(), {}
+        for part in ("vision", "language"):
+            # else it computes in bf16 wherever the CPU has instructions for it, whatever the file says
+            hint = "bf16" if precision[part] == "bf16" else "f32"
+            settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint}
+            settings |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
+            found[part] = core.compile_model(folder / f"{part}.xml", "CPU", settings).create_infer_request()
+        self.vision, self.language = found["vision"], found["language"]
+        shape = self.language.get_compiled_model().input("image_features").get_partial_shape()
+        self.nothing = np.zeros((1, shape[1].get_length() if shape[1].is_static else 1), np.float32)
+        self.reset()
+
+    def reset(self) -> None:
+        self.language.reset_state()
+
+    def look(self, pixel_values: np.ndarray) -> np.ndarray:
+        """Visual tokens (T, D) of all pictures (or tiles), one after the other."""
+        found = [self.vision.infer([picture[None].astype(np.float32)])[0] for picture in pixel_values]
+        return np.concatenate([each.reshape(-1, each.shape[-1]) for each in found])
+
+    def step(self, ids: np.ndarray, features: np.ndarray | None = None) -> np.ndarray:
+        """Logits (V) after `ids` (1, T), which the state then holds, too."""
+        feeds = {"input_ids": ids.astype(np.int64), "image_features": self.nothing if features is None else features}
+        return self.language.infer(feeds | {"beam_idx": np.zeros(1, np.int32)})["logits"][0, -1]
