@@ -22,8 +22,11 @@ help: ## list the targets
 tour: .venv/.installed ## a real vision-language model, shrunk, in under 3 minutes; writes tour.html
 	@$(BIN)/mmrecipes tour
 
+# Two tests at once, of one thread each: with more threads than cores PyTorch slows down many times. Notebooks, which time
+# things, have the machine for themselves.
 test: lint ## lint, unit tests, every recipe alone, every notebook
-	@env -u MODEL $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300 tests notebooks
+	@env -u MODEL OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+	@env -u MODEL $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300 notebooks
 
 lab: .venv/.installed ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir=. notebooks

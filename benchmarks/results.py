@@ -8,6 +8,7 @@ one job by its name: `python benchmarks/results.py plan`.
 - results/modality.json: a language model calibrated on text alone, on pictures and text, and with both weighed alike
 - results/int8.json, int8-speed.json: int8 with activations, by library: accuracy; time on the real-size twin (benchmarks/int8.py)
 - results/static.json: mini-cnn in static int8, by observer, calibration set and runtime (benchmarks/static.py)
+- results/exported.json: mini-vlm exported to ONNX Runtime and OpenVINO, by precision (benchmarks/exported.py)
 - results/tour.json: the tour's comparison, with 1,000 questions
 - results/real-size.json: stage budget and roofline of the real-size twin, fp32, on this machine
 """
@@ -150,6 +151,12 @@ def the_static() -> None:
     write("static.json", static.run())
 
 
+def the_exported() -> None:
+    import exported
+
+    write("exported.json", exported.run())
+
+
 def real_size() -> None:
     """Where a real model's time goes; random weights, so time and memory only."""
     twin = models.real_size("smolvlm-256m")
@@ -183,6 +190,7 @@ if __name__ == "__main__":
         "int8": the_int8,
         "int8-speed": the_int8_speed,
         "static": the_static,
+        "exported": the_exported,
         "tour": the_tour,
         "real-size": real_size,
     }

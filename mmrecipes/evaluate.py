@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import BatchFeature
 
+    from mmrecipes.exported import Exported
+
 
 @dataclass(frozen=True)
 class Share:
@@ -80,7 +82,7 @@ def questions_needed(points: float, accuracy: float = 0.95, flips: float | None 
 
 
 def answers(
-    model: torch.nn.Module,
+    model: torch.nn.Module | Exported,
     images: Sequence,
     questions: Sequence[str],
     batch_size: int = 50,
@@ -89,6 +91,7 @@ def answers(
 ) -> list[str]:
     """Answers from `generate()`, greedy, in batches. `model.processor` is used; `progress=None` shows a bar to people only.
 
+    An exported model (`load_exported`) answers one question after the other.
     Raises ParityError when the model's output on the first batch is not finite: such a model is broken, not lossy.
     """
     from tqdm.auto import tqdm
@@ -99,6 +102,9 @@ def answers(
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     if progress is None:
         progress = not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
+    if not isinstance(model, torch.nn.Module):
+        asked = tqdm(list(zip(images, questions, strict=True)), disable=not progress, desc="answering", leave=False)
+        return [model.generate(image, question, max_new_tokens) for image, question in asked]
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     for i in tqdm(range(0, len(questions), batch_size), disable=not progress, desc="answering", leave=False):
         batch = [[image.convert("RGB")] for image in images[i : i + batch_size]]
@@ -113,7 +119,7 @@ def answers(
     return found
 
 
-def vqa(model: torch.nn.Module, rows: Dataset, batch_size: int = 50, progress: bool | None = None) -> Result:
+def vqa(model: torch.nn.Module | Exported, rows: Dataset, batch_size: int = 50, progress: bool | None = None) -> Result:
     """Accuracy on `rows` (image, question, answer, family), exact match of the generated answer, case ignored."""
     from mmrecipes.data import majority_floor
 

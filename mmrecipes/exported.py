@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mmrecipes.errors import UserError, one_line
+from mmrecipes.errors import ParityError, UserError, one_line
 
 MANIFEST = "export.json"
 FORMAT = 1  # of the manifest; a newer one is refused
@@ -97,6 +97,8 @@ class Exported:
         """Token ids, the likeliest each time, until the model stops or `max_new_tokens` are found."""
         logits = self.prefill(inputs)
         for i in range(max_new_tokens):
+            if not np.isfinite(logits).all():
+                raise ParityError("the model's logits are not finite: it is broken, not lossy; export it again")
             token = int(logits.argmax())
             if token in self.manifest["stop"]:
                 return

@@ -1,0 +1,29 @@
+"""mini-vlm, exported: what each runtime and precision costs in answers, on the whole test split, and in bytes."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from mmrecipes import data, evaluate, export, exported, models
+
+WAYS = [(runtime, width) for runtime in ("onnx", "openvino") for width in ("fp32", "int8", "int4")]
+
+
+def run() -> dict:
+    """Accuracy, the change against the same model in PyTorch (paired), error of the logits, and bytes, by runtime and precision."""
+    model, rows, found = models.load("mini-vlm"), data.test_split(), {}
+    base = evaluate.vqa(model, rows)
+    for runtime, width in WAYS:
+        with tempfile.TemporaryDirectory() as folder:
+            loaded = exported.load_exported(export.export(model, Path(folder) / "mini-vlm", runtime, width))
+            result = evaluate.vqa(loaded, rows)
+            found[f"{runtime}, {width}"] = {
+                "accuracy": result.overall,
+                "change": evaluate.paired(base.right, result.right),
+                "same answers": sum(a == b for a, b in zip(base.predictions, result.predictions, strict=True)),
+                "relative error": export.parity(model, loaded, export.TOLERANCE[width]),
+                "mb": sum(loaded.manifest["bytes"].values()) / 1e6,
+            }
+            print(runtime, width, result.overall, found[f"{runtime}, {width}"]["change"], flush=True)
+    return {"fp32": base.overall, "variants": found}
