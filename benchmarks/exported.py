@@ -11,7 +11,7 @@ WAYS = [(runtime, width) for runtime in ("onnx", "openvino") for width in ("fp32
 
 
 def run() -> dict:
-    """Accuracy, the change against the same model in PyTorch (paired), error of the logits, and bytes, by runtime and precision."""
+    """By runtime and precision: accuracy, the change against PyTorch (paired), error of the logits, and bytes."""
     model, rows, found = models.load("mini-vlm"), data.test_split(), {}
     base = evaluate.vqa(model, rows)
     for runtime, width in WAYS:
