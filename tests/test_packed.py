@@ -1,0 +1,37 @@
+"""Packed weights: what a group of 32 keeps, in the layout that ONNX Runtime's kernels read."""
+
+import pytest
+import torch
+
+from mmrecipes import packed, quantize
+from mmrecipes.errors import UserError
+
+
+def unpacked(q, scales, bits, wide):
+    q = torch.from_numpy(q).int()
+    if bits == 4:
+        q = torch.stack([q & 15, q >> 4], -1).flatten(-2)
+    return ((q - 2 ** (bits - 1)) * torch.from_numpy(scales).unsqueeze(-1)).flatten(1)[:, :wide]
+
+
+def test_a_grid_that_is_there_already_is_kept():
+    noise = torch.Generator().manual_seed(0)
+    for top in (8, 7, 5, 3):  # whichever mark is the largest that a group uses
+        marks = torch.randint(-top, min(top, 7) + 1, (40, 4, 32), generator=noise).float()
+        marks[:, :, 0] = -top
+        weight = (marks * (0.01 + torch.rand(40, 4, 1, generator=noise))).flatten(1)
+        assert torch.allclose(unpacked(*packed.pack(weight, 4), 4, 128), weight, atol=1e-6)
+
+
+@pytest.mark.parametrize(("bits", "wide"), [(4, 64), (4, 40), (8, 64), (8, 40)])
+def test_the_error_is_no_larger_than_rounding_leaves(bits, wide):
+    weight = torch.randn(24, wide, generator=torch.Generator().manual_seed(1))
+    off = (unpacked(*packed.pack(weight, bits), bits, wide) - weight).norm()
+    padded = torch.nn.functional.pad(weight, (0, -wide % 32))
+    assert off <= 1.001 * (quantize.round_to_nearest(padded, bits, "group", 32)[:, :wide] - weight).norm()
+
+
+def test_zeros_stay_zero_and_other_widths_are_refused():
+    assert not unpacked(*packed.pack(torch.zeros(3, 32), 4), 4, 32).any()
+    with pytest.raises(UserError, match="have 4 and 8"):
+        packed.pack(torch.zeros(3, 32), 3)
