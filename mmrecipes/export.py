@@ -124,6 +124,8 @@ def _supported(model: nn.Module) -> None:
     if not isinstance(getattr(model.config, "image_token_id", None), int):
         raise UserError(f"export: {type(model).__name__} has no image_token_id in its config; there is no recipe for it yet")
     vision(model)
+    if not getattr(getattr(model, "processor", None), "chat_template", None):
+        raise UserError(f"export: {type(model).__name__} has no .processor with a chat template; load it with models.load")
 
 
 def vision(model: nn.Module) -> tuple[nn.Module, Tensor]:

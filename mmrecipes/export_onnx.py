@@ -23,7 +23,7 @@ def write(model: nn.Module, folder: Path, widths: Mapping[str, str]) -> None:
     if widths["vision"] == "int8":
         runtime.dynamic_int8(vision, vision)
     if widths["language"] == "int8":  # all inputs of a layer on one scale; where that is too coarse, and for words, groups of 32
-        runtime.dynamic_int8(language, language, keep=[k for k in LAST if any(k in s for s in packed.scopes(language))])
+        runtime.dynamic_int8(language, language, keep=[k for k in LAST if any(k in s for s in runtime.scopes(language).values())])
         packed.rewrite(language, language, 8)
     elif widths["language"] == "int4":
         packed.rewrite(language, language, 4)

@@ -40,16 +40,19 @@ def load_exported(folder: str | Path, threads: int | None = None, check: bool = 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such directory; give the one that was exported to")
     if not path.is_file():
         raise UserError(f"{folder}: no {MANIFEST}, so not an exported model; make one with mmrecipes.export.export")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] > FORMAT:
             raise UserError(f"{folder}: exported by a newer mmrecipes (format {manifest['format']}); upgrade, or export it again")
-        _ = [manifest[key] for key in ("runtime", "precision", "image_token_id", "stop", "sha256", "longest")]
+        _ = [manifest[key] for key in ("image_token_id", "stop", "longest")]
+        _ = [manifest["precision"][part] for part in ("vision", "language")], manifest["sha256"].items()
         if manifest["runtime"] not in PACKAGES:
             raise UserError(f"{folder}: exported for {manifest['runtime']!r}; expected one of {', '.join(PACKAGES)}")
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: not readable ({one_line(e, 80)}); export the model again") from e
     return manifest
 
@@ -127,6 +130,8 @@ class Exported:
         if isinstance(text, str):
             content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": text}]
             text = [{"role": "user", "content": content}]
+        if not isinstance(text, list | tuple) or not all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in text):
+            raise UserError(f"text: {text!r:.80}; expected a question, or a list of messages with a role and a content each")
         places = sum(part["type"] == "image" for turn in text for part in turn["content"] if isinstance(part, dict))
         if places != len(pictures):
             raise UserError(f"{len(pictures)} pictures, and {places} places for them in the messages: give as many")
@@ -142,17 +147,28 @@ class Exported:
         return dict(found)
 
 
+def session_options(threads: int):  # -> onnxruntime.SessionOptions
+    """Settings of an ONNX Runtime session: `threads` (0: one for each physical core), which rest once a run is done.
+
+    By default they spin on for tens of milliseconds, ready for the next run, and take the cores from whatever else computes
+    in the process: eager PyTorch between two runs, or the variant that is timed next.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
 class OnnxGraphs:
     """vision.onnx and language.onnx in ONNX Runtime. The KV cache stays in the runtime's memory from step to step."""
 
     def __init__(self, folder: Path, precision: dict[str, str], threads: int | None):
         import onnxruntime as ort
 
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads or 0  # 0: its own choice, a thread for each physical core
-        # threads that rest between runs; spinning, they would take the cores from everything else in the process
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options = session_options(threads or 0)
         cpu = ["CPUExecutionProvider"]
         self.vision, self.language = (
             ort.InferenceSession(str(folder / f"{part}.onnx"), options, providers=cpu) for part in ("vision", "language")

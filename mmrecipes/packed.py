@@ -49,14 +49,6 @@ def _scales(w: Tensor, bits: int) -> Tensor:
     return best
 
 
-def scopes(graph: str | Path) -> list[str]:
-    """The modules that the nodes of `graph` came from, as the exporter noted them."""
-    import onnx
-
-    nodes = onnx.load(str(graph), load_external_data=False).graph.node
-    return [p.value for n in nodes for p in n.metadata_props if p.key.endswith("name_scopes")]
-
-
 def rewrite(graph: str | Path, out: str | Path, bits: int) -> Path:
     """A copy of `graph` at `out` whose products with a constant matrix, and look-ups in one, have weights of `bits` bits."""
     runtime.needs("onnx")
@@ -82,7 +74,11 @@ def rewrite(graph: str | Path, out: str | Path, bits: int) -> Path:
         kind = "Gather" if node.op_type == "Gather" else "MatMul"
         name = node.input[at]
         weight = torch.from_numpy(numpy_helper.to_array(constants[name]).copy())
-        if weight.ndim != 2 or weight.dtype != torch.float32:
+        extra = {a.name: a.f if a.name == "alpha" else a.i for a in node.attribute}
+        turned = bool(extra.pop("transB", 0)) if kind == "MatMul" else False
+        # a factor, or an input turned round: this kernel has neither
+        plain = kind == "Gather" or (extra.pop("alpha", 1) == 1 and not any(extra.values()))
+        if weight.ndim != 2 or weight.dtype != torch.float32 or not plain:
             continue
         if kind == "Gather":
             inputs = packed(name, weight, bits, flat=True)
@@ -92,7 +88,6 @@ def rewrite(graph: str | Path, out: str | Path, bits: int) -> Path:
                 **{"gather_axis": 0, "quantize_axis": 1, "block_size": GROUP},
             )
         else:
-            turned = any(a.name == "transB" and a.i for a in node.attribute)
             weight = weight if turned else weight.T.contiguous()
             inputs = packed(name, weight, bits, flat=False)
             new = helper.make_node(

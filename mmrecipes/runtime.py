@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrecipes.errors import UserError, one_line
+from mmrecipes.exported import session_options
 
 PARTS = ("vision", "language")
 MOST = 1_900_000_000  # bytes of weights: one ONNX file holds at most 2 GB
@@ -241,13 +242,18 @@ def _nodes(graph: str | Path, keep: Sequence[str]) -> list[str]:
     """Names of the graph's nodes that come from modules of which a name in `keep` is part; the exporter noted the modules."""
     if not keep:
         return []
+    found = scopes(graph)
+    if missing := [k for k in keep if not any(k in scope for scope in found.values())]:
+        raise UserError(f"keep={missing[0]!r}: {graph} has no module of that name; leave it out")
+    return [name for name, scope in found.items() if any(k in scope for k in keep)]
+
+
+def scopes(graph: str | Path) -> dict[str, str]:
+    """The module that each node of `graph` came from, where the exporter noted it: {name of the node: path of the module}."""
     import onnx
 
     nodes = onnx.load(str(graph), load_external_data=False).graph.node
-    scopes = {n.name: p.value for n in nodes for p in n.metadata_props if p.key.endswith("name_scopes")}
-    if missing := [k for k in keep if not any(k in scope for scope in scopes.values())]:
-        raise UserError(f"keep={missing[0]!r}: {graph} has no module of that name; leave it out")
-    return [name for name, scope in scopes.items() if any(k in scope for k in keep)]
+    return {n.name: p.value for n in nodes for p in n.metadata_props if p.key.endswith("name_scopes")}
 
 
 def _kind(weights: str) -> str:
@@ -267,22 +273,8 @@ def session(graph: str | Path):  # -> onnxruntime.InferenceSession
 
     if not Path(graph).is_file():
         raise UserError(f"session: no file {graph}; make it with runtime.export or runtime.dynamic_int8")
-    return ort.InferenceSession(str(graph), session_options(), providers=["CPUExecutionProvider"])
-
-
-def session_options(threads: int | None = None):  # -> onnxruntime.SessionOptions
-    """Settings of a session: as many threads as PyTorch uses, which rest once a run is done.
-
-    By default they spin on for tens of milliseconds, ready for the next run, and take the cores from whatever else computes
-    in the process: eager PyTorch between two runs, or the variant that is timed next.
-    """
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
+    options = session_options(torch.get_num_threads())
+    return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
 
 
 class _Tower(nn.Module):

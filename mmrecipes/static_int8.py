@@ -355,7 +355,7 @@ def session(path: str | Path, threads: int | None = None, as_written: bool = Fal
     """
     import onnxruntime as ort
 
-    options = runtime.session_options(threads)
+    options = runtime.session_options(threads or torch.get_num_threads())
     if as_written:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:

@@ -127,6 +127,9 @@ def test_words_come_one_by_one(plain, rows):
 def test_what_does_not_fit_is_refused(plain, rows):
     with pytest.raises(UserError, match="2 pictures, and 1 place"):
         plain.generate([rows[0]["image"]] * 2, [{"role": "user", "content": [{"type": "image"}]}])
+    for text in (None, 3, ["What?"], [{"role": "user"}]):
+        with pytest.raises(UserError, match="expected a question"):
+            plain.generate(None, text)
     with pytest.raises(UserError, match="shorten it"):
         plain.generate(None, "word " * 20_000)
 
@@ -167,9 +170,17 @@ def test_a_changed_file_is_refused(plain, tmp_path, name):
 def test_a_foreign_directory_is_refused(house_vlm, plain, tmp_path):
     with pytest.raises(UserError, match=r"no export\.json"):
         exported.load_exported(house_vlm)
+    with pytest.raises(UserError, match="no such directory"):
+        exported.load_exported(tmp_path / "nowhere")
     folder = copied(plain, tmp_path)
     manifest = json.loads((folder / "export.json").read_text())
-    for change, said in (({"format": 99}, "newer mmrecipes"), ({"runtime": "abacus"}, "'abacus'"), ({"stop": None}, None)):
+    for change, said in (
+        ({"format": 99}, "newer mmrecipes"),
+        ({"runtime": "abacus"}, "'abacus'"),
+        ({"stop": None}, None),
+        ({"sha256": []}, None),
+        ({"precision": []}, None),
+    ):
         (folder / "export.json").write_text(json.dumps({k: v for k, v in (manifest | change).items() if v is not None}))
         with pytest.raises(UserError, match=said or "not readable"):
             exported.load_exported(folder)
@@ -186,7 +197,13 @@ def test_bad_requests(vlm, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             export.export(vlm, tmp_path / "out", *arguments)
-    for model, said in ((tiny.siglip(), "give a model that answers"), (tiny.qwen2_5_vl(), "no recipe for it yet")):
+    mute = tiny.llava()
+    mute.processor.chat_template = None
+    for model, said in (
+        (mute, "chat template"),
+        (tiny.siglip(), "give a model that answers"),
+        (tiny.qwen2_5_vl(), "no recipe for it yet"),
+    ):
         with pytest.raises(UserError, match=said):
             export.export(model, tmp_path / "out")
     half = tiny.llava().to(torch.bfloat16)
