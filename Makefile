@@ -54,6 +54,10 @@ results: .venv/.installed ## measure what results/ and the README say, on this m
 	@$(BIN)/python benchmarks/results.py
 	@$(BIN)/python tools/readme.py
 
+bench: .venv/.installed ## the real-size twin in every runtime, beside the peers: about an hour
+	@$(BIN)/python benchmarks/bench.py
+	@$(BIN)/python tools/readme.py
+
 clean: ## remove what was generated; .venv and runs/ (training checkpoints) stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis tour.html
 	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mmrecipes import data, evaluate, export, exported, models
 
-WAYS = [(runtime, width) for runtime in ("onnx", "openvino") for width in ("fp32", "int8", "int4")]
+WAYS = [(runtime, width) for runtime in ("onnx", "openvino", "executorch") for width in ("fp32", "int8", "int4")]
 
 
 def run() -> dict:

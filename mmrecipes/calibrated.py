@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 REACHES = torch.linspace(0.35, 1.0, 14)  # where the last mark may lie, as a fraction of the largest weight
 
 
-def best_scale(rows: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
+def best_scale(rows: Tensor, bits: int, importance: Tensor | None = None, signs: tuple[int, ...] = (1, -1)) -> Tensor:
     """The scale of each of `rows` (N, G) that leaves the least squared error, weighted by `importance` (G,): (N, 1).
 
     Clipping the largest weights may pay, so several reaches are tried; and both signs, because whole numbers of b bits reach
@@ -35,7 +35,7 @@ def best_scale(rows: Tensor, bits: int, importance: Tensor | None = None) -> Ten
     weight = torch.ones_like(rows[0]) if importance is None else importance
     best, least = largest, torch.full_like(largest, torch.inf)
     for reach in REACHES.tolist():
-        for scale in (reach * largest, -reach * largest):
+        for scale in (sign * reach * largest for sign in signs):
             off = ((rows - _to_marks(rows, scale, top)).square() * weight).sum(1, keepdim=True)
             best, least = torch.where(off < least, scale, best), torch.minimum(off, least)
     return best

@@ -23,14 +23,17 @@ from mmrecipes import runtime as graphs
 from mmrecipes.checks import check_replaceable, take_place
 from mmrecipes.errors import ParityError, UserError, one_line
 
+PARTS = ("vision", "language")
 # what each part can be: fp32; bf16, where the CPU has instructions for it; int8, weights and, in ONNX Runtime, activations,
-# rounded on the fly; int4, weights in groups of 32
+# rounded on the fly; int4, weights in groups of 32; mixed, weights that were rounded to 4 bits before (plan.apply with groups of
+# 32) in 4 bits as they are, the rest as in int8
 PRECISIONS = {
-    "onnx": {"vision": ("fp32", "int8"), "language": ("fp32", "int8", "int4")},
-    "openvino": {"vision": ("fp32", "bf16", "int8"), "language": ("fp32", "bf16", "int8", "int4")},
+    "onnx": {"vision": ("fp32", "int8", "mixed"), "language": ("fp32", "int8", "int4", "mixed")},
+    "openvino": {"vision": ("fp32", "bf16", "int8", "mixed"), "language": ("fp32", "bf16", "int8", "int4", "mixed")},
+    "executorch": {"vision": ("fp32", "int8", "mixed"), "language": ("fp32", "int8", "int4", "mixed")},
 }
 # relative error of the first words' logits that each precision may have; beyond it is broken, not lossy
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.25, "int4": 0.6}
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.25, "mixed": 0.25, "int4": 0.6}
 
 
 # ---- what is exported
@@ -75,7 +78,8 @@ class Features(nn.Module):
 def export(
     model: nn.Module, out: str | Path, runtime: str = "onnx", precision: str | Mapping[str, str] = "fp32", check: bool = True
 ) -> Path:
-    """Write `model` (float32, as `models.load` gives it) to directory `out`, for "onnx" (ONNX Runtime) or "openvino".
+    """Write `model` (float32, as `models.load` gives it) to directory `out`, for "onnx" (ONNX Runtime), "openvino" or
+    "executorch".
 
     Returns `out`. `precision` is one word for both parts or {"vision": ..., "language": ...}, of those in PRECISIONS. All or
     nothing: `out` appears, or takes an older export's place, once the graphs answer as `model` does (`check`; ParityError).
@@ -167,6 +171,9 @@ def _write_rest(model: nn.Module, folder: Path, runtime: str, widths: Mapping[st
     model.processor.save_pretrained(folder)
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
+    longest = model.config.get_text_config().max_position_embeddings
+    if runtime == "executorch":  # its cache has a fixed length
+        longest = importlib.import_module("mmrecipes.export_executorch").longest(model)
     stop = model.generation_config.eos_token_id
     if stop is None:
         stop = model.config.get_text_config().eos_token_id
@@ -178,7 +185,7 @@ def _write_rest(model: nn.Module, folder: Path, runtime: str, widths: Mapping[st
         "class": type(model).__name__,
         "image_token_id": model.config.image_token_id,
         "stop": [stop] if isinstance(stop, int) else list(stop or ()),
-        "longest": model.config.get_text_config().max_position_embeddings,
+        "longest": longest,
         "versions": {n: metadata.version(n) for n in ("torch", "transformers", exported.PACKAGES[runtime])},
         "bytes": {p.name: p.stat().st_size for p in files},
         "sha256": {p.name: exported.sha256(p) for p in sorted(folder.iterdir()) if p.is_file()},

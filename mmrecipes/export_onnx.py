@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from mmrecipes import export, packed, runtime
+
+if TYPE_CHECKING:
+    import onnx
 
 # the last layer of a decoder's MLP, by its usual names: a few of its inputs are far larger than the rest (notebook 11), too far
 # for one scale a tensor
@@ -20,27 +24,32 @@ def write(model: nn.Module, folder: Path, widths: Mapping[str, str]) -> None:
     tower, picture = export.vision(model)
     vision = runtime.to_onnx(tower, {"pixel_values": picture}, folder / "vision.onnx", {})
     language = _language(model, folder / "language.onnx")
-    if widths["vision"] == "int8":
-        runtime.dynamic_int8(vision, vision)
-    if widths["language"] == "int8":  # all inputs of a layer on one scale; where that is too coarse, and for words, groups of 32
-        runtime.dynamic_int8(language, language, keep=[k for k in LAST if any(k in s for s in runtime.scopes(language).values())])
-        packed.rewrite(language, language, 8)
-    elif widths["language"] == "int4":
-        packed.rewrite(language, language, 4)
-    for path in (vision, language):
+    for part, path in (("vision", vision), ("language", language)):
+        if widths[part] in ("int4", "mixed"):
+            packed.rewrite(path, path, 4, rounded=widths[part] == "mixed")
+        if widths[part] in ("int8", "mixed"):
+            if part == "language":
+                packed.rewrite(path, path, 8, only=_coarse(path))
+            packed.dynamic(path, path)
         packed.tidy(path)
+
+
+def _coarse(path: Path) -> Callable[[onnx.NodeProto], bool]:
+    """Of a node, whether one scale for all its inputs is too coarse (LAST), or it is no plain product: words, and the head."""
+    scopes = runtime.scopes(path)
+    return lambda node: node.op_type != "MatMul" or any(name in scopes.get(node.name, "") for name in LAST)
 
 
 def _language(model: nn.Module, path: Path) -> Path:
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
     module, example, axes = export.language(model)
-    with runtime.quiet(), runtime.written(path) as aside:
+    with runtime.quiet():
         # for the CPU: attention with its cache and rotary embedding in one node (GroupQueryAttention), norms with their sums,
         # and products of one input together
         config = OnnxConfig(dynamic_shapes=axes, ort_fusions="cpu", prefer_deferred_runtime_asserts_over_guards=True)
         program = OnnxExporter().export(module, example, config).program
         import onnx_ir
 
-        onnx_ir.save(program, str(aside))
+        onnx_ir.save(program, str(path), external_data=path.name + ".data")
     return path

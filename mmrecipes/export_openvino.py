@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mmrecipes import export, runtime
+from mmrecipes import export, packed, runtime
 
 
 def write(model: nn.Module, folder: Path, widths: Mapping[str, str]) -> None:
@@ -28,10 +28,42 @@ def write(model: nn.Module, folder: Path, widths: Mapping[str, str]) -> None:
 
 def _compressed(graph, width: str):
     """Weights in int8, one scale a channel, or int4 in groups of 32; embeddings too. Activations stay as they are."""
-    if width not in ("int8", "int4"):
-        return graph
-    import nncf
+    if width in ("int4", "mixed"):
+        _four_bits(graph, rounded=width == "mixed")
+    if width in ("int8", "mixed"):
+        import nncf
 
-    if width == "int8":
         return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
-    return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=32, ratio=1.0, all_layers=True)
+    return graph
+
+
+def _four_bits(graph, rounded: bool) -> None:
+    """Give products with a constant matrix, and look-ups in one, weights of 4 bits (`packed.pack`) in `graph` itself.
+
+    With `rounded`, only where the weights lie on a grid of 4 bits already, which NNCF's own rounding would not keep.
+    """
+    import numpy as np
+    import openvino as ov
+    from openvino import opset13 as op
+
+    done = {}
+    for node in graph.get_ordered_ops():
+        at = {"MatMul": 1, "Gather": 0}.get(node.get_type_name())
+        constant = None if at is None else node.input_value(at).get_node()
+        if constant is None or constant.get_type_name() != "Constant" or constant.get_element_type() != ov.Type.f32:
+            continue
+        name, shape = constant.get_friendly_name(), list(constant.shape)
+        if len(shape) != 2 or shape[1] % packed.GROUP or (at and not node.get_attributes()["transpose_b"]):
+            continue
+        if name not in done:
+            weight = torch.from_numpy(constant.data.copy())
+            if rounded and not packed.on_grid(weight):
+                continue
+            q, scales = packed.pack(weight, 4)
+            groups = [shape[0], shape[1] // packed.GROUP, packed.GROUP]
+            numbers = ov.Tensor(ov.Type.i4, ov.Shape(groups))
+            numbers.data[:] = (q ^ 0x88).reshape(-1).view(np.int8)  # signed: the upper bit of each half of a byte turns round
+            scaled = op.multiply(op.convert(op.constant(numbers), "f32"), op.constant(scales[..., None]))
+            done[name] = op.reshape(scaled, op.constant(np.array(shape)), special_zero=False)
+        node.input(at).replace_source_output(done[name].output(0))
+    graph.validate_nodes_and_infer_types()

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from mmrecipes.errors import ParityError, UserError, one_line
 
 MANIFEST = "export.json"
 FORMAT = 1  # of the manifest; a newer one is refused
-PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino"}
+PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino", "executorch": "executorch"}
 
 
 def load_exported(folder: str | Path, threads: int | None = None, check: bool = True) -> Exported:
@@ -73,7 +76,7 @@ class Exported:
 
         self.folder, self.manifest = folder, manifest
         self.processor = AutoProcessor.from_pretrained(folder)
-        graphs = {"onnx": OnnxGraphs, "openvino": OpenVinoGraphs}[manifest["runtime"]]
+        graphs = {"onnx": OnnxGraphs, "openvino": OpenVinoGraphs, "executorch": ExecutorchGraphs}[manifest["runtime"]]
         try:
             self.graphs = graphs(folder, manifest["precision"], threads)
         except Exception as e:  # the runtimes' own kinds, without a common parent
@@ -230,3 +233,55 @@ class OpenVinoGraphs:
         """Logits (V) after `ids` (1, T), which the state then holds, too."""
         feeds = {"input_ids": ids.astype(np.int64), "image_features": self.nothing if features is None else features}
         return self.language.infer(feeds | {"beam_idx": np.zeros(1, np.int32)})["logits"][0, -1]
+
+
+class ExecutorchGraphs:
+    """vision.pte and language.pte in ExecuTorch. The KV cache is the language program's own memory."""
+
+    def __init__(self, folder: Path, precision: dict[str, str], threads: int | None):
+        from executorch.extension.pybindings import portable_lib
+        from executorch.runtime import Runtime
+
+        if threads:
+            portable_lib._unsafe_reset_threadpool(threads)
+        with _hushed():  # it reports on the CPU of a phone that it does not find
+            self.programs = [Runtime.get().load_program(folder / f"{part}.pte") for part in ("vision", "language")]
+            self.vision, self.language = (program.load_method("forward") for program in self.programs)
+        shape = self.language.metadata.input_tensor_meta(1).sizes()
+        self.nothing = np.zeros((1, shape[1]), np.float32)
+        self.reset()
+
+    def reset(self) -> None:
+        self.before = 0
+
+    def look(self, pixel_values: np.ndarray) -> np.ndarray:
+        """Visual tokens (T, D) of all pictures (or tiles), one after the other."""
+        found = [self._run(self.vision, picture[None].astype(np.float32)) for picture in pixel_values]
+        return np.concatenate([each.reshape(-1, each.shape[-1]) for each in found])
+
+    def step(self, ids: np.ndarray, features: np.ndarray | None = None) -> np.ndarray:
+        """Logits (V) after `ids` (1, T), which the cache then holds, too."""
+        features = self.nothing if features is None else features
+        logits = self._run(self.language, ids.astype(np.int64), features, np.array([self.before]))
+        self.before += ids.shape[1]
+        return logits[0, -1]
+
+    def _run(self, method: Any, *inputs: np.ndarray) -> np.ndarray:
+        import torch
+
+        with _hushed():
+            return method.execute([torch.from_numpy(np.ascontiguousarray(each)) for each in inputs])[0].clone().numpy()
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Hold back what native code writes to the process's stderr."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

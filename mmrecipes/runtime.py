@@ -378,6 +378,7 @@ def prepared(graph: str | Path) -> Iterator[str]:
         del whole.graph.value_info[:]
         whole.graph.value_info.extend(shapes)
         onnx.save(whole, bare)
+        del whole, shapes  # of a large model each copy counts
         quant_pre_process(bare, ready, skip_symbolic_shape=True)
         yield ready
 
@@ -392,7 +393,7 @@ def quiet() -> Iterator[None]:
     try:
         # the calibrators print what they do
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.filterwarnings("ignore", message="(?s).*(LeafSpec|The axis name).*")
+            warnings.filterwarnings("ignore", message="(?s).*(LeafSpec|The axis name|var_to_val|Mutation on a buffer).*")
             yield
     finally:
         for log, level in zip(logs, before, strict=True):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tiny
-from mmrecipes import data, export, exported, models, scenes
+from mmrecipes import data, export, exported, models, plan, scenes
 from mmrecipes.errors import ParityError, UserError
 
 # the largest relative error of logits seen is a half or less of these
@@ -134,6 +134,27 @@ def test_what_does_not_fit_is_refused(plain, rows):
         plain.generate(None, "word " * 20_000)
 
 
+def test_no_pytorch_is_needed(plain):
+    code = (
+        "import sys; sys.modules.update(torch=None, torchao=None)\n"  # as where they are not installed
+        "from mmrecipes.exported import load_exported; from PIL import Image\n"
+        f"print(load_exported({str(plain.folder)!r}).generate(Image.new('RGB', (96, 96)), 'What colour is the circle?'))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+
+
+@pytest.mark.parametrize("runtime", ["onnx", "openvino"])
+def test_weights_rounded_before_keep_their_grid(vlm, runtime, tmp_path):
+    """Half of the units in 4 bits by GPTQ, the rest in 8: the file is smaller than int8, its errors are those of int8."""
+    half = {unit: 4 for i, unit in enumerate(plan.units(vlm)) if i % 2}
+    small = plan.apply(vlm, half, 32, data.calibration(8))
+    whole = exported.load_exported(export.export(small, tmp_path / "int8", runtime, "int8"))
+    mixed = exported.load_exported(export.export(small, tmp_path / "mixed", runtime, dict.fromkeys(export.PARTS, "mixed")))
+    assert max(export.parity(small, mixed, CLOSE["int8"]).values()) <= CLOSE["int8"]
+    sizes = [sum(each.manifest["bytes"].values()) for each in (mixed, whole)]
+    assert sizes[0] < 0.85 * sizes[1]
+
+
 def test_no_model_code_is_loaded(plain):
     code = (
         "import sys; from mmrecipes.exported import load_exported; from PIL import Image\n"
@@ -152,14 +173,14 @@ def copied(plain, tmp_path):
     return shutil.copytree(plain.folder, tmp_path / "copy")
 
 
-@pytest.mark.parametrize("name", ["language.onnx", "vision.onnx", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("name", ["language.onnx", "language.onnx.data", "vision.onnx", "tokenizer.json", "config.json"])
 def test_a_changed_file_is_refused(plain, tmp_path, name):
     folder = copied(plain, tmp_path)
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=f"{name}: not the file that was exported"):
         exported.load_exported(folder)
-    if name.endswith("onnx"):
+    if "onnx" in name:
         with pytest.raises(UserError, match="cannot load it"):
             exported.load_exported(folder, check=False)
     (folder / name).unlink()
@@ -191,7 +212,7 @@ def test_a_foreign_directory_is_refused(house_vlm, plain, tmp_path):
 
 def test_bad_requests(vlm, tmp_path):
     for arguments, said in (
-        (("abacus",), "expected one of onnx, openvino"),
+        (("abacus",), "expected one of onnx, openvino, executorch"),
         (("onnx", "int3"), "expected one of fp32, int8"),
         (("onnx", {"vision": "int8"}), "precision of language"),
     ):

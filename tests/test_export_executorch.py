@@ -1,0 +1,83 @@
+"""A model exported for ExecuTorch answers like its source, within the length its cache was given."""
+
+import pytest
+import torch
+
+import tiny
+from mmrecipes import data, export, export_executorch, exported, models, plan, scenes
+from mmrecipes.errors import UserError
+
+# the largest relative error of logits seen is a half or less of these; XNNPACK's GELU is an approximation
+CLOSE = {"fp32": 1e-3, "int8": 0.1, "int4": 0.4}
+
+
+@pytest.fixture(scope="module")
+def vlm(house_vlm):
+    return models.load(house_vlm)
+
+
+@pytest.fixture(scope="module", params=CLOSE)
+def way(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def loaded(vlm, way, tmp_path_factory):
+    out = export.export(vlm, tmp_path_factory.mktemp("exported") / "mini", "executorch", way)
+    return exported.load_exported(out, threads=1)
+
+
+def test_answers_like_its_source(vlm, loaded, way):
+    rows = data.test_split(14)
+    assert max(export.parity(vlm, loaded, CLOSE[way]).values()) <= CLOSE[way]
+    same = [loaded.generate(r["image"], r["question"]) == models.ask(vlm, r["image"], r["question"]) for r in rows]
+    assert sum(same) >= len(same) - (0 if way == "fp32" else 1)
+
+
+def test_conversations(vlm, loaded, way):
+    rows = data.test_split(2)
+    for pictures, text in ((None, ""), ([r["image"] for r in rows], "How many?"), (rows[0]["image"], "Is there a star? " * 20)):
+        inputs = loaded.inputs(pictures, text)
+        with torch.inference_mode():
+            wanted = vlm(**{k: torch.from_numpy(v) for k, v in inputs.items()}).logits[0, -1].numpy()
+        assert abs(loaded.prefill(inputs) - wanted).max() < {"fp32": 1e-3, "int8": 0.3, "int4": 1.0}[way] * abs(wanted).max()
+    with pytest.raises(UserError, match="shorten it"):
+        loaded.generate(None, "word " * 20_000)
+
+
+def test_weights_shrink(vlm, loaded, way):
+    tower = sum(p.numel() for p in vlm.model.vision_model.parameters())
+    assert loaded.manifest["bytes"]["vision.pte"] < 1.2 * tower * (4 if way == "fp32" else 1) + 500_000
+
+
+def test_a_foreign_model_and_a_damaged_file(way, tmp_path):
+    llava = tiny.llava()
+    loaded = exported.load_exported(export.export(llava, tmp_path / "llava", "executorch", way))
+    assert max(export.parity(llava, loaded, CLOSE[way]).values()) <= CLOSE[way]
+    if way == "fp32":
+        picture = scenes.render(scenes.make_scene(3), 64)
+        assert loaded.generate(picture, "What?", 6) == models.ask(llava, picture, "What?", 6)
+        whole = (tmp_path / "llava" / "language.pte").read_bytes()
+        (tmp_path / "llava" / "language.pte").write_bytes(whole[:1000])
+        with pytest.raises(UserError, match=r"language\.pte: not the file"):
+            exported.load_exported(tmp_path / "llava")
+        with pytest.raises(UserError, match="cannot load it"):
+            exported.load_exported(tmp_path / "llava", check=False)
+
+
+def test_weights_rounded_before_are_not_rounded_again(vlm):
+    """Half of the layers are on a grid of 4 bits: a layer of the program has their very numbers."""
+    width = dict.fromkeys(list(plan.units(vlm))[:2], 4)
+    small = plan.apply(vlm, width, 32, data.calibration(8))
+    layer = small.get_submodule(next(iter(plan.widths(small, width))))
+    before = layer.weight.detach().clone()
+    holder = torch.nn.Sequential(layer)
+    export_executorch._round(holder, "mixed")
+    found = holder[0](torch.eye(before.shape[1]))  # activations are rounded, too: 1 to itself
+    bias = 0 if layer.bias is None else layer.bias
+    off = ((found - bias).T - before).norm() / before.norm()
+    assert off < 0.05, "XNNPACK has no negative scales, so a few groups lose their outermost mark"
+
+
+def test_longer_than_its_cache_is_refused_by_length(vlm):
+    assert export_executorch.longest(vlm) == min(export_executorch.LONGEST, vlm.config.text_config.max_position_embeddings)
