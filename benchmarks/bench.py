@@ -38,7 +38,9 @@ VARIANTS = {
     "ours: ONNX Runtime fp32": ("onnx", "fp32"),
     "ours: ONNX Runtime int8": ("onnx", "int8"),
     "ours: ONNX Runtime int4": ("onnx", "int4"),
+    "ours: ONNX Runtime int4, vision static": ("onnx", "static"),
     "ours: OpenVINO int4": ("openvino", "int4"),
+    "ours: OpenVINO int4, vision static": ("openvino", "static"),
 }
 
 
@@ -58,11 +60,9 @@ def applies(runtime: str, how: str) -> bool:
 
 def prepare(runtime: str, how: str) -> None:
     """Write the files of one variant, unless they are there."""
-    from mmrecipes import models
+    from mmrecipes import models, scenes
 
     if runtime == "torch":
-        from mmrecipes import scenes
-
         models.save(twin := models.real_size(), twin.processor, folder("torch", ""), "bfloat16")
         scenes.render(scenes.make_scene(5), 512).save(WORK / "picture.png")
         return
@@ -73,6 +73,9 @@ def prepare(runtime: str, how: str) -> None:
         _plain_onnx(model, how.removeprefix("plain-"))
     elif how.startswith("nncf-"):
         _plain_openvino(model, how.removeprefix("nncf-"))
+    elif how == "static":
+        seen = [scenes.render(scenes.make_scene(seed), 512) for seed in range(10, 14)]
+        export.export(model, folder(runtime, how), runtime, {"vision": "static", "language": "int4"}, False, seen)
     else:
         export.export(model, folder(runtime, how), runtime, how, check=how == "fp32")
 
@@ -119,7 +122,7 @@ def _plain_openvino(model, how: str) -> None:
     mode = {"int8": {}, "int4": {"mode": nncf.CompressWeightsMode.INT4_SYM, "group_size": 64}}[how]  # 128 does not divide 576
     out = folder("openvino", f"nncf-{how}")
     out.mkdir()
-    export_openvino.write(model, out, {"vision": "fp32", "language": "fp32"})
+    export_openvino.write(model, out, {"vision": "fp32", "language": "fp32"}, [])
     for part in export.PARTS:
         small = nncf.compress_weights(ov.Core().read_model(out / f"{part}.xml"), **mode)
         ov.save_model(small, out / "small.xml", compress_to_fp16=False)

@@ -12,7 +12,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 _ROOMS = (
-    *("calibrated", "cnn", "data", "doctor", "errors", "evaluate", "export", "exported", "house", "lessons", "losses"),
+    *("calibrated", "cnn", "data", "doctor", "errors", "evaluate", "export", "exported", "fresh", "house", "lessons", "losses"),
     *("measure", "models", "muon", "packed", "plan", "prune", "quantize", "report", "runtime", "scenes", "static_int8", "train"),
 )
 _SHORT = {"load": "models", "ask": "models", "compare": "report", "load_exported": "exported"}

@@ -10,9 +10,10 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,17 +24,20 @@ from mmrecipes import runtime as graphs
 from mmrecipes.checks import check_replaceable, take_place
 from mmrecipes.errors import ParityError, UserError, one_line
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 PARTS = ("vision", "language")
-# what each part can be: fp32; bf16, where the CPU has instructions for it; int8, weights and, in ONNX Runtime, activations,
-# rounded on the fly; int4, weights in groups of 32; mixed, weights that were rounded to 4 bits before (plan.apply with groups of
-# 32) in 4 bits as they are, the rest as in int8
+# what each part can be: fp32; bf16, where the CPU has instructions for it; int8, weights and, but for OpenVINO, activations,
+# rounded on the fly; static, as int8 with activations' ranges fixed on pictures; int4, weights in groups of 32; mixed, weights
+# that were rounded to 4 bits before (plan.apply with groups of 32) in 4 bits as they are, the rest as in int8
 PRECISIONS = {
-    "onnx": {"vision": ("fp32", "int8", "mixed"), "language": ("fp32", "int8", "int4", "mixed")},
-    "openvino": {"vision": ("fp32", "bf16", "int8", "mixed"), "language": ("fp32", "bf16", "int8", "int4", "mixed")},
+    "onnx": {"vision": ("fp32", "int8", "static", "mixed"), "language": ("fp32", "int8", "int4", "mixed")},
+    "openvino": {"vision": ("fp32", "bf16", "int8", "static", "mixed"), "language": ("fp32", "bf16", "int8", "int4", "mixed")},
     "executorch": {"vision": ("fp32", "int8", "mixed"), "language": ("fp32", "int8", "int4", "mixed")},
 }
 # relative error of the first words' logits that each precision may have; beyond it is broken, not lossy
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.25, "mixed": 0.25, "int4": 0.6}
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.25, "static": 0.25, "mixed": 0.25, "int4": 0.6}
 
 
 # ---- what is exported
@@ -76,26 +80,36 @@ class Features(nn.Module):
 
 
 def export(
-    model: nn.Module, out: str | Path, runtime: str = "onnx", precision: str | Mapping[str, str] = "fp32", check: bool = True
+    model: nn.Module,
+    out: str | Path,
+    runtime: str = "onnx",
+    precision: str | Mapping[str, str] = "fp32",
+    check: bool = True,
+    pictures: Sequence[Image.Image] = (),
 ) -> Path:
     """Write `model` (float32, as `models.load` gives it) to directory `out`, for "onnx" (ONNX Runtime), "openvino" or
     "executorch".
 
-    Returns `out`. `precision` is one word for both parts or {"vision": ..., "language": ...}, of those in PRECISIONS. All or
-    nothing: `out` appears, or takes an older export's place, once the graphs answer as `model` does (`check`; ParityError).
+    Returns `out`. `precision` is one word for both parts or {"vision": ..., "language": ...}, of those in PRECISIONS; "static"
+    fixes ranges on `pictures`, a dozen like those to come. All or nothing: `out` appears, or takes an older export's place, once
+    the graphs answer as `model` does (`check`; ParityError).
     Raises UserError for an architecture, dtype or directory that it cannot take; ImportError where a package is missing.
     """
     if runtime not in PRECISIONS:
         raise UserError(f"export: runtime={runtime!r}; expected one of {', '.join(PRECISIONS)}")
     widths = _widths(runtime, precision)
     _supported(model)
+    if (widths["vision"] == "static") != bool(pictures):
+        raise UserError(
+            f"export: {len(pictures)} pictures for vision in {widths['vision']}; precision 'static' takes some, others none"
+        )
     out = Path(out).expanduser().resolve()
     check_replaceable(out)
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # left by a killed run
     try:
         part.mkdir(parents=True)
-        importlib.import_module(f"mmrecipes.export_{runtime}").write(model, part, widths)
+        importlib.import_module(f"mmrecipes.export_{runtime}").write(model, part, widths, pixels(model, pictures))
         _write_rest(model, part, runtime, widths)
         if check:
             parity(model, exported.load_exported(part), max(TOLERANCE[w] for w in widths.values()))
@@ -145,6 +159,12 @@ def vision(model: nn.Module) -> tuple[nn.Module, Tensor]:
     raise UserError(
         f"export: {type(model).__name__} is built neither like Idefics3 nor like LLaVA; there is no recipe for it yet"
     )
+
+
+def pixels(model: nn.Module, pictures: Sequence[Image.Image]) -> list[np.ndarray]:
+    """What `vision` takes, (1, 3, H, W) each: the pictures (or their tiles) as the model's processor makes them."""
+    found = [model.processor.image_processor(images=[[p]], return_tensors="np")["pixel_values"] for p in pictures]
+    return [tile[None] for each in found for tile in each.reshape(-1, *each.shape[-3:]).astype(np.float32)]
 
 
 def language(model: nn.Module) -> tuple[nn.Module, dict[str, object], dict[str, object]]:

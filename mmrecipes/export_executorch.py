@@ -7,13 +7,14 @@ may have at most `LONGEST` tokens.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmrecipes import export, packed, runtime
+from mmrecipes import export, exported, packed, runtime
 
 LONGEST = 2048  # tokens that the cache has room for, unless the model takes fewer
 
@@ -49,8 +50,8 @@ class Language(export.Language):
         return super().forward(input_ids, image_features, cache)["logits"]
 
 
-def write(model: nn.Module, folder: Path, widths: Mapping[str, str]) -> None:
-    """Write both programs to `folder`, each in its precision. Raises as `export.export`."""
+def write(model: nn.Module, folder: Path, widths: Mapping[str, str], pixels: Sequence[np.ndarray] = ()) -> None:
+    """Write both programs to `folder`, each in its precision, of which none looks at `pixels`. Raises as `export.export`."""
     runtime.needs("executorch")
     from torch.export import Dim
 
@@ -68,7 +69,8 @@ def write(model: nn.Module, folder: Path, widths: Mapping[str, str]) -> None:
 
 
 def _write(module: nn.Module, example: dict[str, Tensor], axes: dict[str, object], width: str, path: Path) -> None:
-    from transformers.exporters.exporter_executorch import ExecutorchConfig, ExecutorchExporter
+    with exported.hushed():
+        from transformers.exporters.exporter_executorch import ExecutorchConfig, ExecutorchExporter
 
     module.eval().requires_grad_(False)
     if width != "fp32":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import nn
 
 from mmrecipes import export, packed, runtime
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 LAST = ("down_proj", "fc2", "w2")
 
 
-def write(model: nn.Module, folder: Path, widths: Mapping[str, str]) -> None:
-    """Write both graphs to `folder`, each in its precision. Raises as `export.export`."""
+def write(model: nn.Module, folder: Path, widths: Mapping[str, str], pixels: Sequence[np.ndarray]) -> None:
+    """Write both graphs to `folder`, each in its precision; "static" looks at `pixels` (1, 3, H, W). Raises as `export`."""
     runtime.needs("onnx", "onnxscript", "onnxruntime")
     tower, picture = export.vision(model)
     vision = runtime.to_onnx(tower, {"pixel_values": picture}, folder / "vision.onnx", {})
@@ -31,6 +32,8 @@ def write(model: nn.Module, folder: Path, widths: Mapping[str, str]) -> None:
             if part == "language":
                 packed.rewrite(path, path, 8, only=_coarse(path))
             packed.dynamic(path, path)
+        if widths[part] == "static":
+            runtime.static_int8(path, [{"pixel_values": each} for each in pixels], path)
         packed.tidy(path)
 
 

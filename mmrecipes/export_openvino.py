@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from mmrecipes import export, packed, runtime
 
 
-def write(model: nn.Module, folder: Path, widths: Mapping[str, str]) -> None:
-    """Write both graphs to `folder`, each in its precision; "bf16" is chosen when they are loaded. Raises as `export.export`."""
+def write(model: nn.Module, folder: Path, widths: Mapping[str, str], pixels: Sequence[np.ndarray]) -> None:
+    """Write both graphs to `folder`, each in its precision; "static" looks at `pixels` (1, 3, H, W); loading chooses "bf16".
+
+    Raises as `export.export`.
+    """
     runtime.needs("openvino", "nncf")
     import openvino as ov
     from transformers.exporters.exporter_openvino import OpenVINOConfig, OpenVINOExporter
 
     tower, picture = export.vision(model)
     module, example, axes = export.language(model)
-    with runtime.quiet(), torch.no_grad():
-        found = {"vision": ov.convert_model(torch.export.export(tower.eval(), (picture,)))}
-        found["language"] = OpenVINOExporter().export(module, example, OpenVINOConfig(dynamic_shapes=axes)).program
-        for part, graph in found.items():
-            ov.save_model(_compressed(graph, widths[part]), folder / f"{part}.xml", compress_to_fp16=False)
+    config = OpenVINOConfig(dynamic_shapes=axes)
+    made = {  # one after the other: of a large model each copy counts
+        "vision": lambda: ov.convert_model(torch.export.export(tower.eval(), (picture,))),
+        "language": lambda: OpenVINOExporter().export(module, example, config).program,
+    }
+    for part, graph in made.items():
+        with runtime.quiet(), torch.no_grad():
+            small = _static(graph(), pixels) if widths[part] == "static" else _compressed(graph(), widths[part])
+            ov.save_model(small, folder / f"{part}.xml", compress_to_fp16=False)
 
 
 def _compressed(graph, width: str):
@@ -37,12 +45,18 @@ def _compressed(graph, width: str):
     return graph
 
 
+def _static(graph, pixels: Sequence[np.ndarray]):
+    """Products in int8, ranges of activations fixed on `pixels`; attention's own products, too."""
+    import nncf
+
+    return nncf.quantize(graph, nncf.Dataset(pixels), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(pixels))
+
+
 def _four_bits(graph, rounded: bool) -> None:
     """Give products with a constant matrix, and look-ups in one, weights of 4 bits (`packed.pack`) in `graph` itself.
 
     With `rounded`, only where the weights lie on a grid of 4 bits already, which NNCF's own rounding would not keep.
     """
-    import numpy as np
     import openvino as ov
     from openvino import opset13 as op
 

@@ -239,12 +239,12 @@ class ExecutorchGraphs:
     """vision.pte and language.pte in ExecuTorch. The KV cache is the language program's own memory."""
 
     def __init__(self, folder: Path, precision: dict[str, str], threads: int | None):
-        from executorch.extension.pybindings import portable_lib
-        from executorch.runtime import Runtime
+        with hushed():  # it reports on the CPU of a phone that it does not find
+            from executorch.extension.pybindings import portable_lib
+            from executorch.runtime import Runtime
 
-        if threads:
-            portable_lib._unsafe_reset_threadpool(threads)
-        with _hushed():  # it reports on the CPU of a phone that it does not find
+            if threads:
+                portable_lib._unsafe_reset_threadpool(threads)
             self.programs = [Runtime.get().load_program(folder / f"{part}.pte") for part in ("vision", "language")]
             self.vision, self.language = (program.load_method("forward") for program in self.programs)
         shape = self.language.metadata.input_tensor_meta(1).sizes()
@@ -269,12 +269,12 @@ class ExecutorchGraphs:
     def _run(self, method: Any, *inputs: np.ndarray) -> np.ndarray:
         import torch
 
-        with _hushed():
+        with hushed():
             return method.execute([torch.from_numpy(np.ascontiguousarray(each)) for each in inputs])[0].clone().numpy()
 
 
 @contextlib.contextmanager
-def _hushed() -> Iterator[None]:
+def hushed() -> Iterator[None]:
     """Hold back what native code writes to the process's stderr."""
     sys.stderr.flush()
     kept = os.dup(2)

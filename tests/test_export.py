@@ -155,6 +155,19 @@ def test_weights_rounded_before_keep_their_grid(vlm, runtime, tmp_path):
     assert sizes[0] < 0.85 * sizes[1]
 
 
+@pytest.mark.parametrize("runtime", ["onnx", "openvino"])
+def test_ranges_fixed_on_pictures(vlm, rows, runtime, tmp_path):
+    seen = data.calibration(12)["image"]
+    out = export.export(vlm, tmp_path / "static", runtime, {"vision": "static", "language": "fp32"}, pictures=seen)
+    loaded = exported.load_exported(out)
+    assert max(export.parity(vlm, loaded, 0.15).values()) > 1e-5
+    tower = sum(p.numel() for p in vlm.model.vision_model.parameters())
+    assert sum(size for name, size in loaded.manifest["bytes"].items() if "vision" in name) < 1.5 * tower + 500_000
+    for precision, pictures in (("fp32", seen), ({"vision": "static", "language": "fp32"}, [])):
+        with pytest.raises(UserError, match="'static' takes some, others none"):
+            export.export(vlm, tmp_path / "odd", runtime, precision, pictures=pictures)
+
+
 def test_no_model_code_is_loaded(plain):
     code = (
         "import sys; from mmrecipes.exported import load_exported; from PIL import Image\n"

@@ -100,6 +100,21 @@ def quantization_table(results: Path) -> str:
     return table(head, rows) if rows else "Not measured yet: `make results`."
 
 
+def bench_table(content: dict[str, Any]) -> str:
+    """The real-size twin in every runtime: each row beside PyTorch's fp32, the first."""
+    first, body = content["rows"][0], []
+    for row in content["rows"]:
+        times = [
+            f"{row['ttft_ms']:,.0f} ({first['ttft_ms'] / row['ttft_ms']:.1f}x)",
+            f"{row['tokens_per_s']:.1f} ({row['tokens_per_s'] / first['tokens_per_s']:.1f}x)",
+            f"{row['peak_mb']:,.0f} ({row['peak_mb'] / first['peak_mb']:.2f}x)",
+        ]
+        body.append([row["name"], *times, f"{row['disk_mb']:,.0f}", f"{100 * row['error']:.1f}%" if row is not first else "-"])
+    note = f"Each row is the median of {content['rounds']} fresh processes. Measured on {where(content['environment'])}."
+    head = ["variant", "TTFT ms", "tokens/s", "peak MB", "disk MB", "logit error"]
+    return f"{table(head, body)}\n\n{note}"
+
+
 def where(environment: dict[str, Any]) -> str:
     """Hardware, date and commit in one line, as far as they are known."""
     commit, _, dirty = (environment.get("commit") or "").partition("+")
@@ -150,8 +165,10 @@ def expected(root: Path = ROOT) -> dict[Path, str]:
             text = json.dumps(nb, indent=1, ensure_ascii=False) + "\n"
         texts[path] = text
     tour = load(root / "results" / "tour.json")
+    bench = load(root / "results" / "bench.json")
     regions = {
         "badges": badges(url, next(iter(titles), None)),
+        "bench": bench_table(bench) if bench["rows"] else "Not measured yet: `make bench`.",
         "notebooks": notebook_table(titles, measured),
         "quantization": quantization_table(root / "results"),
         "results": result_table(tour) if tour["rows"] else "Not measured yet: `make results`.",
