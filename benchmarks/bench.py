@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 WORK = Path(__file__).resolve().parent.parent / "runs" / "bench"
-ROUNDS, RUNS, TOKENS, THREADS = 3, 2, 32, 2
+ROUNDS, RUNS, TOKENS, THREADS = 3, 1, 32, 2
 QUESTION = "What is in this picture? Name each of the objects, say what colour it has, how large it is, and where it is."
 # name -> what it is: a way to load it in PyTorch, or a runtime and how its files are made
 VARIANTS = {

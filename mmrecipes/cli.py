@@ -1,4 +1,4 @@
-"""The command line: `mmrecipes tour`, `mmrecipes doctor`, `mmrecipes train`, `mmrecipes evaluate`."""
+"""The command line: `mmrecipes tour`, `mmrecipes doctor`, `mmrecipes shrink`, `mmrecipes train`, `mmrecipes evaluate`."""
 
 from __future__ import annotations
 
@@ -48,6 +48,28 @@ def doctor(
 
 
 @app.command()
+def shrink(
+    model: Annotated[str, typer.Argument(help="a house model, a local directory, or a hub id")],
+    out: Annotated[Path, typer.Option(help="the directory to write: model, report.html, report.json, example.py")],
+    budget: Annotated[str | None, typer.Option(help="a share of the float32 weights, 0.25x, or a size, 80MB")] = None,
+    max_loss: Annotated[
+        float | None, typer.Option(help="points that may be lost; default: 1 of accuracy, 5 of agreement without labels")
+    ] = None,
+    runtime: Annotated[str, typer.Option(help="onnx, openvino, executorch or torch")] = "onnx",
+    calib: Annotated[Path | None, typer.Option(help="a folder of pictures to calibrate on")] = None,
+    images: Annotated[Path | None, typer.Option(help="a folder of pictures to verify on, maybe with questions.jsonl")] = None,
+    n: Annotated[
+        int | None, typer.Option("-n", "--n", help="questions to verify on; default: what 2 minutes allow", min=2)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and the predicted size, write nothing")] = False,
+) -> None:
+    """Make your own model smaller, check on your pictures what that costs, and get a report and code to run it."""
+    from mmrecipes import shrink as room
+
+    room.run(room.Request(model, out, runtime, budget, max_loss, calib, images, n), dry_run)
+
+
+@app.command()
 def train(
     name: Annotated[str, typer.Argument(help="the house model to train: mini-vlm or mini-cnn")],
     out: Annotated[Path | None, typer.Option(help="where the model goes; default: data/models/NAME")] = None,
@@ -90,7 +112,8 @@ def evaluate(
 
 def main() -> None:
     """Run the command line: errors a user can act on are one line, and exit with 1."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    if not sys.stderr.isatty():  # a "0" would not do: other rooms ask only whether it is set
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except UserError as e:

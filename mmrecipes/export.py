@@ -98,7 +98,7 @@ def export(
     if runtime not in PRECISIONS:
         raise UserError(f"export: runtime={runtime!r}; expected one of {', '.join(PRECISIONS)}")
     widths = _widths(runtime, precision)
-    _supported(model)
+    supported(model)
     if (widths["vision"] == "static") != bool(pictures):
         raise UserError(
             f"export: {len(pictures)} pictures for vision in {widths['vision']}; precision 'static' takes some, others none"
@@ -132,7 +132,8 @@ def _widths(runtime: str, precision: str | Mapping[str, str]) -> dict[str, str]:
     return given
 
 
-def _supported(model: nn.Module) -> None:
+def supported(model: nn.Module) -> None:
+    """UserError for a model that `export` has no recipe for, before any work is done."""
     found = models.parts(model)
     if "head" not in found:
         raise UserError(f"export: {type(model).__name__} compares pictures with texts; give a model that answers")

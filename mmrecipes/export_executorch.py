@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmrecipes import export, exported, packed, runtime
+from mmrecipes import export, exported, models, packed, runtime
 
 LONGEST = 2048  # tokens that the cache has room for, unless the model takes fewer
 
@@ -57,24 +57,24 @@ def write(model: nn.Module, folder: Path, widths: Mapping[str, str], pixels: Seq
 
     if any(w != "fp32" for w in widths.values()):
         model = copy.deepcopy(model)
+        for name, part in models.parts(model).items():
+            _round(part, widths["language" if name in ("language", "head") else "vision"])
     tower, picture = export.vision(model)
     # named, because a program's inputs have no names and come in this order
-    _write(tower, {"pixel_values": picture}, {"pixel_values": None}, widths["vision"], folder / "vision.pte")
+    _write(tower, {"pixel_values": picture}, {"pixel_values": None}, folder / "vision.pte")
     decoder = Language(model)
     ids, pieces = torch.full((1, 3), decoder.image), torch.randn(4, decoder.config.hidden_size)
     example = {"input_ids": ids, "image_features": pieces, "before": torch.zeros(1, dtype=torch.int64)}
     words, features = Dim("words", min=1, max=decoder.length - 1), Dim("features", min=1, max=decoder.length)
     axes = {"input_ids": {1: words}, "image_features": {0: features}, "before": None}
-    _write(decoder, example, axes, widths["language"], folder / "language.pte")
+    _write(decoder, example, axes, folder / "language.pte")
 
 
-def _write(module: nn.Module, example: dict[str, Tensor], axes: dict[str, object], width: str, path: Path) -> None:
+def _write(module: nn.Module, example: dict[str, Tensor], axes: dict[str, object], path: Path) -> None:
     with exported.hushed():
         from transformers.exporters.exporter_executorch import ExecutorchConfig, ExecutorchExporter
 
     module.eval().requires_grad_(False)
-    if width != "fp32":
-        _round(module, width)
     with runtime.quiet():
         config = ExecutorchConfig(dynamic_shapes=axes, prefer_deferred_runtime_asserts_over_guards=True)
         ExecutorchExporter.save_program(ExecutorchExporter().export(module, example, config).program, path)
@@ -89,7 +89,7 @@ def _round(module: nn.Module, width: str) -> None:
     from torchao.utils import unwrap_tensor_subclass
 
     for layer in module.modules():
-        if not isinstance(layer, nn.Linear):
+        if width == "fp32" or not isinstance(layer, nn.Linear):
             continue
         weight, four = layer.weight.detach(), {"target_dtype": torch.int4, "block_size": (1, packed.GROUP)}
         eight = {"target_dtype": torch.int8, "block_size": (1, weight.shape[1])}

@@ -183,6 +183,7 @@ def save(model: onnx.ModelProto, path: str | Path) -> Path:
     data = path.with_name(path.name + ".data")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".save-") as aside:
         onnx.save(model, f"{aside}/{path.name}", save_as_external_data=True, location=data.name)
+        Path(aside, data.name).chmod(Path(aside, path.name).stat().st_mode)  # else nobody but its owner could read it
         Path(aside, data.name).replace(data)
         Path(aside, path.name).replace(path)
     return path

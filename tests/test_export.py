@@ -71,6 +71,7 @@ def test_weights_are_stored_once_and_shrink(vlm, loaded, way, tmp_path):
     if runtime == "onnx":
         import onnx
 
+        assert len({p.stat().st_mode for p in folder.iterdir()}) == 1, "whoever may read one file may read them all"
         nodes = [n.op_type for n in onnx.load(folder / "language.onnx").graph.node]
         assert nodes.count("GroupQueryAttention") == vlm.config.text_config.num_hidden_layers
         assert "Softmax" not in nodes, "attention is fused everywhere"

@@ -1,0 +1,50 @@
+"""Ask the model in this folder about a picture: python example.py PICTURE "QUESTION"
+
+Needs executorch, torch (for its tensors), transformers, pillow and numpy. On a phone the same two programs run from Kotlin, Swift
+or C++; what happens around them is this.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from executorch.runtime import Runtime
+from PIL import Image, ImageOps
+from transformers import AutoProcessor
+
+HERE = Path(__file__).resolve().parent
+MOST = 64  # tokens of an answer, at most
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
+
+# The picture, scaled as the model wants it, and the question in the model's chat format, as token ids.
+processor = AutoProcessor.from_pretrained(HERE)
+picture, question = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB"), sys.argv[2]
+messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+inputs = processor(text=[prompt], images=[[picture]], return_tensors="np")
+
+# Two programs. The first turns pictures (or tiles of one) into visual tokens, one after the other.
+programs = [Runtime.get().load_program(HERE / f"{name}.pte") for name in ("vision", "language")]
+vision, language = (program.load_method("forward") for program in programs)
+tiles = torch.from_numpy(inputs["pixel_values"].astype(np.float32))
+tiles = tiles.reshape(-1, 1, *tiles.shape[-3:])
+features = [vision.execute([tile.contiguous()])[0].clone() for tile in tiles]
+features = torch.cat([tokens.reshape(-1, tokens.shape[-1]) for tokens in features])
+
+# The second reads token ids and visual tokens, and finds the next token. Its KV cache is inside, and `before` says how many
+# tokens of it count.
+stop = json.loads((HERE / "export.json").read_text())["stop"]
+ids, before, answer = torch.from_numpy(inputs["input_ids"].astype(np.int64)), 0, []
+while len(answer) < MOST:
+    logits = language.execute([ids, features, torch.tensor([before])])[0]
+    before += ids.shape[1]
+    token = int(logits[0, -1].argmax())  # greedy: always the likeliest
+    if token in stop:
+        break
+    answer.append(token)
+    ids = torch.tensor([[token]])  # from now on only the new token goes in
+
+print(processor.tokenizer.decode(answer, skip_special_tokens=True).strip())
