@@ -9,6 +9,7 @@ one job by its name: `python benchmarks/results.py plan`.
 - results/int8.json, int8-speed.json: int8 with activations, by library: accuracy; time on the real-size twin (benchmarks/int8.py)
 - results/static.json: mini-cnn in static int8, by observer, calibration set and runtime (benchmarks/static.py)
 - results/exported.json: mini-vlm exported to ONNX Runtime and OpenVINO, by precision (benchmarks/exported.py)
+- results/bench.json: the real-size twin in every runtime, beside the peers (`make bench`, benchmarks/bench.py)
 - results/tour.json: the tour's comparison, with 1,000 questions
 - results/real-size.json: stage budget and roofline of the real-size twin, fp32, on this machine
 """
