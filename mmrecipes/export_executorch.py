@@ -53,6 +53,11 @@ class Language(export.Language):
 def write(model: nn.Module, folder: Path, widths: Mapping[str, str], pixels: Sequence[np.ndarray] = ()) -> None:
     """Write both programs to `folder`, each in its precision, of which none looks at `pixels`. Raises as `export.export`."""
     runtime.needs("executorch")
+    with exported.hushed():  # its import reports on the CPU of a phone that it does not find
+        _both(model, folder, widths)
+
+
+def _both(model: nn.Module, folder: Path, widths: Mapping[str, str]) -> None:
     from torch.export import Dim
 
     if any(w != "fp32" for w in widths.values()):
@@ -71,8 +76,7 @@ def write(model: nn.Module, folder: Path, widths: Mapping[str, str], pixels: Seq
 
 
 def _write(module: nn.Module, example: dict[str, Tensor], axes: dict[str, object], path: Path) -> None:
-    with exported.hushed():
-        from transformers.exporters.exporter_executorch import ExecutorchConfig, ExecutorchExporter
+    from transformers.exporters.exporter_executorch import ExecutorchConfig, ExecutorchExporter
 
     module.eval().requires_grad_(False)
     with runtime.quiet():
