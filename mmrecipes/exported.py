@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import sys
@@ -275,13 +276,14 @@ class ExecutorchGraphs:
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-    """Hold back what native code writes to the process's stderr."""
+    """Hold back what native code writes to the process's stderr, and to Python's."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
