@@ -156,7 +156,7 @@ def project(tmp_path) -> Path:
     nb = nbformat.v4.new_notebook(cells=[first, nbformat.v4.new_code_cell("print('ü')", execution_count=1)])
     nbformat.write(nb, tmp_path / "notebooks" / "00_it.ipynb")
     regions = "\n\n".join(
-        f"<!-- begin:{r} -->\nold\n<!-- end:{r} -->" for r in ("badges", "notebooks", "quantization", "results")
+        f"<!-- begin:{r} -->\nold\n<!-- end:{r} -->" for r in ("badges", "bench", "notebooks", "quantization", "results")
     )
     (tmp_path / "README.md").write_text(f"# Title\n\n{regions}\n\nThe end.\n")
     (tmp_path / "results").mkdir()
@@ -194,6 +194,15 @@ def test_result_table_shows_what_was_measured():
     assert lines[7] == "Measured on A CPU, 2 threads, 2026-11-21, commit 0123456789 with changes."
 
 
+def test_bench_table_compares_with_its_first_row():
+    row = {"name": "first", "ttft_ms": 2000.0, "tokens_per_s": 10.0, "peak_mb": 1000.0, "disk_mb": 500.0, "error": 0.0}
+    fast = row | {"name": "fast", "ttft_ms": 500.0, "tokens_per_s": 45.0, "peak_mb": 250.0, "error": 0.05}
+    lines = readme.bench_table({"environment": {"cpu": "a CPU"}, "rounds": 3, "rows": [row, fast]}).splitlines()
+    assert lines[2] == "| first | 2,000 (1.0x) | 10.0 (1.0x) | 1,000 (1.00x) | 500 | - |"
+    assert lines[3] == "| fast | 500 (4.0x) | 45.0 (4.5x) | 250 (0.25x) | 500 | 5.0% |"
+    assert "3 fresh processes" in lines[-1] and "a CPU" in lines[-1]
+
+
 def test_quantization_table_shows_what_was_measured(project):
     accuracy, change = {"n": 4200}, {"points": -1.24, "low": -1.9, "high": -0.6}
     row = {"accuracy": accuracy, "change": change, "times_smaller": 9.04}
@@ -218,7 +227,7 @@ def test_nothing_measured_is_said(project):
         ("<!-- begin:badges -->", "do not pair up"),
         ("<!-- begin:badges --><!-- begin:results --><!-- end:results --><!-- end:badges -->", "do not pair up"),
         ("<!-- begin:badgers --><!-- end:badgers -->", "no region badgers"),
-        ("<!-- begin:badges --><!-- end:badges -->", "has no region notebooks, quantization, results"),
+        ("<!-- begin:badges --><!-- end:badges -->", "has no region bench, notebooks, quantization, results"),
     ],
 )
 def test_broken_regions_are_refused(project, text, message):
@@ -334,7 +343,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 
 def test_wheel_carries_code_models_and_data(wheel):
     files = set(wheel.namelist())
-    code = {f"mmrecipes/{p.name}" for p in (ROOT / "mmrecipes").iterdir() if p.is_file()}
+    code = {p.relative_to(ROOT).as_posix() for p in (ROOT / "mmrecipes").rglob("*.py")}
     data = {p for p in (ROOT / "data").rglob("*") if p.is_file() and (p.suffix == ".parquet" or "models" in p.parts)}
     assert any("test" in p.name for p in data)
     assert any(p.name == "model.safetensors" for p in data)

@@ -424,7 +424,15 @@ def test_an_interrupt_leaves_nothing(foreign_vlm, tmp_path):
     command = [sys.executable, "-m", "mmrecipes.cli", "shrink", str(foreign_vlm), "--out", "out", "--images", "mine"]
     command += ["--max-loss", "100"]
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
-    child = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests started in the background ignore it
+    )
     while not (tmp_path / ".out.part").exists():
         assert child.poll() is None, "it ended before it could be interrupted"
         time.sleep(0.02)
