@@ -143,6 +143,8 @@ def run(runtime: str, how: str, forced: list[int] | None) -> dict:
     else:
         sys.modules.update(torch=None, torchao=None)  # as where only the runtime is installed: it needs no PyTorch
         look, step = _exported(runtime, how)
+    from mmrecipes import fresh
+
     firsts, rates, logits = [], [], []
     for _ in range(1 + RUNS):  # the first run warms up: kernels are chosen, pages touched
         start = time.perf_counter()
@@ -156,14 +158,9 @@ def run(runtime: str, how: str, forced: list[int] | None) -> dict:
         rates.append((TOKENS - 1) / (time.perf_counter() - first))
         logits.append(found)
     files = [p for p in folder(runtime, how).iterdir() if p.name.startswith(("model", "vision", "language"))]
-    row = {"ttft_ms": statistics.median(firsts[1:]), "tokens_per_s": statistics.median(rates[1:]), "peak_mb": _peak()}
+    row = {"ttft_ms": statistics.median(firsts[1:]), "tokens_per_s": statistics.median(rates[1:]), "peak_mb": fresh.peak_mb()}
     row |= {"disk_mb": sum(p.stat().st_size for p in files) / 1e6, "tokens": tokens}
     return row | {"logits": [np.asarray(each, np.float32).tolist() for each in logits]}
-
-
-def _peak() -> float:
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 / 1e6 for line in f if line.startswith("VmHWM:"))
 
 
 def _exported(runtime: str, how: str):
@@ -242,6 +239,8 @@ def everything(only: list[str]) -> dict:
 
     WORK.mkdir(parents=True, exist_ok=True)
     names = [n for n, how in VARIANTS.items() if applies(*how) and (not only or any(o in n for o in only))]
+    if not names:
+        raise SystemExit(f"no variant is called {' or '.join(only)}; there are: {', '.join(VARIANTS)}")
     names = list(dict.fromkeys(["PyTorch fp32, eager", *names]))
     exports = WORK / "exports.json"
     made = json.loads(exports.read_text()) if exports.exists() else {}
@@ -253,6 +252,7 @@ def everything(only: list[str]) -> dict:
             exports.write_text(json.dumps(made))
     rounds: dict[str, list[dict]] = {n: [] for n in names}
     reference = WORK / "reference.json"
+    reference.unlink(missing_ok=True)  # left by an interrupted run, maybe of another checkpoint
     for _ in range(ROUNDS):
         for name in tqdm(names, desc="runs"):
             row = _child("run", name, *([str(reference)] if reference.exists() else []))
@@ -294,7 +294,10 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] == ["prepare"]:
         start = time.perf_counter()
         prepare(*VARIANTS[arguments[1]])
-        print("\n" + json.dumps({"seconds": time.perf_counter() - start, "peak_mb": _peak()}))
+        from mmrecipes import fresh, measure
+
+        made = {"seconds": time.perf_counter() - start, "peak_mb": fresh.peak_mb(), "commit": measure.environment()["commit"]}
+        print("\n" + json.dumps(made))
     elif arguments[:1] == ["run"]:
         forced = json.loads(Path(arguments[2]).read_text()) if len(arguments) > 2 else None
         print("\n" + json.dumps(run(*VARIANTS[arguments[1]], forced)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -128,3 +129,8 @@ def _holds_only_a_model(path: Path) -> bool:
     with contextlib.suppress(UserError):  # config.json is a common name: ours says what model it is
         return "model_type" in read_json(path / "config.json") and not (path / ".git").exists()
     return False
+
+
+def quiet() -> bool:
+    """Whether progress bars are switched off."""
+    return os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "0").lower() not in ("", "0", "false", "off", "no")

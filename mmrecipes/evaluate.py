@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmrecipes import checks
 from mmrecipes.errors import ParityError, UserError
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def answers(
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "{}"}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     if progress is None:
-        progress = not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
+        progress = not checks.quiet()
     if not isinstance(model, torch.nn.Module):
         asked = tqdm(list(zip(images, questions, strict=True)), disable=not progress, desc="answering", leave=False)
         return [model.generate(image, question, max_new_tokens) for image, question in asked]

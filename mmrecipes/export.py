@@ -23,6 +23,7 @@ from mmrecipes import exported, models
 from mmrecipes import runtime as graphs
 from mmrecipes.checks import check_replaceable, take_place
 from mmrecipes.errors import ParityError, UserError, one_line
+from mmrecipes.pictures import image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -85,7 +86,7 @@ def export(
     runtime: str = "onnx",
     precision: str | Mapping[str, str] = "fp32",
     check: bool = True,
-    pictures: Sequence[Image.Image] = (),
+    pictures: Sequence[Image.Image | str | Path] = (),
 ) -> Path:
     """Write `model` (float32, as `models.load` gives it) to directory `out`, for "onnx" (ONNX Runtime), "openvino" or
     "executorch".
@@ -99,7 +100,7 @@ def export(
         raise UserError(f"export: runtime={runtime!r}; expected one of {', '.join(PRECISIONS)}")
     widths = _widths(runtime, precision)
     supported(model)
-    if (widths["vision"] == "static") != bool(pictures):
+    if (widths["vision"] == "static") != bool(len(pictures)):
         raise UserError(
             f"export: {len(pictures)} pictures for vision in {widths['vision']}; precision 'static' takes some, others none"
         )
@@ -162,9 +163,9 @@ def vision(model: nn.Module) -> tuple[nn.Module, Tensor]:
     )
 
 
-def pixels(model: nn.Module, pictures: Sequence[Image.Image]) -> list[np.ndarray]:
+def pixels(model: nn.Module, pictures: Sequence[Image.Image | str | Path]) -> list[np.ndarray]:
     """What `vision` takes, (1, 3, H, W) each: the pictures (or their tiles) as the model's processor makes them."""
-    found = [model.processor.image_processor(images=[[p]], return_tensors="np")["pixel_values"] for p in pictures]
+    found = [model.processor.image_processor(images=[[image(p)]], return_tensors="np")["pixel_values"] for p in pictures]
     return [tile[None] for each in found for tile in each.reshape(-1, *each.shape[-3:]).astype(np.float32)]
 
 

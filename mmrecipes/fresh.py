@@ -23,6 +23,7 @@ if {alone}:
 import numpy as np
 from PIL import Image
 from mmrecipes import exported
+from mmrecipes.fresh import peak_mb
 start = time.perf_counter()
 model = exported.load_exported({folder!r}, threads={threads})
 load = time.perf_counter() - start
@@ -36,15 +37,20 @@ for _ in range({repeats} + 1):  # the first run warms up
         logits = model.graphs.step(np.array([[int(logits.argmax())]]))
     firsts.append(1e3 * (first - start))
     rates.append({tokens} / (time.perf_counter() - first))
-try:  # not ru_maxrss: on Linux a child inherits its parent's peak in it
-    with open("/proc/self/status") as f:
-        peak = next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM:"))
-except (OSError, StopIteration):
-    import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-found = dict(load_s=load, ttft_ms=statistics.median(firsts[1:]), tokens_per_s=statistics.median(rates[1:]), peak_mb=peak / 1e6)
+found = dict(load_s=load, ttft_ms=statistics.median(firsts[1:]), tokens_per_s=statistics.median(rates[1:]), peak_mb=peak_mb())
 print(json.dumps(found))
 """
+
+
+def peak_mb() -> float:
+    """Most memory that this process has had in RAM so far, in MB."""
+    try:  # not ru_maxrss: on Linux a child inherits its parent's peak in it
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) * 1024 / 1e6 for line in f if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def run(

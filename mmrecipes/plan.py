@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mmrecipes import evaluate, models, quantize
+from mmrecipes import checks, evaluate, models, quantize
 from mmrecipes.calibrated import calibrated, gptq_round, moments, search_round
 from mmrecipes.errors import UserError
 from mmrecipes.quantize import clone, linears
@@ -89,10 +88,9 @@ def sensitivity(
     """The cost of each unit of `model` at each of `bits`, alone, on `rows` (image, question, answer)."""
     from tqdm.auto import tqdm
 
-    quiet = bool(os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"))
     small, found, part = clone(model), [], models.part_of(model)
     reference, _ = evaluate.answer_logits(small, rows)
-    for unit, names in tqdm(units(small).items(), disable=quiet, desc="sensitivity", leave=False):
+    for unit, names in tqdm(units(small).items(), disable=checks.quiet(), desc="sensitivity", leave=False):
         whole = {n: model.get_submodule(n).weight.detach() for n in names}
         for b in bits:
             for n in names:

@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import nn
 
 from mmrecipes import (
+    checks,
     doctor,
     evaluate,
     export,
@@ -27,6 +28,7 @@ from mmrecipes import (
     models,
     plan,
     quantize,
+    runtime,
     shrink_data,
     shrink_report,
     shrink_torch,
@@ -164,7 +166,7 @@ class _Stages:
     def __call__(self, what: str) -> Iterator[None]:
         self.done += 1
         began, label = time.perf_counter(), f"[bold]{self.done}/{self.count}[/] {what}"
-        bar = contextlib.nullcontext() if shrink_data.quiet() else self.console.status(f"{label} ...")
+        bar = contextlib.nullcontext() if checks.quiet() else self.console.status(f"{label} ...")
         with bar:
             yield
         self.console.print(f"{label} [dim]{time.perf_counter() - began:.0f} s[/]", highlight=False)
@@ -179,8 +181,7 @@ def _sensible(request: Request, out: Path) -> None:
     if request.max_loss is not None and not 0 <= request.max_loss <= 100:
         raise UserError(f"--max-loss {request.max_loss:g}: expected points between 0 and 100, such as 1.0")
     if request.runtime == "torch":
-        for package in ("accelerate", "bitsandbytes"):
-            shrink_torch.needs(package)
+        runtime.needs("accelerate", "bitsandbytes")
     check_replaceable(out)
 
 

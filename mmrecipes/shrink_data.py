@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from mmrecipes import data, evaluate, models, pictures
+from mmrecipes import checks, data, evaluate, models, pictures
 from mmrecipes.errors import UserError, one_line
 from mmrecipes.evaluate import Share
 
@@ -189,7 +188,7 @@ def words(model: nn.Module, rows: Dataset, batch_size: int = 8) -> list[list[int
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "{}"}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     stop = stops(model)
-    for i in tqdm(range(0, len(rows), batch_size), disable=quiet(), desc="the original answers", leave=False):
+    for i in tqdm(range(0, len(rows), batch_size), disable=checks.quiet(), desc="the original answers", leave=False):
         part = rows[i : i + batch_size]
         texts = [prompt.replace("{}", q) for q in part["question"]]
         given = processor(images=[[p.convert("RGB")] for p in part["image"]], text=texts, padding=True, return_tensors="pt")
@@ -207,18 +206,13 @@ def stops(model: nn.Module) -> set[int]:
     return {stop} if isinstance(stop, int) else set(stop or ())
 
 
-def quiet() -> bool:
-    """Whether progress bars are switched off."""
-    return os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "0").lower() not in ("", "0", "false", "off", "no")
-
-
 def agreement(model: nn.Module | Exported, rows: Dataset, wanted: Sequence[list[int]]) -> list[list[bool]]:
     """For each token of `wanted`, the original's answers: is it the model's likeliest, given the same words before?"""
     from tqdm.auto import tqdm
 
     look = _choices if isinstance(model, nn.Module) else _exported_choices
     asked = zip(rows["image"], rows["question"], wanted, strict=True)
-    bar = tqdm(asked, total=len(rows), disable=quiet(), desc="comparing", leave=False)
+    bar = tqdm(asked, total=len(rows), disable=checks.quiet(), desc="comparing", leave=False)
     return [[a == b for a, b in zip(look(model, image, question, ids), ids, strict=True)] for image, question, ids in bar]
 
 

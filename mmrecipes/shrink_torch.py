@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mmrecipes import measure, models
+from mmrecipes import measure, models, runtime
 from mmrecipes.errors import UserError, one_line
 from mmrecipes.quantize import linears
 
@@ -32,8 +32,7 @@ def write(model: nn.Module, four: set[str], folder: Path) -> None:
     """Save `model` to `folder`: linear layers in `four` as NF4, all else in bf16, its processor beside it. UserError."""
     from transformers import BitsAndBytesConfig
 
-    for package in ("accelerate", "bitsandbytes"):
-        needs(package)
+    runtime.needs("accelerate", "bitsandbytes")
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -67,13 +66,6 @@ def load(folder: Path) -> nn.Module:
 def can(model: nn.Module) -> set[str]:
     """Linear layers that bitsandbytes can take."""
     return {name for name, layer in linears(model) if layer.in_features % BLOCK == 0}
-
-
-def needs(package: str) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec(package) is None:
-        raise ImportError(f"{package} is not installed; get it with: pip install 'mmrecipes[deploy]'")
 
 
 def _from(folder: Path, **options) -> nn.Module:

@@ -1,5 +1,6 @@
 """A model exported for ExecuTorch answers like its source, within the length its cache was given."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -70,5 +71,10 @@ def test_weights_rounded_before_are_not_rounded_again(vlm):
     assert off < 0.05, "XNNPACK has no negative scales, so a few groups lose their outermost mark"
 
 
-def test_longer_than_its_cache_is_refused_by_length(vlm):
-    assert export_executorch.longest(vlm) == min(export_executorch.LONGEST, vlm.config.text_config.max_position_embeddings)
+def test_the_cache_has_room_for_what_the_manifest_promises(vlm, loaded):
+    longest = loaded.manifest["longest"]
+    assert loaded.graphs.language.metadata.input_tensor_meta(0).sizes() == (1, longest - 1)
+    words = torch.full((1, longest - 1), vlm.processor.tokenizer.convert_tokens_to_ids("red")).numpy()
+    loaded.graphs.reset()
+    loaded.graphs.step(words)
+    assert np.isfinite(loaded.graphs.step(words[:, :1])).all(), "the last place is there, too"
