@@ -41,6 +41,7 @@ VARIANTS = {
     "ours: ONNX Runtime int4, vision static": ("onnx", "static"),
     "ours: OpenVINO int4": ("openvino", "int4"),
     "ours: OpenVINO int4, vision static": ("openvino", "static"),
+    "ours: ExecuTorch int8": ("executorch", "int8"),
 }
 
 
@@ -119,6 +120,7 @@ def _plain_openvino(model, how: str) -> None:
 
     from mmrecipes import export, export_openvino
 
+    # from our graph, whose attention OpenVINO keeps whole: so weights alone are compared, and the peer is at its best
     mode = {"int8": {}, "int4": {"mode": nncf.CompressWeightsMode.INT4_SYM, "group_size": 64}}[how]  # 128 does not divide 576
     out = folder("openvino", f"nncf-{how}")
     out.mkdir()
@@ -141,7 +143,8 @@ def run(runtime: str, how: str, forced: list[int] | None) -> dict:
     if runtime == "torch":
         look, step = _torch(how)
     else:
-        sys.modules.update(torch=None, torchao=None)  # as where only the runtime is installed: it needs no PyTorch
+        if runtime != "executorch":  # whose Python API takes PyTorch's tensors
+            sys.modules.update(torch=None, torchao=None)  # as where only the runtime is installed: it needs no PyTorch
         look, step = _exported(runtime, how)
     from mmrecipes import fresh
 

@@ -6,9 +6,11 @@ may have at most `LONGEST` tokens.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from mmrecipes import export, exported, models, packed, runtime
 
+ATTENTION = "mmrecipes_executorch"  # its name among the attentions of transformers
 LONGEST = 2048  # tokens that the cache has room for, unless the model takes fewer
 
 
@@ -34,27 +37,65 @@ class Language(export.Language):
         super().__init__(model)
         self.config, self.length = model.config.get_text_config(), longest(model)
         width = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-        shape = (1, self.config.num_key_value_heads, self.length, width)
+        shape = (1, self.length, self.config.num_key_value_heads, width)  # as the kernels take it
         for i in range(self.config.num_hidden_layers):
             self.register_buffer(f"keys_{i}", torch.zeros(shape), persistent=False)
             self.register_buffer(f"values_{i}", torch.zeros(shape), persistent=False)
 
     def forward(self, input_ids: Tensor, image_features: Tensor, before: Tensor) -> Tensor:
-        from transformers import StaticCache
+        return super().forward(input_ids, image_features, Places(self, before.item(), input_ids.shape[1]))["logits"]
 
-        cache = StaticCache(config=self.config, max_cache_len=self.length)
-        for i, layer in enumerate(cache.layers):  # each on this module's own memory, where the program finds it next time
-            keys, values = getattr(self, f"keys_{i}"), getattr(self, f"values_{i}")
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values, layer.cumulative_length = keys, values, before[0].clone()
-        return super().forward(input_ids, image_features, cache)["logits"]
+
+class Places:
+    """The cache of a `Language`, as its decoder asks for it: whole, while `attend` reads only what is filled."""
+
+    def __init__(self, holder: Language, before: int, new: int):
+        torch._check(before >= 0)
+        torch._check(before + new <= holder.length)
+        self.holder, self.before = holder, before
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.before
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Put (1, H, T, W) into their places, and give all places, (1, L, H, W)."""
+        held = tuple(getattr(self.holder, f"{kind}_{layer_idx}") for kind in ("keys", "values"))
+        for new, all_places in zip((keys, values), held, strict=True):
+            torch.ops.llama.update_cache(new.transpose(1, 2).contiguous(), all_places, self.before)
+        return held
+
+
+def attend(
+    module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, attention_mask: None, scaling: float, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """ExecuTorch's own attention kernel: query (1, H, T, W), keys and values (1, L, KV heads, W) -> (1, T, H, W)."""
+    before = kwargs["position_ids"][0, 0].item()
+    torch._check(before >= 0)
+    torch._check(before + query.shape[2] <= keys.shape[1])
+    query = query.transpose(1, 2).contiguous()
+    return torch.ops.llama.custom_sdpa(query, keys, values, before, None, 0.0, True, scaling), None
 
 
 def write(model: nn.Module, folder: Path, widths: Mapping[str, str], pixels: Sequence[np.ndarray] = ()) -> None:
     """Write both programs to `folder`, each in its precision, of which none looks at `pixels`. Raises as `export.export`."""
     runtime.needs("executorch")
-    with exported.hushed():  # its import reports on the CPU of a phone that it does not find
+    with exported.hushed(), _attention(model):  # its import reports on the CPU of a phone that it does not find
         _both(model, folder, widths)
+
+
+@contextlib.contextmanager
+def _attention(model: nn.Module) -> Iterator[None]:
+    """`model`'s decoder attends by `attend`, meanwhile."""
+    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 - registers torch.ops.llama
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, attend)
+    config = model.config.get_text_config()
+    before, config._attn_implementation = config._attn_implementation, ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def _both(model: nn.Module, folder: Path, widths: Mapping[str, str]) -> None:
@@ -68,7 +109,8 @@ def _both(model: nn.Module, folder: Path, widths: Mapping[str, str]) -> None:
     # named, because a program's inputs have no names and come in this order
     _write(tower, {"pixel_values": picture}, {"pixel_values": None}, folder / "vision.pte")
     decoder = Language(model)
-    ids, pieces = torch.full((1, 3), decoder.image), torch.randn(4, decoder.config.hidden_size)
+    some = decoder.length // 4  # the exporter plans memory for four times the example, at most
+    ids, pieces = torch.full((1, some), decoder.image), torch.randn(some + 1, decoder.config.hidden_size)
     example = {"input_ids": ids, "image_features": pieces, "before": torch.zeros(1, dtype=torch.int64)}
     words, features = Dim("words", min=1, max=decoder.length - 1), Dim("features", min=1, max=decoder.length)
     axes = {"input_ids": {1: words}, "image_features": {0: features}, "before": None}

@@ -26,12 +26,37 @@ def write(model: nn.Module, folder: Path, widths: Mapping[str, str], pixels: Seq
     config = OpenVINOConfig(dynamic_shapes=axes)
     made = {  # one after the other: of a large model each copy counts
         "vision": lambda: ov.convert_model(torch.export.export(tower.eval(), (picture,))),
-        "language": lambda: OpenVINOExporter().export(module, example, config).program,
+        "language": lambda: shared_heads(OpenVINOExporter().export(module, example, config).program),
     }
     for part, graph in made.items():
         with runtime.quiet(), torch.no_grad():
             small = _static(graph(), pixels) if widths[part] == "static" else _compressed(graph(), widths[part])
             ov.save_model(small, folder / f"{part}.xml", compress_to_fp16=False)
+
+
+def shared_heads(graph):
+    """`graph` with keys and values copied to the heads that share them (GQA) in the form that OpenVINO knows.
+
+    torch.export's `expand` becomes a Broadcast of kind "numpy", and with it the CPU plugin takes attention apart: into products
+    that it computes one by one. It keeps attention whole, and reads the cache in place, behind a "bidirectional" one.
+    """
+    from openvino import opset13 as op
+
+    for node in graph.get_ordered_ops():
+        for at in (1, 2) if node.get_type_name() == "ScaledDotProductAttention" else ():
+            shape = node.get_input_partial_shape(at)
+            reshape = node.input_value(at).get_node()
+            broadcast = reshape.input_value(0).get_node()
+            if (reshape.get_type_name(), broadcast.get_type_name()) != ("Reshape", "Broadcast"):
+                continue  # each head has its own
+            held = broadcast.input_value(0)  # (1, KV heads, 1, T, W)
+            heads, own, width = shape[1].get_length(), held.get_partial_shape()[1].get_length(), shape[3].get_length()
+            times = op.constant(np.array([1, 1, heads // own, 1, 1]))
+            copied = op.broadcast(held, times, broadcast_spec="BIDIRECTIONAL")
+            target = op.constant(np.array([0, heads, -1, width]))
+            node.input(at).replace_source_output(op.reshape(copied, target, special_zero=True).output(0))
+    graph.validate_nodes_and_infer_types()
+    return graph
 
 
 def _compressed(graph, width: str):

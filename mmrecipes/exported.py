@@ -101,8 +101,10 @@ class Exported:
             yield whole[len(said) :]
 
     def tokens(self, inputs: dict[str, np.ndarray], max_new_tokens: int) -> Iterator[int]:
-        """Token ids, the likeliest each time, until the model stops or `max_new_tokens` are found."""
+        """Token ids, the likeliest each time, until the model stops, `max_new_tokens` are found or it has no room for more."""
         logits = self.prefill(inputs)
+        room = self.manifest["longest"] - inputs["input_ids"].shape[1] + 1  # the last one found needs no place
+        max_new_tokens = min(max_new_tokens, room)
         for i in range(max_new_tokens):
             if not np.isfinite(logits).all():
                 raise ParityError("the model's logits are not finite: it is broken, not lossy; export it again")
@@ -241,6 +243,7 @@ class ExecutorchGraphs:
 
     def __init__(self, folder: Path, precision: dict[str, str], threads: int | None):
         with hushed():  # it reports on the CPU of a phone that it does not find
+            from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 - the kernels of its attention
             from executorch.extension.pybindings import portable_lib
             from executorch.runtime import Runtime
 

@@ -169,6 +169,15 @@ def test_ranges_fixed_on_pictures(vlm, rows, runtime, tmp_path):
             export.export(vlm, tmp_path / "odd", runtime, precision, pictures=pictures)
 
 
+def test_openvino_keeps_attention_whole(vlm, tmp_path):
+    """Grouped heads, too; else the plugin takes it apart, and finds a word in twice the time."""
+    loaded = exported.load_exported(export.export(vlm, tmp_path / "whole", "openvino"))
+    executed = loaded.graphs.language.get_compiled_model().get_runtime_model().get_ops()
+    kinds = [op.get_rt_info()["layerType"].astype(str) for op in executed]
+    assert kinds.count("ScaledDotProductAttention") == vlm.config.text_config.num_hidden_layers
+    assert "Softmax" not in kinds
+
+
 def test_no_model_code_is_loaded(plain):
     code = (
         "import sys; from mmrecipes.exported import load_exported; from PIL import Image\n"

@@ -1,11 +1,10 @@
 """A model exported for ExecuTorch answers like its source, within the length its cache was given."""
 
-import numpy as np
 import pytest
 import torch
 
 import tiny
-from mmrecipes import data, export, export_executorch, exported, models, plan, scenes
+from mmrecipes import data, export, export_executorch, exported, fresh, models, plan, scenes
 from mmrecipes.errors import UserError
 
 # the largest relative error of logits seen is a half or less of these; XNNPACK's GELU is an approximation
@@ -28,6 +27,7 @@ def test_answers_like_its_source(vlm, loaded):
     rows = data.test_split(14)
     assert max(export.parity(vlm, loaded, CLOSE["fp32"]).values()) <= CLOSE["fp32"]
     assert all(loaded.generate(r["image"], r["question"]) == models.ask(vlm, r["image"], r["question"]) for r in rows)
+    assert fresh.run(loaded.folder, rows[0]["image"], rows[0]["question"])["tokens_per_s"] > 0, "alone in a process, too"
 
 
 def test_conversations(vlm, loaded):
@@ -73,8 +73,12 @@ def test_weights_rounded_before_are_not_rounded_again(vlm):
 
 def test_the_cache_has_room_for_what_the_manifest_promises(vlm, loaded):
     longest = loaded.manifest["longest"]
-    assert loaded.graphs.language.metadata.input_tensor_meta(0).sizes() == (1, longest - 1)
-    words = torch.full((1, longest - 1), vlm.processor.tokenizer.convert_tokens_to_ids("red")).numpy()
+    words = torch.full((1, longest), vlm.processor.tokenizer("red").input_ids[0])
     loaded.graphs.reset()
-    loaded.graphs.step(words)
-    assert np.isfinite(loaded.graphs.step(words[:, :1])).all(), "the last place is there, too"
+    loaded.graphs.step(words[:, :-1].numpy())
+    last = loaded.graphs.step(words[:, -1:].numpy())
+    with torch.inference_mode():
+        wanted = vlm(input_ids=words).logits[0, -1].numpy()
+    assert abs(last - wanted).max() < 2e-3 * abs(wanted).max(), "the last place is there, too"
+    inputs = {"input_ids": words[:, :-1].numpy()}
+    assert len(list(loaded.tokens(inputs, 8))) <= 2, "it stops where the cache is full"

@@ -1,7 +1,7 @@
 """Ask the model in this folder about a picture: python example.py PICTURE "QUESTION"
 
 Needs executorch, torch (for its tensors), transformers, pillow and numpy. On a phone the same two programs run from Kotlin, Swift
-or C++; what happens around them is this.
+or C++ (link extension_llm_custom_ops beside the XNNPACK backend); what happens around them is this.
 """
 
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 - the kernels of the language program's attention
 from executorch.runtime import Runtime
 from PIL import Image, ImageOps
 from transformers import AutoProcessor
