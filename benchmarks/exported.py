@@ -9,7 +9,7 @@ from mmrecipes import data, evaluate, export, exported, models
 
 WAYS = [(runtime, width) for runtime in ("onnx", "openvino", "executorch") for width in ("fp32", "int8", "int4")]
 
-FEWER = 1050  # questions for ExecuTorch, which answers a tenth as fast here
+FEWER = 1050  # questions for ExecuTorch, whose exports take most of its time
 
 
 def run() -> dict:
