@@ -9,6 +9,9 @@ one job by its name: `python benchmarks/results.py plan`.
 - results/int8.json, int8-speed.json: int8 with activations, by library: accuracy; time on the real-size twin (benchmarks/int8.py)
 - results/static.json: mini-cnn in static int8, by observer, calibration set and runtime (benchmarks/static.py)
 - results/exported.json: mini-vlm exported to ONNX Runtime and OpenVINO, by precision (benchmarks/exported.py)
+- results/pruned.json: zeros: magnitude, Wanda, SparseGPT, 2:4, recovered, rounded (benchmarks/pruned.py)
+- results/structured.json: a smaller model, recovered with and without its parent (benchmarks/structured.py)
+- results/tokens.json, tokens-speed.json: fewer visual tokens: accuracy; time on the real-size twin (benchmarks/visual_tokens.py)
 - results/bench.json: the real-size twin in every runtime, beside the peers (`make bench`, benchmarks/bench.py)
 - results/tour.json: the tour's comparison, with 1,000 questions
 - results/real-size.json: stage budget and roofline of the real-size twin, fp32, on this machine
@@ -158,6 +161,34 @@ def the_exported() -> None:
     write("exported.json", exported.run())
 
 
+def the_pruned() -> None:
+    """Zeros instead of weights, on the test split."""
+    import pruned
+
+    write("pruned.json", pruned.run())
+
+
+def the_structured() -> None:
+    """Columns, heads and layers cut out, and recovered, on the test split."""
+    import structured
+
+    write("structured.json", structured.run())
+
+
+def the_tokens() -> None:
+    """Fewer visual tokens: what each way costs, on the test split."""
+    import visual_tokens
+
+    write("tokens.json", visual_tokens.accuracy())
+
+
+def the_tokens_speed() -> None:
+    """Fewer visual tokens: time on the real-size twin."""
+    import visual_tokens
+
+    write("tokens-speed.json", visual_tokens.speed())
+
+
 def real_size() -> None:
     """Where a real model's time goes; random weights, so time and memory only."""
     twin = models.real_size("smolvlm-256m")
@@ -192,6 +223,10 @@ if __name__ == "__main__":
         "int8-speed": the_int8_speed,
         "static": the_static,
         "exported": the_exported,
+        "pruned": the_pruned,
+        "structured": the_structured,
+        "tokens": the_tokens,
+        "tokens-speed": the_tokens_speed,
         "tour": the_tour,
         "real-size": real_size,
     }

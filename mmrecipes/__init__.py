@@ -12,9 +12,9 @@ from typing import Any
 
 __version__ = "0.1.0"
 _ROOMS = (
-    *("calibrated", "cnn", "data", "doctor", "errors", "evaluate", "export", "exported", "fresh", "house", "lessons", "losses"),
-    *("measure", "models", "muon", "packed", "plan", "prune", "quantize", "report", "runtime", "scenes"),
-    *("shrink", "static_int8", "train"),
+    *("calibrated", "cnn", "data", "doctor", "errors", "evaluate", "export", "exported", "fresh", "house"),
+    *("importance", "lessons", "losses", "measure", "models", "muon", "packed", "plan", "prune", "quantize"),
+    *("recovery", "report", "runtime", "scenes", "shrink", "static_int8", "structured", "tokens", "train"),
 )
 _SHORT = {"load": "models", "ask": "models", "compare": "report", "load_exported": "exported"}
 __all__ = [*_ROOMS, *_SHORT]

@@ -1,0 +1,340 @@
+"""Cutting for real: what is cut computes what the whole computes without it, and is a plain checkpoint afterwards."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+import mmrecipes as mmr
+import tiny
+from mmrecipes import data, evaluate, export, exported, importance, models, quantize, recovery, structured
+from mmrecipes.errors import UserError
+
+KINDS = {"house": lambda: tiny.house(width=256, layers=2), "llava": lambda: two_layers()}
+
+
+def two_layers():
+    """The tiny LLaVA with two layers a tower and grouped-query attention: four heads on two key heads."""
+    model = tiny.llava()
+    config = model.config
+    config.vision_config.num_hidden_layers = config.text_config.num_hidden_layers = 2
+    config.text_config.num_attention_heads, config.text_config.num_key_value_heads = 4, 2
+    config.text_config.head_dim = 16
+    torch.manual_seed(0)
+    fresh = type(model)(config).eval()
+    fresh.processor = model.processor
+    return fresh
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request):
+    """Two architectures; the second is none of ours."""
+    return KINDS[request.param]()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return data.calibration(7)
+
+
+@torch.no_grad()
+def logits(model):
+    picture, asked = data.calibration(1)[0]["image"], "What colour is the circle?"
+    return model(**models.chat(model, picture, asked)).logits
+
+
+def assert_same(found, wanted):
+    assert torch.isfinite(found).all()
+    assert (found - wanted).norm() < 1e-4 * wanted.norm()
+
+
+def halves(model, part):
+    """Every other column of each layer's FFN: another half in each."""
+    stack = structured.layers(model)[part]
+    width = structured.ffn(stack[0])[1].in_features
+    return [list(range(i % 2, width, 2)) for i in range(len(stack))]
+
+
+# ---- what is cut
+
+
+@pytest.mark.parametrize("part", structured.PARTS)
+def test_columns_by_hand_and_by_torch_pruning_are_the_same(model, part):
+    keep = halves(model, part)
+    thin = structured.keep_columns(model, {part: keep})
+    for whole, cut, columns in zip(structured.layers(model)[part], structured.layers(thin)[part], keep, strict=True):
+        (into, out), (into_cut, out_cut) = structured.ffn(whole), structured.ffn(cut)
+        assert all(torch.equal(a.weight[columns], b.weight) for a, b in zip(into, into_cut, strict=True))
+        assert torch.equal(out.weight[:, columns], out_cut.weight)
+    assert structured.config_of(thin, part).intermediate_size == len(keep[0])
+
+
+def test_torch_prunings_graph_finds_the_same_cut():
+    import torch_pruning as tp
+
+    whole = tiny.house(width=256)
+    for part, stack in structured.layers(whole).items():
+        cut, columns = quantize.clone(whole), halves(whole, part)[0]
+        mlp = structured.layers(cut)[part][0].mlp
+        graph = tp.DependencyGraph().build_dependency(mlp, example_inputs=torch.randn(1, 3, 256))
+        first = structured.ffn(structured.layers(cut)[part][0])[0][0]
+        gone = sorted(set(range(first.out_features)) - set(columns))
+        graph.get_pruning_group(first, tp.prune_linear_out_channels, gone).prune()
+        thin = structured.layers(structured.keep_columns(whole, {part: [columns]}))[part][0].mlp
+        x = torch.randn(2, 5, 256)
+        assert torch.equal(mlp(x), thin(x)) and not torch.equal(stack[0].mlp(x), thin(x))
+
+
+@pytest.mark.parametrize("part", structured.PARTS)
+def test_without_columns_that_count_for_nothing_the_answer_stays(model, part):
+    quiet, keep = quantize.clone(model), halves(model, part)
+    with torch.no_grad():
+        for layer, columns in zip(structured.layers(quiet)[part], keep, strict=True):
+            out = structured.ffn(layer)[1]
+            out.weight[:, sorted(set(range(out.in_features)) - set(columns))] = 0
+    assert_same(logits(structured.keep_columns(quiet, {part: keep})), logits(quiet))
+
+
+@pytest.mark.parametrize("keep", [[[0, 3], [1, 2]], [[2, 3], [0, 1]]], ids=["one of each group", "one group"])
+def test_heads_respect_grouped_queries(model, keep):
+    quiet, size = quantize.clone(model), structured.head_dim(model, "language")
+    with torch.no_grad():
+        for layer, heads in zip(structured.layers(quiet)["language"], keep, strict=True):
+            for head in set(range(4)) - set(heads):
+                structured.attention(layer)[3].weight[:, head * size : (head + 1) * size] = 0
+    thin = structured.keep_heads(quiet, keep)
+    assert_same(logits(thin), logits(quiet))
+    own = thin.config.text_config
+    assert (own.num_attention_heads, own.num_key_value_heads) == ((2, 2) if keep[0] == [0, 3] else (2, 1))
+
+
+@pytest.mark.parametrize("part", structured.PARTS)
+def test_a_layer_that_adds_nothing_can_go(model, part):
+    quiet = quantize.clone(model)
+    with torch.no_grad():
+        first = structured.layers(quiet)[part][0]
+        for m in (structured.ffn(first)[1], structured.attention(first)[3]):
+            m.weight.zero_()
+            if m.bias is not None:
+                m.bias.zero_()
+    similar = importance.similarity(quiet, data.calibration(2))[part]
+    assert similar[0] > 0.9999 > similar[1]
+    thin = structured.keep_layers(quiet, part, [1])
+    assert_same(logits(thin), logits(quiet))
+    assert structured.config_of(thin, part).num_hidden_layers == 1
+
+
+@pytest.mark.parametrize("part", structured.PARTS)
+def test_width_is_cut_everywhere(model, part):
+    width, size = structured.config_of(model, part).hidden_size, structured.head_dim(model, part)
+    stack = structured.layers(model)[part]
+    heads = [[i] for i in range(len(stack))] if part == "vision" else []
+    keep = list(range(0, width, width // size))[:size] if part == "vision" else list(range(0, width, 2))
+    thin = structured.keep_width(model, part, keep, heads)
+    assert structured.config_of(thin, part).hidden_size == len(keep)
+    assert torch.isfinite(logits(thin)).all()
+    whole_out, out = (structured.ffn(structured.layers(m)[part][0])[1].weight for m in (model, thin))
+    assert torch.equal(out, whole_out[keep])
+    if part == "language":
+        assert torch.equal(thin.get_input_embeddings().weight, model.get_input_embeddings().weight[:, keep])
+
+
+def test_the_pixel_shuffle_keeps_its_order():
+    whole = tiny.house(width=256)
+    config = whole.config
+    config.scale_factor = 2
+    whole = type(whole)(config).eval()
+    keep = sorted(torch.randperm(256, generator=torch.Generator().manual_seed(0))[:64].tolist())
+    thin = structured.keep_width(whole, "vision", keep, [[0]])
+    x = torch.randn(1, 64, 256)
+    x[..., sorted(set(range(256)) - set(keep))] = 0
+    assert_same(thin.model.connector(x[..., keep]), whole.model.connector(x))
+
+
+def test_a_fit_makes_up_for_what_is_gone(house_vlm):
+    whole, seen = mmr.load(house_vlm), data.calibration(21)
+    reference, _ = evaluate.answer_logits(whole, probe := data.questions("validation", 21))
+    keep = {"vision": importance.strongest(importance.magnitude(whole)["vision"]["columns"], 256)}
+    plain, fitted = structured.keep_columns(whole, keep), structured.keep_columns(whole, keep, seen)
+    far = [evaluate.divergence(reference, evaluate.answer_logits(m, probe)[0]) for m in (plain, fitted)]
+    assert far[1] < far[0] / 2
+
+
+def test_a_tied_head_stays_tied():
+    whole = tiny.house(width=256)
+    words = list(range(0, 256, 2))
+    for thin in (structured.keep_layers(whole, "vision", [0]), structured.keep_width(whole, "language", words)):
+        assert thin.lm_head.weight is thin.get_input_embeddings().weight
+
+
+# ---- importance
+
+
+def test_importance_is_the_first_order_of_a_real_cut(model, rows):
+    """The score of each structure, against the change of the loss when its output is scaled down a little."""
+    found, one = importance.taylor(model, rows.select([0])), rows.select([0])
+    assert [tuple(v.shape) for v in found["language"].values()]
+    part, step = "language", 1e-2
+
+    def loss(m):
+        return torch.nn.functional.cross_entropy(*evaluate.answer_logits(m, one), reduction="sum").double().item()
+
+    for kind, column in (("columns", 3), ("heads", 1)):
+        moved = []
+        for sign in (-1, 1):
+            near = quantize.clone(model)
+            layer = structured.layers(near)[part][0]
+            out, size = (
+                (structured.ffn(layer)[1], 1)
+                if kind == "columns"
+                else (structured.attention(layer)[3], structured.head_dim(model, part))
+            )
+            with torch.no_grad():
+                out.weight[:, column * size : (column + 1) * size] *= 1 + sign * 10 * step
+            moved.append(loss(near))
+        slope = abs(moved[1] - moved[0]) / (20 * step)
+        assert found[part][kind][0, column].item() == pytest.approx(slope, rel=0.1, abs=2e-5)
+
+
+def test_scores_have_a_shape_and_a_rank(model, rows):
+    by_loss, by_size = importance.taylor(model, rows), importance.magnitude(model)
+    for part, stack in structured.layers(model).items():
+        own = structured.config_of(model, part)
+        shapes = {"columns": (len(stack), own.intermediate_size), "heads": (len(stack), own.num_attention_heads)}
+        shapes |= {"layers": (len(stack),), "width": (own.hidden_size,)}
+        for scores in (by_loss[part], by_size[part]):
+            assert {k: tuple(v.shape) for k, v in scores.items()} == shapes
+            assert all(torch.isfinite(v).all() and (v >= 0).all() for v in scores.values())
+
+
+def test_magnitude_is_torch_prunings():
+    import torch_pruning as tp
+
+    whole = tiny.house(width=256)
+    found = importance.magnitude(whole)["language"]["columns"][0]
+    mlp = structured.layers(whole)["language"][0].mlp
+    graph = tp.DependencyGraph().build_dependency(mlp, example_inputs=torch.randn(1, 3, 256))
+    group = graph.get_pruning_group(mlp.up_proj, tp.prune_linear_out_channels, list(range(512)))
+    library = tp.importance.GroupMagnitudeImportance(p=2, group_reduction="sum", normalizer=None)(group)
+    assert torch.allclose(found.square(), library, rtol=1e-4)
+
+
+# ---- a plain checkpoint afterwards
+
+
+@pytest.fixture(scope="module")
+def cut(model):
+    thin = structured.keep_columns(model, {part: halves(model, part) for part in structured.PARTS})
+    thin = structured.keep_heads(structured.keep_layers(thin, "vision", [1]), [[0, 3], [1, 2]])
+    return structured.keep_width(thin, "language", list(range(0, thin.config.text_config.hidden_size, 2)))
+
+
+def test_a_cut_model_is_a_plain_checkpoint(cut, tmp_path):
+    cut.save_pretrained(tmp_path)
+    alone = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    alone.processor = cut.processor
+    assert torch.equal(logits(alone), logits(cut))
+    assert sum(p.numel() for p in alone.parameters()) == sum(p.numel() for p in cut.parameters())
+    again = mmr.load(models.save(cut, cut.processor, tmp_path / "again", dtype=torch.float32))
+    assert torch.equal(logits(again), logits(cut))
+    assert json.loads((tmp_path / "config.json").read_text())["text_config"]["num_hidden_layers"] == 2
+
+
+def test_a_cut_model_goes_through_int8(cut):
+    small, slow = quantize.dynamic_int8(cut), quantize.simulate_dynamic_int8(cut)
+    assert torch.isfinite(logits(small)).all()
+    assert (logits(small) - logits(slow)).norm() < 0.15 * logits(slow).norm()
+
+
+def test_a_cut_model_goes_through_export(cut, tmp_path):
+    loaded = exported.load_exported(export.export(cut, tmp_path / "out", "onnx"))  # checks its logits against the model's
+    assert isinstance(loaded.generate(data.calibration(1)[0]["image"], "How many objects?", 3), str)
+
+
+# ---- what is refused
+
+
+def test_a_head_of_a_vit_cannot_be_said_in_a_config(model):
+    import torch_pruning as tp
+
+    cut = quantize.clone(model)
+    for layer in structured.layers(cut)["vision"]:
+        q, k, v, out = structured.attention(layer)
+        for m in (q, k, v):
+            tp.prune_linear_out_channels(m, list(range(structured.head_dim(model, "vision"))))
+        tp.prune_linear_in_channels(out, list(range(structured.head_dim(model, "vision"))))
+    with pytest.raises(UserError, match="does not fit its config"):
+        structured.plain(cut, cut.config)
+
+
+@pytest.mark.parametrize(
+    ("cut", "said"),
+    [
+        (lambda m: structured.keep_layers(m, "vision", []), "at least one"),
+        (lambda m: structured.keep_layers(m, "language", [1, 0]), "rising"),
+        (lambda m: structured.keep_layers(m, "language", [0, 9]), "below 2"),
+        (lambda m: structured.keep_columns(m, {"vision": [[0, 1], [0]]}), "one number"),
+        (lambda m: structured.keep_heads(m, [[0, 1, 2], [0, 1, 2]]), "as many of each key head"),
+        (lambda m: structured.keep_heads(m, [[0, 1], [0, 2]]), "the same number in every layer"),
+        (lambda m: structured.keep_width(m, "vision", [0, 1, 2], [[0], [0]]), "must agree"),
+    ],
+)
+def test_refusals_say_what_to_do(model, cut, said):
+    with pytest.raises(UserError, match=said):
+        cut(model)
+
+
+def test_the_parent_stays_as_it_was(model):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    structured.keep_columns(model, {part: halves(model, part) for part in structured.PARTS})
+    structured.keep_heads(model, [[0, 3], [1, 2]])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.config.text_config.num_attention_heads == 4
+
+
+# ---- recovery
+
+
+@pytest.mark.parametrize("taught", [False, True], ids=["alone", "with its parent"])
+def test_recovery_brings_any_model_back(model, rows, taught):
+    thin = structured.keep_columns(model, {part: halves(model, part) for part in structured.PARTS})
+    before = evaluate.answer_loss(thin, rows)
+    well = recovery.recover(thin, recovery.Course(steps=6, batch=7), model if taught else None, rows)
+    assert evaluate.answer_loss(well, rows) < before
+    assert evaluate.answer_loss(thin, rows) == pytest.approx(before, rel=1e-4)  # a copy was trained
+
+
+def test_a_model_is_no_distance_from_itself(model, rows):
+    lesson = recovery._rows_loss(model, recovery.Course(batch=7), rows)
+    loss, logs = recovery.imitate(model, quantize.clone(model), lambda m: lesson(m, 0))
+    assert abs(logs["divergence"]) < 1e-5 and logs["vision"] < 1e-8 and logs["hidden"] < 1e-8
+    assert loss.item() == pytest.approx(logs["answers"], abs=1e-4)
+
+
+def test_a_killed_recovery_goes_on_where_it_was(tmp_path, monkeypatch):
+    whole = tiny.house(width=128, layers=2)
+    thin, course = structured.keep_layers(whole, "vision", [0]), recovery.Course(steps=4, batch=2)
+    wanted = recovery.recover(thin, course, whole)
+
+    class Killed(Exception):
+        pass
+
+    real, calls = recovery.imitate, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise Killed
+        return real(*args)
+
+    with monkeypatch.context() as m:
+        m.setattr(recovery, "imitate", dies)
+        with pytest.raises(Killed):
+            recovery.recover(thin, course, whole, work=tmp_path, every=2)
+    found = recovery.recover(thin, course, whole, work=tmp_path, every=2)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found.parameters(), wanted.parameters(), strict=True))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="another course"):
+        recovery.recover(thin, recovery.Course(steps=5, batch=2), whole, work=tmp_path)
