@@ -80,5 +80,7 @@ def test_the_cache_has_room_for_what_the_manifest_promises(vlm, loaded):
     with torch.inference_mode():
         wanted = vlm(input_ids=words).logits[0, -1].numpy()
     assert abs(last - wanted).max() < 2e-3 * abs(wanted).max(), "the last place is there, too"
-    inputs = {"input_ids": words[:, :-1].numpy()}
-    assert len(list(loaded.tokens(inputs, 8))) <= 2, "it stops where the cache is full"
+    stop, loaded.manifest["stop"] = loaded.manifest["stop"], []  # else it may stop by itself
+    found = len(list(loaded.tokens({"input_ids": words[:, :-1].numpy()}, 8)))
+    loaded.manifest["stop"] = stop
+    assert found == 2, "the last place holds the first word found, and the second needs none"
