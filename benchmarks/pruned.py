@@ -16,11 +16,10 @@ from typing import Any
 
 from torch import nn
 
-from mmrecipes import calibrated, data, evaluate, lessons, losses, measure, models, prune, quantize, report
+from mmrecipes import calibrated, data, evaluate, measure, models, prune, quantize, recovery, report
 
 CALIBRATION = 64
-STEPS, BATCH = 170, 16  # of each recovery: at most five minutes on two quiet cores
-FIRST = 30_000  # its first batch of lessons: the model's own training ends far below
+COURSE = recovery.Course(steps=170, lr=7e-4, adam_lr=2e-4)  # of each recovery: at most five minutes on two quiet cores
 
 
 def per_layer(weight, moments, sparsity, _):
@@ -62,20 +61,15 @@ def variants(model: nn.Module, seen: Any) -> dict[str, Callable[[], nn.Module]]:
     found["4 bits, then SparseGPT 50%"] = lambda: round_all(gptq(), bits=half, method=on_marks)
     found["SparseGPT 50% and 4 bits at once"] = partial(round_all, model, bits=half, method=at_once)
     for how in ("magnitude", "SparseGPT"):
-        found[f"{how}, 70%, recovered"] = partial(recovered, model, partial(ways[how], 0.7))
+        found[f"{how}, 70%, recovered"] = lambda way=ways[how]: recovery.recover(way(0.7), COURSE)
     return found
-
-
-def recovered(model: nn.Module, thin: Callable[[], nn.Module]) -> nn.Module:
-    batches = lessons.ChatBatches(FIRST, FIRST + STEPS, BATCH, model.processor.tokenizer)
-    return prune.recover(thin(), batches, lambda m, batch: losses.answer_loss(m, batch, batches.word_ids, 0.1)[0])
 
 
 def run(n: int | None = None, kept: Path = Path("runs/pruned.json")) -> dict:
     """Of each variant: accuracy, the change against the whole model (paired), families, zeros by part, megabytes."""
     model, rows = models.load("mini-vlm"), data.test_split(n)
     seen, environment = data.calibration(CALIBRATION), measure.environment()
-    stamp = [environment["commit"], len(rows), STEPS]
+    stamp = [environment["commit"], len(rows), COURSE.steps]
     old = json.loads(kept.read_text()) if kept.is_file() else {}
     found, base = old["variants"] if old.get("stamp") == stamp else {}, evaluate.vqa(model, rows)
     for name, make in variants(model, seen).items():
@@ -91,7 +85,7 @@ def run(n: int | None = None, kept: Path = Path("runs/pruned.json")) -> dict:
         print(f"{name:42s} {hurt.overall}  {row['change']}", flush=True)
     about = f"{CALIBRATION} pictures with question and answer; linear layers only; SparseGPT and Wanda block after block"
     trained = [row["seconds"] for name, row in found.items() if "recovered" in name]
-    recovery = {"steps": STEPS, "batch": BATCH, "seconds": max(trained)}
+    recovery = {"steps": COURSE.steps, "batch": COURSE.batch, "seconds": max(trained)}
     whole = {"mb": megabytes(model, 16), "n": base.overall.n, "accuracy": base.overall}
     return {"calibration": about, "whole": whole, "recovery": recovery, "variants": found}
 

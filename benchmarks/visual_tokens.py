@@ -23,7 +23,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from mmrecipes import data, evaluate, fresh, measure, models, report, scenes, tokens
+from mmrecipes import data, evaluate, fresh, measure, merging, models, report, scenes, tokens
 
 WORK = Path(__file__).resolve().parent.parent / "runs" / "tokens"
 SECONDS = 360  # of training for the larger pixel shuffle
@@ -108,7 +108,7 @@ def accuracy(n: int | None = None, seconds: float = SECONDS, work: Path = WORK) 
     )
     for name, options in MERGED.items():
         record(name, partial(tokens.answers, model, rows["image"][:], rows["question"][:], **options), **options)
-    coarse = tokens.coarser(model)
+    coarse = merging.coarser(model)
     ask = partial(tokens.answers, images=rows["image"][:], questions=rows["question"][:], keep=1.0)
     record("pixel shuffle 2, untrained", partial(ask, coarse), keep=0.25)
     about = train(coarse, seconds, work) if "pixel shuffle 2, trained" not in done["right"] else done.get("training", {})

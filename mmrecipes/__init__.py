@@ -13,7 +13,7 @@ from typing import Any
 __version__ = "0.1.0"
 _ROOMS = (
     *("calibrated", "cnn", "data", "doctor", "errors", "evaluate", "export", "exported", "fresh", "house"),
-    *("importance", "lessons", "losses", "measure", "models", "muon", "packed", "plan", "prune", "quantize"),
+    *("importance", "lessons", "losses", "measure", "merging", "models", "muon", "packed", "plan", "prune", "quantize"),
     *("recovery", "report", "runtime", "scenes", "shrink", "static_int8", "structured", "tokens", "train"),
 )
 _SHORT = {"load": "models", "ask": "models", "compare": "report", "load_exported": "exported"}

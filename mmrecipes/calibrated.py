@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -161,14 +161,14 @@ def moments(model: nn.Module, rows: Dataset, names: list[str], balance: bool = F
 def calibrated(
     model: nn.Module,
     rows: Dataset,
-    bits: int | Mapping[str, int],
+    bits: int | Mapping[str, Any],
     method: Callable[..., Tensor] = gptq_round,
     group_size: int | None = None,
     balance: bool = False,
 ) -> nn.Module:
     """A copy with every linear weight rounded by `method`, block after block, each calibrated behind the rounded ones.
 
-    With `bits` {layer's name: bits}, only the layers named.
+    With `bits` {layer's name: bits, or what else `method` takes}, only the layers named.
     """
     small = clone(model)
     layers = dict(linears(small))

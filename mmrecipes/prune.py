@@ -7,8 +7,8 @@ other remain). {module's name: sparsity} prunes the modules named and no other.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from mmrecipes import packed
 from mmrecipes.calibrated import best_scale, calibrated
 from mmrecipes.errors import UserError
-from mmrecipes.muon import optimizers, schedule
 from mmrecipes.quantize import clone, linears
 from mmrecipes.quantize import packed as packed_weight
 
@@ -205,38 +204,6 @@ def only(rows: Dataset, what: str) -> Dataset:
     for column in ("question", "answer"):
         table = table.set_column(table.column_names.index(column), column, pa.array([""] * len(rows)))
     return Dataset(table)
-
-
-def recover(
-    model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor], lr: float = 7e-4, adam_lr: float = 2e-4
-) -> nn.Module:
-    """A copy trained on `batches` with its zeros kept: `loss(model, batch)` is what it learns from.
-
-    Muon for matrices, AdamW for the rest, as in training (`muon.optimizers`). The copy is in eval mode.
-    """
-    tuned, batches = clone(model).train(), list(batches) if not hasattr(batches, "__len__") else batches
-    kept = {layer.weight: layer.weight != 0 for _, layer in linears(tuned)}
-    steppers = optimizers([tuned], lr, adam_lr)
-    base = [[g["lr"] for g in s.param_groups] for s in steppers]
-    for step, batch in enumerate(batches):
-        for stepper, rates in zip(steppers, base, strict=True):
-            for group, rate in zip(stepper.param_groups, rates, strict=True):
-                group["lr"] = rate * schedule(step, len(batches), warmup=10)
-        now = loss(tuned, batch)
-        if not torch.isfinite(now):
-            raise UserError(f"prune.recover: the loss of step {step} is not finite ({now.item()}); lower lr and adam_lr")
-        now.backward()
-        for weight, mask in kept.items():
-            if weight.grad is not None:  # a tower's last layers may feed nothing
-                weight.grad.mul_(mask)
-        nn.utils.clip_grad_norm_([p for p in tuned.parameters() if p.grad is not None], 1.0)
-        for stepper in steppers:
-            stepper.step()
-            stepper.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for weight, mask in kept.items():  # an optimizer's momentum and its matrix arithmetic would bring them back
-                weight.mul_(mask)
-    return tuned.eval()
 
 
 # ---- bytes

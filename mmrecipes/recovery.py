@@ -1,7 +1,7 @@
-"""A short training after a cut: the loss of the right answers, alone or beside a parent that shows what it would have said.
+"""A short training after pruning: the loss of the right answers, alone or beside a parent that shows what it would have said.
 
-Notebook 21 uses it. With a parent this is knowledge distillation (Hinton et al. 2015, arXiv:1503.02531), its features included
-(FitNets, arXiv:1412.6550; for cut language models: Minitron, arXiv:2407.14679).
+Notebooks 20 and 21 use it. With a parent this is knowledge distillation (Hinton et al. 2015, arXiv:1503.02531), its features
+included (FitNets, arXiv:1412.6550; for cut language models: Minitron, arXiv:2407.14679).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mmrecipes import models
 from mmrecipes.errors import UserError
 from mmrecipes.muon import optimizers, schedule
-from mmrecipes.quantize import clone
+from mmrecipes.quantize import clone, linears
 from mmrecipes.structured import layers
 
 FIRST = 20_000  # the first batch of lessons for a recovery: the house model's own training ends far below
@@ -53,16 +53,18 @@ def recover(
     work: Path | None = None,
     every: int = 50,
 ) -> nn.Module:
-    """A trained copy of `model`, which was cut out of `parent`; without one it learns from the right answers alone.
+    """A trained copy of `model`, which was made from `parent`; without one it learns from the right answers alone.
 
+    Zeros of linear layers stay zeros, so that a pruned model stays pruned.
     Trains on the house model's lessons, or on `rows` (image, question, answer), over and over: that takes any VLM. With a
     folder `work` a checkpoint is written `every` so many steps, and a killed run goes on there. Raises UserError when the
-    loss is not finite, or a checkpoint belongs to another course.
+    loss is not finite, or a checkpoint is damaged or belongs to another course.
     """
     student = clone(model).train()
     student.requires_grad_(True)
     steppers = optimizers([student], course.lr, course.adam_lr)
     base = [[g["lr"] for g in s.param_groups] for s in steppers]
+    masks = {layer.weight: layer.weight != 0 for _, layer in linears(student) if (layer.weight == 0).any()}
     begin, seconds = _resume(student, steppers, work, repr(course)) if work else (0, 0.0)
     started = time.perf_counter() - seconds
     lesson = _lessons_loss(student, course) if rows is None else _rows_loss(student, course, rows)
@@ -74,10 +76,16 @@ def recover(
         if not torch.isfinite(loss):
             raise UserError(f"recover: the loss of step {step} is {loss.item()}; lower the course's lr")
         loss.backward()
+        for weight, mask in masks.items():
+            if weight.grad is not None:  # a tower's last layers may feed nothing
+                weight.grad.mul_(mask)
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         for stepper in steppers:
             stepper.step()
             stepper.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for weight, mask in masks.items():  # momentum and Muon's matrix arithmetic would bring them back
+                weight.mul_(mask)
         if work:
             row = {"step": step, "seconds": round(time.perf_counter() - started, 1)} | logs
             with (work / "log.jsonl").open("a") as f:
@@ -176,7 +184,10 @@ def _resume(student: nn.Module, steppers: list, work: Path, course: str) -> tupl
     if not path.exists():
         (work / "log.jsonl").unlink(missing_ok=True)
         return 0, 0.0
-    state = torch.load(path, weights_only=True)
+    try:
+        state = torch.load(path, weights_only=True)
+    except Exception as e:
+        raise UserError(f"recover: {path} cannot be read ({e}); remove it to begin anew") from e
     if state.get("course") != course:
         raise UserError(f"recover: {path} was written by another course; move it away, or give another work folder")
     student.load_state_dict(state["model"])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from mmrecipes import calibrated, data, evaluate, export, exported, losses, models, packed, prune, quantize
+from mmrecipes import calibrated, data, evaluate, export, exported, models, packed, prune, quantize, recovery
 from mmrecipes.errors import UserError
 from test_calibrated import made
 
@@ -263,32 +263,38 @@ def test_one_ranking_for_the_model_takes_the_smallest_wherever_they_are(make):
 
 
 @FOREIGN
-def test_recovery_keeps_every_zero_and_lowers_the_loss(make):
-    thin, rows = prune.magnitude(make(), 0.5), data.calibration(8)
-    inputs, lengths = next(evaluate.teacher_forced(thin, rows))
-
-    def loss(model, _):
-        logits = model(**inputs, use_cache=False).logits[:, -3:-1].float()
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs["input_ids"][:, -2:].flatten())
-
-    tuned = prune.recover(thin, range(12), loss, lr=0.01, adam_lr=1e-3)
-    assert prune.sparsity_of(tuned) == prune.sparsity_of(thin)
-    assert not tuned.training and min(lengths) >= 2
+@pytest.mark.parametrize("taught", [False, True], ids=["alone", "with its parent"])
+def test_recovery_keeps_every_zero_and_lowers_the_loss(make, taught):
+    whole, rows = make(), data.calibration(8)
+    thin, course = prune.magnitude(whole, 0.5), recovery.Course(steps=12, batch=8, lr=0.01, adam_lr=1e-3)
+    tuned = recovery.recover(thin, course, whole if taught else None, rows)
+    assert prune.sparsity_of(tuned) == prune.sparsity_of(thin) and not tuned.training
+    lesson = recovery._rows_loss(thin, course, rows)
     with torch.no_grad():
-        assert loss(tuned, 0) < 0.98 * loss(thin, 0)
+        assert lesson(tuned, 0) < 0.98 * lesson(thin, 0)
 
 
 def test_recovery_on_the_house_lessons():
-    from mmrecipes import lessons
-
     thin = prune.magnitude(tiny.house(), 0.5)
-    batches = lessons.ChatBatches(30_000, 30_002, 1, thin.processor.tokenizer)
-    tuned = prune.recover(thin, batches, lambda m, b: losses.answer_loss(m, b, batches.word_ids, 0.1)[0])
+    tuned = recovery.recover(thin, recovery.Course(steps=2, batch=1))
     assert prune.sparsity_of(tuned) == prune.sparsity_of(thin)
     name = language(thin)[0]
     assert not torch.equal(tuned.get_submodule(name).weight, thin.get_submodule(name).weight)
-    with pytest.raises(UserError, match="not finite"):
-        prune.recover(thin, batches, lambda m, b: losses.answer_loss(m, b, batches.word_ids, 0.1)[0] * float("nan"))
+    with pytest.raises(UserError, match="lower the course's lr"), torch.no_grad():
+        thin.get_submodule(name).weight[0, 0] = float("nan")
+        with torch.enable_grad():
+            recovery.recover(thin, recovery.Course(steps=2, batch=1))
+
+
+def test_a_killed_recovery_of_a_pruned_model_keeps_its_zeros(tmp_path):
+    thin, rows = prune.magnitude(tiny.house(), 0.5), data.calibration(4)
+    course = recovery.Course(steps=4, batch=4)
+    tuned = recovery.recover(thin, course, None, rows, work=tmp_path, every=2)
+    again = recovery.recover(thin, course, None, rows, work=tmp_path, every=2)  # from its last checkpoint
+    assert prune.sparsity_of(again) == prune.sparsity_of(tuned) == prune.sparsity_of(thin)
+    (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
+    with pytest.raises(UserError, match="remove it to begin anew"):
+        recovery.recover(thin, course, None, rows, work=tmp_path)
 
 
 # ---- what zeros go through afterwards

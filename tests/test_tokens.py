@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import tiny
-from mmrecipes import data, evaluate, models, quantize, scenes, tokens
+from mmrecipes import data, evaluate, merging, models, quantize, scenes, tokens
 from mmrecipes.errors import ParityError, UserError
 
 QUESTION = "What colour is the star?"
@@ -173,9 +173,9 @@ def test_a_budget_can_depend_on_the_question(house):
 def test_match_joins_the_most_alike():
     x = torch.tensor([[[1.0, 0], [0.9, 0.1], [0, 1], [0.1, 1], [-1, 0], [0, -1]]])
     # even: 0, 2, 4; odd: 1, 3, 5. Nearest: 0-1, 2-3, 4-5 or 4-3; the two best pairs are 0-1 and 2-3
-    place = tokens.match(x, 2)
+    place = merging.match(x, 2)
     assert place.tolist() == [[0, 0, 1, 1, 2, 3]]
-    merged, size = tokens.combine(x, torch.ones(1, 6), place)
+    merged, size = merging.combine(x, torch.ones(1, 6), place)
     assert torch.allclose(merged[0, 0], torch.tensor([0.95, 0.05]))
     assert size.tolist() == [[2, 2, 1, 1]]
 
@@ -183,14 +183,14 @@ def test_match_joins_the_most_alike():
 @pytest.mark.parametrize("fixed", [0, 1])
 def test_merging_keeps_the_sum_and_leaves_the_class_token_alone(fixed):
     x, size = unit_noise(3, 33, 8), 1 + unit_noise(3, 33).abs()
-    place = tokens.match(x, 10, fixed)
-    merged, total = tokens.combine(x, size, place)
+    place = merging.match(x, 10, fixed)
+    merged, total = merging.combine(x, size, place)
     assert merged.shape == (3, 23, 8)
     assert torch.allclose((merged * total[..., None]).sum(1), (x * size[..., None]).sum(1), atol=1e-4)
     assert torch.allclose(total.sum(1), size.sum(1))
     if fixed:
         assert torch.allclose(merged[:, 0], x[:, 0])
-    assert tokens.combine(x, size, tokens.match(x, 99, fixed))[0].shape[1] == 33 - (33 - fixed) // 2
+    assert merging.combine(x, size, merging.match(x, 99, fixed))[0].shape[1] == 33 - (33 - fixed) // 2
 
 
 def test_copies_merge_without_loss():
@@ -200,12 +200,12 @@ def test_copies_merge_without_loss():
     x, size = single.repeat_interleave(2, 1), torch.ones(2, 32)
     with torch.inference_mode():
         wanted = layers[1](layers[0](x, None), None)[:, ::2]
-        once, size, place = tokens.merged_layer(layers[0], x, size, 16)
-        twice = tokens.merged_layer(layers[1], once, size, 0)[0]
+        once, size, place = merging.merged_layer(layers[0], x, size, 16)
+        twice = merging.merged_layer(layers[1], once, size, 0)[0]
         assert torch.allclose(twice.gather(1, place[:, ::2, None].expand(-1, -1, 128)), wanted, atol=1e-4)
-        some = tokens.merged_layer(layers[0], x[:, 1:], torch.ones(2, 31), 15)  # one token is single, the others double
-        even = tokens.merged_layer(layers[1], some[0], torch.ones_like(some[1]), 0)[0]
-        right = tokens.merged_layer(layers[1], some[0], some[1], 0)[0]
+        some = merging.merged_layer(layers[0], x[:, 1:], torch.ones(2, 31), 15)  # one token is single, the others double
+        even = merging.merged_layer(layers[1], some[0], torch.ones_like(some[1]), 0)[0]
+        right = merging.merged_layer(layers[1], some[0], some[1], 0)[0]
         whole = layers[1](layers[0](x[:, 1:], None), None)
     back = [t.gather(1, some[2][..., None].expand(-1, -1, 128)) for t in (right, even)]
     assert torch.allclose(back[0], whole, atol=1e-4)
@@ -243,7 +243,7 @@ def test_some_merging_keeps_the_house_models_answers(house):
 
 def test_a_larger_shuffle_starts_as_a_mean(tmp_path):
     model = tiny.house(layers=1)
-    small = tokens.coarser(model)
+    small = merging.coarser(model)
     inputs, fewer = models.chat(model, PICTURE, QUESTION), models.chat(small, PICTURE, QUESTION)
     with torch.inference_mode():
         before, after = tokens.features(model, inputs), tokens.features(small, fewer)
@@ -254,8 +254,8 @@ def test_a_larger_shuffle_starts_as_a_mean(tmp_path):
     back = models.load(models.save(small, small.processor, tmp_path / "small", dtype=torch.float32))
     with torch.inference_mode():
         assert torch.allclose(tokens.features(back, models.chat(back, PICTURE, QUESTION)), after, atol=1e-5)
-    twice = tokens.coarser(tokens.coarser(model))
-    at_once = tokens.coarser(model, 4)
+    twice = merging.coarser(merging.coarser(model))
+    at_once = merging.coarser(model, 4)
     with torch.inference_mode():
         found = [tokens.features(m, models.chat(m, PICTURE, QUESTION)) for m in (twice, at_once)]
     assert torch.allclose(*found, atol=1e-5)
@@ -299,7 +299,7 @@ def test_what_does_not_fit_is_refused(house):
         qwen = tiny.qwen2_5_vl()
         tokens.read(qwen, torch.zeros(1, 4, 32), torch.ones(1, 4, dtype=torch.bool))
     with pytest.raises(UserError, match="pixel shuffle"):
-        tokens.coarser(tiny.llava())
+        merging.coarser(tiny.llava())
     inputs = models.chat(house, PICTURE, QUESTION)
     padded = dict(inputs) | {"attention_mask": inputs["attention_mask"].clone()}
     padded["attention_mask"][0, 0] = 0
