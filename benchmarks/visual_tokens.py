@@ -36,6 +36,11 @@ def budget(question: str) -> float:
     return 1.0 if question.startswith("How many") else 0.5 if any(w in question for w in WIDE) else 0.25
 
 
+def counting(question: str) -> float:
+    """A quarter, but all to count: what the question's own attention needs after two layers."""
+    return 1.0 if question.startswith("How many") else 0.25
+
+
 # name -> options of tokens.prefill
 DROPPED = {
     f"{how}, layer {layer}, keep {keep:.0%}": {"how": how, "layer": layer, "keep": keep}
@@ -102,10 +107,12 @@ def accuracy(n: int | None = None, seconds: float = SECONDS, work: Path = WORK) 
     assert evaluate.vqa(model, first, progress=False).right == base[: len(first)], "keeping all is not what generate() says"
     for name, options in DROPPED.items():
         record(name, partial(dropped, **options), **options)
-    share = sum(map(budget, rows["question"])) / len(rows)
-    record(
-        "words, layer 0, a budget by question", partial(dropped, budget, how="words", layer=0), keep=share, how="words", layer=0
-    )
+    for name, share, options in (
+        ("words, layer 0, a budget by question", budget, {"how": "words", "layer": 0}),
+        ("question, layer 2, a quarter, but all to count", counting, {"how": "question", "layer": 2}),
+    ):
+        mean = sum(map(share, rows["question"])) / len(rows)
+        record(name, partial(dropped, share, **options), keep=mean, **options)
     for name, options in MERGED.items():
         record(name, partial(tokens.answers, model, rows["image"][:], rows["question"][:], **options), **options)
     coarse = merging.coarser(model)

@@ -156,7 +156,8 @@ def project(tmp_path) -> Path:
     nb = nbformat.v4.new_notebook(cells=[first, nbformat.v4.new_code_cell("print('ü')", execution_count=1)])
     nbformat.write(nb, tmp_path / "notebooks" / "00_it.ipynb")
     regions = "\n\n".join(
-        f"<!-- begin:{r} -->\nold\n<!-- end:{r} -->" for r in ("badges", "bench", "notebooks", "quantization", "results")
+        f"<!-- begin:{r} -->\nold\n<!-- end:{r} -->"
+        for r in ("badges", "bench", "notebooks", "pruning", "quantization", "results")
     )
     (tmp_path / "README.md").write_text(f"# Title\n\n{regions}\n\nThe end.\n")
     (tmp_path / "results").mkdir()
@@ -213,6 +214,17 @@ def test_quantization_table_shows_what_was_measured(project):
     assert lines[2:] == ["| 3 bits, GPTQ | 9.0x | -1.2 [-1.9, -0.6] |"]
 
 
+def test_pruning_table_shows_what_was_measured(project):
+    row = {"change": {"points": -0.84, "low": -1.3, "high": -0.4, "n": 4200}, "recovery": {"minutes": 8.8}}
+    cut = {"variants": {"recovered with its parent": row}, "parameters": {"share cut": 0.465}, "times faster": {"PyTorch": 1.414}}
+    (project / "results" / "structured.json").write_text(json.dumps(cut))
+    speed = {"prefill": {"keep 25%, attention, layer 2": {"faster": 2.52}}, "ttft": {"merge 50%": {"faster": 1.5}}}
+    (project / "results" / "tokens-speed.json").write_text(json.dumps(speed))
+    lines = readme.pruning_table(project / "results").splitlines()
+    assert lines[2] == "| the same, trained for 9 minutes | 46% of the parameters | -0.8 [-1.3, -0.4] | 4200 |"
+    assert "1.41 times" in lines[-1] and "2.5 times" in lines[-1] and "token 1.5 times" in lines[-1]
+
+
 def test_nothing_measured_is_said(project):
     for file in ("tour.json", "notebooks.json"):
         (project / "results" / file).unlink()
@@ -227,7 +239,7 @@ def test_nothing_measured_is_said(project):
         ("<!-- begin:badges -->", "do not pair up"),
         ("<!-- begin:badges --><!-- begin:results --><!-- end:results --><!-- end:badges -->", "do not pair up"),
         ("<!-- begin:badgers --><!-- end:badgers -->", "no region badgers"),
-        ("<!-- begin:badges --><!-- end:badges -->", "has no region bench, notebooks, quantization, results"),
+        ("<!-- begin:badges --><!-- end:badges -->", "has no region bench, notebooks, pruning, quantization, results"),
     ],
 )
 def test_broken_regions_are_refused(project, text, message):

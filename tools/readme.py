@@ -2,7 +2,7 @@
 
 A region lies between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. README.md has `badges`, `notebooks` (a table from
 results/notebooks.json), `results` (a table from results/tour.json) and `quantization`
-(what chapter 1 costs); a notebook has `badges` and, if it likes, `cost`.
+and `pruning` (what chapters 1 and 2 cost) and `bench`; a notebook has `badges` and, if it likes, `cost`.
 """
 
 from __future__ import annotations
@@ -43,6 +43,27 @@ QUANTIZATION = (  # file in results/, the variant's name in it, what README call
     ("plan.json", "uniform 3 bits", "3 bits, GPTQ"),
     ("plan.json", "uniform 2 bits, groups of 32", "2 bits in groups of 32, GPTQ"),
     ("plan.json", "plan, bytes of 2 bits in groups of 32", "2 to 4 bits, planned module by module, GPTQ"),
+)
+
+PRUNING = (  # the same, and how much is gone
+    ("pruned.json", "magnitude, 50%", "zeros: the smallest weights of each layer", "50% of the weights"),
+    ("pruned.json", "SparseGPT, 50%", "zeros: SparseGPT", "50% of the weights"),
+    ("pruned.json", "SparseGPT, 2:4", "zeros: SparseGPT, two of each four", "50% of the weights"),
+    ("structured.json", "cut", "FFN columns cut out of both towers", "{cut:.0%} of the parameters"),
+    (
+        "structured.json",
+        "recovered with its parent",
+        "the same, trained for {minutes:.0f} minutes",
+        "{cut:.0%} of the parameters",
+    ),
+    ("tokens.json", "question, layer 2, keep 50%", "visual tokens dropped after two layers, by the question", "50% of them"),
+    (
+        "tokens.json",
+        "question, layer 2, a quarter, but all to count",
+        "the same, all of them kept for questions that count",
+        "{dropped:.0%} of them",
+    ),
+    ("tokens.json", "merge 50% in the tower", "visual tokens merged in the vision tower", "50% of them, at its end"),
 )
 
 
@@ -98,6 +119,38 @@ def quantization_table(results: Path) -> str:
             rows.append([called, times, f"{c['points']:+.1f} [{c['low']:+.1f}, {c['high']:+.1f}]"])
     head = ["weights of `mini-vlm`", "smaller than fp32", f"points of accuracy, on {n} questions [95% interval]"]
     return table(head, rows) if rows else "Not measured yet: `make results`."
+
+
+def pruning_table(results: Path) -> str:
+    """What is gone and what it costs, a row for each of PRUNING that was measured; then what it gives in time."""
+    rows, cut, speed = [], load(results / "structured.json"), load(results / "tokens-speed.json")
+    for file, name, called, gone in PRUNING:
+        row = load(results / file).get("variants", {}).get(name)
+        if row:
+            c, known = row["change"], {"dropped": 1 - row.get("keep", 1), "minutes": row.get("recovery", {}).get("minutes", 0)}
+            known["cut"] = cut.get("parameters", {}).get("share cut", 0)
+            rows.append(
+                [
+                    called.format(**known),
+                    gone.format(**known),
+                    f"{c['points']:+.1f} [{c['low']:+.1f}, {c['high']:+.1f}]",
+                    str(c["n"]),
+                ]
+            )
+    if not rows:
+        return "Not measured yet: `make results`."
+    notes = []
+    if cut.get("times faster"):
+        notes.append(f"The cut model answers {cut['times faster']['PyTorch']:.2f} times as fast as the whole one.")
+    if speed.get("prefill"):
+        quarter, merged = speed["prefill"]["keep 25%, attention, layer 2"]["faster"], speed["ttft"]["merge 50%"]["faster"]
+        notes.append(
+            "With the dimensions of SmolVLM-256M, random weights and a picture of four tiles, dropping 75% of the visual tokens makes"
+            f" the language prefill {quarter:.1f} times as fast, merging 50% of the patches the time to the first token {merged:.1f}"
+            " times. Zeros alone make nothing faster on a CPU (notebook 20)."
+        )
+    shown = table(["less of `mini-vlm`", "gone", "points of accuracy [95% interval]", "questions"], rows, words=2)
+    return "\n\n".join([shown, *[" ".join(notes)] * bool(notes)])
 
 
 def bench_table(content: dict[str, Any]) -> str:
@@ -170,6 +223,7 @@ def expected(root: Path = ROOT) -> dict[Path, str]:
         "badges": badges(url, next(iter(titles), None)),
         "bench": bench_table(bench) if bench["rows"] else "Not measured yet: `make bench`.",
         "notebooks": notebook_table(titles, measured),
+        "pruning": pruning_table(root / "results"),
         "quantization": quantization_table(root / "results"),
         "results": result_table(tour) if tour["rows"] else "Not measured yet: `make results`.",
     }
