@@ -216,7 +216,8 @@ def test_quantization_table_shows_what_was_measured(project):
 
 def test_pruning_table_shows_what_was_measured(project):
     row = {"change": {"points": -0.84, "low": -1.3, "high": -0.4, "n": 4200}, "recovery": {"minutes": 8.8}}
-    cut = {"variants": {"recovered with its parent": row}, "parameters": {"share cut": 0.465}, "times faster": {"PyTorch": 1.414}}
+    cut = {"variants": {"recovered with its parent": row}, "share cut": {"cut": 0.465}}
+    cut["times faster"] = {"cut": {"a question, ONNX Runtime": 1.414, "a question, PyTorch": 1.3}}
     (project / "results" / "structured.json").write_text(json.dumps(cut))
     speed = {"prefill": {"keep 25%, attention, layer 2": {"faster": 2.52}}, "ttft": {"merge 50%": {"faster": 1.5}}}
     (project / "results" / "tokens-speed.json").write_text(json.dumps(speed))
