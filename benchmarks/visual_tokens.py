@@ -63,26 +63,31 @@ MERGED = {
 
 
 def accuracy(n: int | None = None, seconds: float = SECONDS, work: Path = WORK) -> dict:
-    """Accuracy of each way of dropping and merging, with its paired change and that of each family; None: the whole split."""
+    """Accuracy of each way of dropping and merging, with its paired change and that of each family; None: the whole split.
+
+    Each row says which commit computed it: a new row can be added to kept ones. After a change of code or model remove `work`.
+    """
     rows, model = data.test_split(n), models.load("mini-vlm")
     commit, families, base = measure.environment()["commit"], rows["family"][:], []
     work.mkdir(parents=True, exist_ok=True)
     kept = work / "rows.json"
     done = json.loads(kept.read_text()) if kept.exists() else {}
-    if (done.get("commit"), done.get("n")) != (commit, len(rows)):  # another model, other questions
-        done = {"commit": commit, "n": len(rows), "right": {}}
+    if done.get("n") != len(rows):  # other questions
+        done = {"n": len(rows), "right": {}, "commits": {}}
         (work / "coarse.pt").unlink(missing_ok=True)
     found: dict[str, dict] = {}
 
     def record(name: str, run: Callable[[], list[str]], **about) -> None:
         if name not in done["right"]:
             done["right"][name] = evaluate.score(run(), rows["answer"][:], families, {}).right
+            done["commits"][name] = commit
             report.write_json(kept, done)
         right = done["right"][name]
         base[:] = base or right
         per = {f: [i for i, g in enumerate(families) if g == f] for f in sorted(set(families))}
         found[name] = {
             **{"accuracy": evaluate.wilson(sum(right), len(right)), "change": evaluate.paired(base, right)},
+            "commit": done["commits"][name],
             **{"families": {f: evaluate.paired([base[i] for i in at], [right[i] for i in at]) for f, at in per.items()}, **about},
         }
         print(f"{name:52s} {found[name]['accuracy']}  {found[name]['change']}", flush=True)
