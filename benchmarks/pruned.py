@@ -44,7 +44,7 @@ def variants(model: nn.Module, seen: Any) -> dict[str, Callable[[], nn.Module]]:
         "Wanda": partial(prune.wanda, model, seen),
         "SparseGPT": partial(prune.sparsegpt, model, seen),
     }
-    found = {f"{how}, {share:.0%}": partial(way, share) for share in (0.5, 0.6, 0.7) for how, way in ways.items()}
+    found = {f"{how}, {share:.0%}": partial(way, share) for share in (0.5, 0.7) for how, way in ways.items()}
     found |= {f"{how}, 2:4": partial(way, "2:4") for how, way in ways.items()}
     half, round_all = dict.fromkeys(every, 0.5), partial(calibrated.calibrated, rows=seen)
     found["Wanda, one ranking a layer, 50%"] = partial(round_all, model, bits=half, method=per_layer)
