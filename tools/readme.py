@@ -151,7 +151,7 @@ def pruning_table(results: Path) -> str:
         notes.append(
             "With the dimensions of SmolVLM-256M, random weights and a picture of four tiles, dropping 75% of the visual tokens"
             f" makes the language prefill {quarter:.1f} times as fast, and merging 50% of the patches brings the first token"
-            f" {merged:.1f} times as fast. Zeros alone make nothing faster on a CPU (notebook 20)."
+            f" {merged:.1f} times as fast. Zeros alone make no dense kernel faster (notebook 20)."
         )
     shown = table(["less of `mini-vlm`", "gone", "points of accuracy [95% interval]", "questions"], rows, words=2)
     return "\n\n".join([shown, *[" ".join(notes)] * bool(notes)])
