@@ -23,7 +23,7 @@ KEEP = {"vision": 384, "language": 128}  # columns of each FFN that stay, of 1,0
 DEEPER = {"vision": 256, "language": 128}
 SAME = {"vision": {"vision": 448}, "language": {"language": 128}}  # as many parameters gone from either side
 CALIBRATION = 64
-# rates were tried for 100 steps on validation questions: a small cut wants a gentle course, a deeper one does not mind
+# the smaller cut has little to learn anew: half the rates. The deeper one was not tried with these at full length
 GENTLE = recovery.Course(steps=420, lr=5e-4, adam_lr=1.5e-4)
 ALONE, TAUGHT = recovery.Course(steps=560), recovery.Course(steps=420)  # about as many minutes: a parent takes its share
 SHORT = recovery.Course(steps=80, lr=5e-4, adam_lr=1.5e-4)

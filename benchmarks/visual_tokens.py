@@ -72,7 +72,7 @@ def accuracy(n: int | None = None, seconds: float = SECONDS, work: Path = WORK) 
     work.mkdir(parents=True, exist_ok=True)
     kept = work / "rows.json"
     done = json.loads(kept.read_text()) if kept.exists() else {}
-    if done.get("n") != len(rows):  # other questions
+    if done.get("n") != len(rows) or "commits" not in done:  # other questions, or kept by an older job
         done = {"n": len(rows), "right": {}, "commits": {}}
         (work / "coarse.pt").unlink(missing_ok=True)
     found: dict[str, dict] = {}

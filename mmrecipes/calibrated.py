@@ -36,13 +36,15 @@ def best_scale(rows: Tensor, bits: int, importance: Tensor | None = None, signs:
     best, least = largest, torch.full_like(largest, torch.inf)
     for reach in REACHES.tolist():
         for scale in (sign * reach * largest for sign in signs):
-            off = ((rows - _to_marks(rows, scale, top)).square() * weight).sum(1, keepdim=True)
+            off = ((rows - to_marks(rows, scale, bits)).square() * weight).sum(1, keepdim=True)
             best, least = torch.where(off < least, scale, best), torch.minimum(off, least)
     return best
 
 
-def _to_marks(w: Tensor, scale: Tensor, top: int) -> Tensor:
-    return (w / scale).round().clamp(-top - 1, top) * scale
+def to_marks(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """`w` on the nearest of the 2^bits marks, which are whole multiples of `scale`."""
+    half = 2 ** (bits - 1)
+    return (w / scale).round().clamp(-half, half - 1) * scale
 
 
 def search_round(weight: Tensor, bits: int, group_size: int | None = None, importance: Tensor | None = None) -> Tensor:
@@ -55,7 +57,7 @@ def search_round(weight: Tensor, bits: int, group_size: int | None = None, impor
     for at in groups:
         part = weight[:, at].float()
         scale = best_scale(part, bits, None if importance is None else importance[at])
-        parts.append(_to_marks(part, scale, 2 ** (bits - 1) - 1))
+        parts.append(to_marks(part, scale, bits))
     return torch.cat(parts, 1).to(weight.dtype)
 
 
@@ -68,7 +70,7 @@ def gptq_round(weight: Tensor, moments: Tensor, bits: int, group_size: int | Non
     n = weight.shape[1]
     if moments.shape != (n, n) or not torch.isfinite(moments).all():
         raise UserError(f"gptq_round: moments are {tuple(moments.shape)}; expected finite ({n}, {n}), from calibrated.moments")
-    groups, top = _groups(weight, group_size), 2 ** (bits - 1) - 1
+    groups = _groups(weight, group_size)
     order = torch.arange(n) if group_size else moments.diagonal().argsort(descending=True)
     w, h = (
         weight.detach().float().T[order].clone(),
@@ -80,7 +82,7 @@ def gptq_round(weight: Tensor, moments: Tensor, bits: int, group_size: int | Non
     for at in groups:
         scale = best_scale(w[at].T, bits, h.diagonal()[at])[:, 0]
         for i in range(n)[at]:
-            rounded[i] = _to_marks(w[i], scale, top)
+            rounded[i] = to_marks(w[i], scale, bits)
             w[i:].addr_(spread[i, i:], (w[i] - rounded[i]) / spread[i, i], alpha=-1)
     return rounded[order.argsort()].T.contiguous().to(weight.dtype)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrecipes import packed
-from mmrecipes.calibrated import best_scale, calibrated
+from mmrecipes.calibrated import best_scale, calibrated, to_marks
 from mmrecipes.errors import UserError
 from mmrecipes.quantize import clone, linears
 from mmrecipes.quantize import packed as packed_weight
@@ -103,11 +103,6 @@ def round_rest(weight: Tensor, moments: Tensor, bits: int, group_size: int | Non
         return to_marks(w[:, i], scale, bits).masked_fill(gone[:, i], 0)
 
     return make_up(weight, moments, change)
-
-
-def to_marks(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-    half = 2 ** (bits - 1)
-    return (w / scale).round().clamp(-half, half - 1) * scale
 
 
 def make_up(weight: Tensor, moments: Tensor, change: Callable[[Tensor, int, Tensor], Tensor], damp: float = 0.01) -> Tensor:

@@ -60,6 +60,8 @@ def recover(
     folder `work` a checkpoint is written `every` so many steps, and a killed run goes on there. Raises UserError when the
     loss is not finite, or a checkpoint is damaged or belongs to another course.
     """
+    if course.steps < 1 or course.batch < 1:
+        raise UserError(f"recover: {course}; expected at least one step, and at least one row in each batch")
     student = clone(model).train()
     student.requires_grad_(True)
     steppers = optimizers([student], course.lr, course.adam_lr)
@@ -179,6 +181,8 @@ def _rows_loss(model: nn.Module, course: Course, rows: Any) -> Callable[[nn.Modu
 
 
 def _resume(student: nn.Module, steppers: list, work: Path, course: str) -> tuple[int, float]:
+    if work.exists() and not work.is_dir():
+        raise UserError(f"recover: {work} is a file; give a folder for the checkpoints")
     work.mkdir(parents=True, exist_ok=True)
     path = work / "checkpoint.pt"
     if not path.exists():
@@ -188,9 +192,12 @@ def _resume(student: nn.Module, steppers: list, work: Path, course: str) -> tupl
         state = torch.load(path, weights_only=True)
     except Exception as e:
         raise UserError(f"recover: {path} cannot be read ({e}); remove it to begin anew") from e
-    if state.get("course") != course:
+    if not isinstance(state, dict) or state.get("course") != course:
         raise UserError(f"recover: {path} was written by another course; move it away, or give another work folder")
-    student.load_state_dict(state["model"])
+    try:
+        student.load_state_dict(state["model"])
+    except RuntimeError as e:  # other names or shapes
+        raise UserError(f"recover: {path} holds another model than this one; move it away, or give another work folder") from e
     for stepper, saved in zip(steppers, state["optimizers"], strict=True):
         stepper.load_state_dict(saved)
     log = work / "log.jsonl"

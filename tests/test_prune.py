@@ -297,6 +297,30 @@ def test_a_killed_recovery_of_a_pruned_model_keeps_its_zeros(tmp_path):
         recovery.recover(thin, course, None, rows, work=tmp_path)
 
 
+def test_a_recovery_refuses_what_it_cannot_do(tmp_path):
+    from mmrecipes import structured
+
+    whole, rows, course = tiny.house(), data.calibration(2), recovery.Course(steps=1, batch=2)
+    for wrong in (recovery.Course(steps=0), recovery.Course(batch=0)):
+        with pytest.raises(UserError, match="at least one"):
+            recovery.recover(whole, wrong, None, rows)
+    recovery.recover(whole, course, None, rows, work=tmp_path / "here")
+    with pytest.raises(UserError, match="another model"):
+        recovery.recover(
+            structured.keep_columns(whole, {"vision": [[0, 1]] * len(structured.layers(whole)["vision"])}),
+            course,
+            None,
+            rows,
+            work=tmp_path / "here",
+        )
+    torch.save([1], tmp_path / "here" / "checkpoint.pt")
+    with pytest.raises(UserError, match="another course"):
+        recovery.recover(whole, course, None, rows, work=tmp_path / "here")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        recovery.recover(whole, course, None, rows, work=tmp_path / "file")
+
+
 # ---- what zeros go through afterwards
 
 

@@ -60,7 +60,7 @@ PRUNING = (  # the same, and how much is gone
     (
         "tokens.json",
         "question, layer 2, a quarter, but all to count",
-        "the same, all of them kept for questions that count",
+        "the same, a quarter kept, but all for questions that count",
         "{dropped:.0%} of them",
     ),
     ("tokens.json", "merge 50% in the tower", "visual tokens merged in the vision tower", "50% of them, at its end"),
