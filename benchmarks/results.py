@@ -12,6 +12,8 @@ one job by its name: `python benchmarks/results.py plan`.
 - results/pruned.json: zeros: magnitude, Wanda, SparseGPT, 2:4, recovered, rounded (benchmarks/pruned.py)
 - results/structured.json: a smaller model, recovered with and without its parent (benchmarks/structured.py)
 - results/tokens.json, tokens-speed.json: fewer visual tokens: accuracy; time on the real-size twin (benchmarks/visual_tokens.py)
+- results/mini-siglip.json: the committed dual encoder: retrieval, matching, zero-shot naming
+- results/student.json: a student of mini-vlm, taught and on labels alone (benchmarks/student.py)
 - results/bench.json: the real-size twin in every runtime, beside the peers (`make bench`, benchmarks/bench.py)
 - results/tour.json: the tour's comparison, with 1,000 questions
 - results/real-size.json: stage budget and roofline of the real-size twin, fp32, on this machine
@@ -25,7 +27,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from mmrecipes import calibrated, data, evaluate, measure, models, plan, prune, quantize, report, scenes, tour
+from mmrecipes import calibrated, data, evaluate, measure, models, plan, prune, quantize, report, retrieval, scenes, tour
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 DAMAGE = {  # name -> what is done to a copy of the model
@@ -189,6 +191,19 @@ def the_tokens_speed() -> None:
     write("tokens-speed.json", visual_tokens.speed())
 
 
+def the_siglip() -> None:
+    """Whether picture and caption find each other, on the test split's scenes."""
+    model = models.load("mini-siglip")
+    write("mini-siglip.json", {"parameters": sum(p.numel() for p in model.parameters()), **retrieval.report(model, 4000)})
+
+
+def the_student() -> None:
+    """A quarter of the parameters, taught and untaught, on the test split."""
+    import student
+
+    write("student.json", student.run())
+
+
 def real_size() -> None:
     """Where a real model's time goes; random weights, so time and memory only."""
     twin = models.real_size("smolvlm-256m")
@@ -227,6 +242,8 @@ if __name__ == "__main__":
         "structured": the_structured,
         "tokens": the_tokens,
         "tokens-speed": the_tokens_speed,
+        "siglip": the_siglip,
+        "student": the_student,
         "tour": the_tour,
         "real-size": real_size,
     }

@@ -41,13 +41,13 @@ def cut(model: nn.Module, keep: dict[str, int], seen: Dataset) -> nn.Module:
 
 def run(work: Path = WORK, n: int | None = None, shrink: int = 1) -> dict:
     """Accuracy of every variant, paired with the whole model's; time, memory and bytes. Less of it with `n` and `shrink`."""
-    model, rows, kept = models.load("mini-vlm"), data.test_split(n), _Kept(work)
+    model, rows, kept = models.load("mini-vlm"), data.test_split(n), Kept(work)
     seen = data.calibration(CALIBRATION)
     few = rows.select(range(min(FEWER, len(rows))))
-    kept.row("whole", lambda: _answers(model, rows))
+    kept.row("whole", lambda: answers(model, rows))
     thin, thinner = cut(model, KEEP, seen), cut(model, DEEPER, seen)
-    kept.row("cut", lambda: _answers(thin, few))
-    kept.row("deeper cut", lambda: _answers(thinner, few))
+    kept.row("cut", lambda: answers(thin, few))
+    kept.row("deeper cut", lambda: answers(thinner, few))
     courses = {
         "recovered with its parent": (thin, GENTLE, model),
         "deeper, recovered alone": (thinner, ALONE, None),
@@ -56,22 +56,22 @@ def run(work: Path = WORK, n: int | None = None, shrink: int = 1) -> dict:
     back = {}
     for name, (less, course, parent) in courses.items():
         back[name] = _recover(less, _shorter(course, shrink), parent, work / name)
-        kept.row(name, lambda m=back[name], at=work / name: _answers(m, rows) | {"recovery": _log(at)})
+        kept.row(name, lambda m=back[name], at=work / name: answers(m, rows) | {"recovery": _log(at)})
     best, deeper = back["recovered with its parent"], back["deeper, recovered with its parent"]
-    kept.row("its int8 (PyTorch, dynamic)", lambda: _answers(quantize.dynamic_int8(best), few))
+    kept.row("its int8 (PyTorch, dynamic)", lambda: answers(quantize.dynamic_int8(best), few))
     kept.row("its export (ONNX Runtime, fp32)", lambda: _exported(best, few, "fp32"))
     kept.row("its export (ONNX Runtime, int8)", lambda: _exported(best, few, "int8"))
     for part, keep in SAME.items():
         less, at = cut(model, keep, seen), work / f"same from {part}"
-        kept.row(f"same number from {part}, cut", lambda m=less: _answers(m, few))
+        kept.row(f"same number from {part}, cut", lambda m=less: answers(m, few))
         well = _recover(less, _shorter(SHORT, shrink), model, at)
-        kept.row(f"same number from {part}, recovered", lambda m=well, at=at: _answers(m, few) | {"recovery": _log(at)})
+        kept.row(f"same number from {part}, recovered", lambda m=well, at=at: answers(m, few) | {"recovery": _log(at)})
     variants = {"whole": model, "cut": best, "deeper cut": deeper}
     kept.row("times", lambda: _times(variants, rows))
     return _content(kept.rows, {name: sum(p.numel() for p in m.parameters()) for name, m in variants.items()})
 
 
-class _Kept:
+class Kept:
     """Rows by name, written as each is finished."""
 
     def __init__(self, work: Path):
@@ -87,7 +87,7 @@ class _Kept:
         print(f"{name:36s} {evaluate.Share(**shown) if isinstance(shown, dict) else shown or ''}", flush=True)
 
 
-def _answers(model: nn.Module | exported.Exported, rows: Dataset) -> dict:
+def answers(model: nn.Module | exported.Exported, rows: Dataset) -> dict:
     found = evaluate.vqa(model, rows)
     row = {"accuracy": vars(found.overall), "families": {f: vars(s) for f, s in found.families.items()}, "right": found.right}
     if isinstance(model, nn.Module) and not any("quantized" in type(m).__module__ for m in model.modules()):
@@ -98,7 +98,7 @@ def _answers(model: nn.Module | exported.Exported, rows: Dataset) -> dict:
 def _exported(model: nn.Module, rows: Dataset, precision: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         loaded = exported.load_exported(export.export(model, Path(folder) / "cut", "onnx", precision))
-        return _answers(loaded, rows) | {"mb": sum(loaded.manifest["bytes"].values()) / 1e6}
+        return answers(loaded, rows) | {"mb": sum(loaded.manifest["bytes"].values()) / 1e6}
 
 
 def _shorter(course: recovery.Course, shrink: int) -> recovery.Course:

@@ -71,24 +71,28 @@ def shrink(
 
 @app.command()
 def train(
-    name: Annotated[str, typer.Argument(help="the house model to train: mini-vlm or mini-cnn")],
+    name: Annotated[str, typer.Argument(help="the house model to train: mini-vlm, mini-siglip or mini-cnn")],
     out: Annotated[Path | None, typer.Option(help="where the model goes; default: data/models/NAME")] = None,
-    work: Annotated[Path, typer.Option(help="mini-vlm's checkpoints and log; run again to resume")] = Path("runs/mini-vlm"),
+    work: Annotated[Path | None, typer.Option(help="checkpoints and log; run again to resume; default: runs/NAME")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
     steps: Annotated[int, typer.Option(help="of mini-cnn, each on 32 pictures", min=1)] = 900,
 ) -> None:
-    """Train a house model from nothing. Interrupted, mini-vlm resumes from its last checkpoint; mini-cnn takes minutes."""
-    out = out or Path("data/models") / name
+    """Train a house model from nothing. Interrupted, it resumes from its last checkpoint (mini-cnn does not)."""
+    out, work = out or Path("data/models") / name, work or Path("runs") / name
     if name == "mini-vlm":
         from mmrecipes.train import train_mini_vlm
 
         typer.echo(f"wrote {train_mini_vlm(out, work, device=device)}")
+    elif name == "mini-siglip":
+        from mmrecipes.siglip import train_mini_siglip
+
+        typer.echo(f"wrote {train_mini_siglip(out, work, device=device)}")
     elif name == "mini-cnn":
         from mmrecipes.cnn import train_mini_cnn
 
         typer.echo(f"wrote {train_mini_cnn(out, steps, device=device)}")
     else:
-        raise UserError(f"no house model {name!r} to train; expected mini-vlm or mini-cnn")
+        raise UserError(f"no house model {name!r} to train; expected mini-vlm, mini-siglip or mini-cnn")
 
 
 @app.command()
@@ -97,12 +101,20 @@ def evaluate(
     n: Annotated[int | None, typer.Option(help="questions; default: the whole test split", min=1)] = None,
     out: Annotated[Path | None, typer.Option(help="a JSON file to write the result to")] = None,
 ) -> None:
-    """Accuracy of one model on the committed test split, per family, beside the majority floor."""
-    from mmrecipes import data, measure, models, report
+    """Accuracy of one model on the committed test split, per family, beside the majority floor; of a dual encoder, retrieval."""
+    from mmrecipes import data, measure, models, report, retrieval
     from mmrecipes import evaluate as room
 
+    loaded = models.load(model)
+    if hasattr(loaded, "logit_scale"):  # SigLIP, CLIP: it compares pictures with texts
+        found = retrieval.report(loaded, n or 1000)
+        for what, share in found.items():
+            typer.echo(f"{what:28s} {share}")
+        if out:
+            report.write_json(out, {"environment": measure.environment(), "model": model, **found})
+        return
     rows = data.test_split(n)
-    result = room.vqa(models.load(model), rows)
+    result = room.vqa(loaded, rows)
     for family, share in [*result.families.items(), ("overall", result.overall)]:
         typer.echo(f"{family:10s} {share!s:36s} floor {100 * result.floors[family]:.1f}%")
     if out:

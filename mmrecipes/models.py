@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
-HOUSE = ("mini-vlm",)  # the models that come with this package, in data_dir()/models
+HOUSE = ("mini-vlm", "mini-siglip")  # the models that come with this package, in data_dir()/models
 REAL_SIZES = ("smolvlm-256m",)
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]

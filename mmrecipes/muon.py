@@ -20,7 +20,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:  # in the signature because accelerate passes it
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -53,7 +53,8 @@ def optimizers(modules: Iterable[nn.Module], lr: float, adam_lr: float) -> list[
                 seen.add(id(p))
                 is_matrix = p.ndim == 2 and not any(k in name for k in ("embed", "lm_head", "classes", "centre", "point"))
                 (matrices if is_matrix else rest).append(p)
-    return [Muon(matrices, lr=lr), torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    made = [Muon(matrices, lr=lr)] if matrices else []
+    return made + ([torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)] if rest else [])
 
 
 def schedule(step: int, steps: int, warmup: int = 50) -> float:

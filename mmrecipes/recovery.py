@@ -117,11 +117,14 @@ def imitate(student: nn.Module, parent: nn.Module | None, lesson: Callable[[nn.M
         own["logits"].float().log_softmax(-1), wanted["logits"].float().log_softmax(-1), log_target=True, reduction="none"
     )
     terms = {"divergence": far.sum(-1).mean(), "vision": _apart(own["vision"], wanted["vision"])}
-    mine, theirs = own["hidden"], wanted["hidden"]
-    # the first with the first that does its work, the last with the last, as in TinyBERT (arXiv:1909.10351)
-    pairs = [(h, theirs[round((i + 1) * len(theirs) / len(mine)) - 1]) for i, h in enumerate(mine)]
+    pairs = layer_pairs(own["hidden"], wanted["hidden"])
     terms["hidden"] = sum(_apart(*pair) for pair in pairs) / len(pairs)
     return loss + sum(terms.values()), logs | {k: v.item() for k, v in terms.items()}
+
+
+def layer_pairs(own: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Each layer's output with that of the parent's layer that does its work, the last with the last (TinyBERT, 1909.10351)."""
+    return [(h, wanted[round((i + 1) * len(wanted) / len(own)) - 1]) for i, h in enumerate(own)]
 
 
 def _apart(found: Tensor, wanted: Tensor) -> Tensor:

@@ -264,6 +264,15 @@ def hard_negative(scene: Scene, seed: int = 0, full: bool = False) -> tuple[str,
 
     Attributes: `colour`, `shape`, and with `full` also `size`. The changed object is in the scene under no name.
     """
+    near, key = changed(scene, seed, full)
+    return caption(near, full), key
+
+
+def changed(scene: Scene, seed: int = 0, full: bool = False) -> tuple[Scene, str]:
+    """The scene with one attribute of one object changed, and that attribute's name: what `hard_negative` describes.
+
+    It can be drawn, but for a changed size, which would need a place of its own.
+    """
     rng = random.Random(scene.seed * 1_000_003 + seed)
     options: dict[str, tuple[str, ...]] = {"colour": tuple(COLOURS), "shape": SHAPES}
     if full:
@@ -274,8 +283,11 @@ def hard_negative(scene: Scene, seed: int = 0, full: bool = False) -> tuple[str,
         old = scene.things[i]
         new = replace(old, **{key: rng.choice([v for v in options[key] if v != getattr(old, key)])})
         if key == "size" or new.name not in here:
-            things = (*scene.things[:i], new, *scene.things[i + 1 :])
-            return caption(replace(scene, things=things), full), key
+            break
+    if key == "colour":  # as far from the colour's middle as the old one was
+        shifts = zip(COLOURS[new.colour], old.rgb, COLOURS[old.colour], strict=True)
+        new = replace(new, rgb=tuple(min(255, max(0, c + was - middle)) for c, was, middle in shifts))
+    return replace(scene, things=(*scene.things[:i], new, *scene.things[i + 1 :])), key
 
 
 # ---- Sort-of-CLEVR (Santoro et al. 2017, arXiv:1706.01427), questions in words

@@ -74,6 +74,15 @@ def test_the_doctor_prints_parts_verdicts_and_what_stands_in_the_way(tmp_path):
     check(run("doctor", "--picture", "nothing.png", cwd=tmp_path), tmp_path, "nothing.png")
 
 
+def test_evaluate_tells_how_well_pictures_and_captions_find_each_other(tmp_path):
+    done = run("evaluate", "mini-siglip", "--n", 100, "--out", "r.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["to_text"]["n"] == 100 and found["environment"]["torch"]
+    assert {"to_text", "to_image", "told_apart", "matching", "zero-shot colour"} <= {k for k in found if k in done.stdout}
+    check(run("evaluate", "mini-siglip", "--n", 150, cwd=tmp_path), tmp_path, "150", "100")
+
+
 def test_evaluate_prints_families_with_floors(tmp_path):
     done = run("evaluate", "mini-vlm", "--n", 70, "--out", "r.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -190,7 +199,8 @@ def test_training_refuses_what_it_would_destroy_and_what_it_does_not_know(tmp_pa
     (tmp_path / "thesis" / "text.txt").write_text("years of work")
     check(run("train", "mini-vlm", "--out", "thesis", cwd=tmp_path), tmp_path, "thesis")
     check(run("train", "mini-cnn", "--out", "thesis", cwd=tmp_path), tmp_path, "thesis")
-    check(run("train", "maxi-vlm", cwd=tmp_path), tmp_path, "maxi-vlm", "mini-vlm", "mini-cnn")
+    check(run("train", "mini-siglip", "--out", "thesis", cwd=tmp_path), tmp_path, "thesis")
+    check(run("train", "maxi-vlm", cwd=tmp_path), tmp_path, "maxi-vlm", "mini-vlm", "mini-siglip", "mini-cnn")
     assert (tmp_path / "thesis" / "text.txt").exists()
 
 

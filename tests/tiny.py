@@ -132,6 +132,27 @@ def siglip():
     return model
 
 
+def siglip_128(seed: int = 0):
+    """A `mini-siglip` of one layer a tower, untrained, with its real processor."""
+    from mmrecipes import siglip as room
+
+    made = room.make_processor()
+    model = room.make_siglip(len(made.tokenizer), 64, 1, 1, seed=seed).eval()
+    model.processor = made
+    return model
+
+
+def clip_128():
+    """CLIP for scenes: pictures of 32 px, the house tokenizer, padded and masked as CLIP does."""
+    from transformers import CLIPImageProcessorPil, CLIPProcessor
+
+    model, images = clip(), CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    tokenizer = make_processor().tokenizer
+    tokenizer.model_max_length, tokenizer.padding_side = 64, "right"
+    model.processor = CLIPProcessor(images, tokenizer)
+    return model
+
+
 def clip():
     from transformers import CLIPConfig, CLIPModel
 

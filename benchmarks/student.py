@@ -1,0 +1,105 @@
+"""A student with a quarter of mini-vlm's parameters: taught by it, and, for the same time, by labels alone. All test questions.
+
+`run()` returns what results/student.json says. Each training, and each row, is kept in runs/student as it goes: a killed run
+goes on there. About an hour on two quiet cores. A tree with other code or another student: remove that folder first.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from structured import Kept, answers
+from torch import nn
+
+from mmrecipes import data, distill, evaluate, export, exported, fit, measure, models, quantize
+
+WORK = Path(__file__).resolve().parent.parent / "runs" / "student"
+# the layers whose loss does most harm (notebook 21); three quarters of the width for the eye, half of it for the words
+SIZES = {"vision": distill.Size((0, 1, 2), 192, 384), "language": distill.Size((0, 2, 3), 128, 256)}
+TOWER = fit.Course(400, 64, 0.005, 1.5e-3)  # the tower first, on pictures alone
+TAUGHT = fit.Course(1300, 16, 0.004, 1e-3)
+LABELS = fit.Course(3150, 16, 0.004, 1e-3)  # as many minutes: without a teacher a step takes half the time
+AIMS = distill.Aims()
+FEWER = 1050  # questions for what answers one at a time
+
+
+def run(work: Path = WORK, n: int | None = None, shrink: int = 1) -> dict:
+    """Accuracy of teacher and students, paired; time, memory and bytes. Less of it with `n` and `shrink`."""
+    teacher, rows, kept = models.load("mini-vlm"), data.test_split(n), Kept(work)
+    few = rows.select(range(min(FEWER, len(rows))))
+    kept.row("teacher", lambda: answers(teacher, rows))
+    student = distill.smaller(teacher, SIZES)
+    kept.row("cut, untrained", lambda: answers(student, few))
+    sees = distill.match_tower(student, teacher, _shorter(TOWER, shrink), work / "tower")
+    taught = distill.distill(sees, teacher, _shorter(TAUGHT, shrink), AIMS, work=work / "taught")
+    spent = {name: fit.log(work / name) for name in ("tower", "taught")}
+    kept.row("taught", lambda: answers(taught, rows) | {"minutes": sum(s["seconds"][-1] for s in spent.values()) / 60})
+    alone = distill.distill(student, None, _shorter(LABELS, shrink), work=work / "labels")
+    spent["labels"] = fit.log(work / "labels")
+    kept.row("labels alone", lambda: answers(alone, rows) | {"minutes": spent["labels"]["seconds"][-1] / 60})
+    kept.row("taught, int8 (ONNX Runtime)", lambda: _exported(taught, few))
+    kept.row("times", lambda: _times({"teacher": teacher, "student": taught}, rows))
+    logs = {name: {k: v[::25] for k, v in log.items()} for name, log in spent.items()}
+    parameters = {name: sum(p.numel() for p in m.parameters()) for name, m in (("teacher", teacher), ("student", taught))}
+    return _content(kept.rows, parameters) | {"logs": logs}
+
+
+def _shorter(course: fit.Course, shrink: int) -> fit.Course:
+    return replace(course, steps=max(2, course.steps // shrink))
+
+
+def _exported(model: nn.Module, rows: Dataset) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = exported.load_exported(export.export(model, Path(folder) / "small", "onnx", "int8"))
+        return answers(loaded, rows) | {"mb": sum(loaded.manifest["bytes"].values()) / 1e6}
+
+
+def _times(variants: dict[str, nn.Module], rows: Dataset) -> dict:
+    """Time of each stage and of a whole question, in PyTorch and in ONNX Runtime, interleaved; peak memory; bytes on disk."""
+    inputs = models.chat(variants["teacher"], rows[0]["image"], rows[0]["question"])
+    asked = [(r["image"], r["question"]) for r in rows.select(range(5))]
+
+    def each(answer: Callable) -> None:
+        for picture, question in asked:
+            answer(picture, question)
+
+    found = {"stages": measure.latency(variants, inputs, repeats=21)}
+    runs = {k: partial(each, partial(models.ask, m)) for k, m in variants.items()}
+    found["five questions, PyTorch"] = measure.wall(runs, repeats=15)
+    found["peak"] = {k: measure.peak_memory(m, inputs) for k, m in variants.items()}
+    found["disk_mb"] = {k: measure.disk_bytes(quantize.bf16(m)) / 1e6 for k, m in variants.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        for precision in ("fp32", "int8"):
+            at = {k: export.export(m, Path(folder) / f"{k} {precision}", "onnx", precision) for k, m in variants.items()}
+            loaded = {k: exported.load_exported(path) for k, path in at.items()}
+            runs = {k: partial(each, lambda p, q, e=e: e.generate(p, q, 8)) for k, e in loaded.items()}
+            found[f"five questions, ONNX Runtime {precision}"] = measure.wall(runs, repeats=15)
+    return found
+
+
+def _content(rows: dict, parameters: dict[str, int]) -> dict:
+    """What is published: each row's change against the teacher, the students' against one another, without the answers."""
+    right, variants = {k: r["right"] for k, r in rows.items() if "right" in r}, {}
+    for name, found in right.items():
+        variants[name] = {k: v for k, v in rows[name].items() if k != "right"}
+        variants[name]["change"] = evaluate.paired(right["teacher"][: len(found)], found)
+    spent = rows["times"]
+    asked = {k: spent[k]["teacher"]["median"] / spent[k]["student"]["median"] for k in spent if k.startswith("five")}
+    faster = {k.replace("five questions", "a question"): v for k, v in asked.items()}
+    both = (spent["stages"]["teacher"], spent["stages"]["student"])
+    faster["time to first token, PyTorch"] = both[0]["ttft"]["median"] / both[1]["ttft"]["median"]
+    return {
+        "parameters": parameters,
+        "share": parameters["student"] / parameters["teacher"],
+        "threads": torch.get_num_threads(),
+        "variants": variants,
+        "taught against labels": evaluate.paired(right["labels alone"], right["taught"]),
+        "times faster": faster,
+        "times": spent,
+    }

@@ -1,0 +1,173 @@
+"""Distillation: the losses are what they say, a student is a smaller teacher, and training brings it nearer; on LLaVA, too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tiny
+from mmrecipes import data, distill, evaluate, fit, models, structured
+from mmrecipes.distill import Aims, Size
+from mmrecipes.errors import UserError
+
+SIZES = {"vision": Size((0,), 64, 100), "language": Size((0,), 128, 60)}
+COURSE = fit.Course(16, 4, 0.003, 1e-3)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return data.questions("train", 16)
+
+
+# ---- losses
+
+
+def test_soft_loss_is_kullback_leibler_both_ways():
+    own, wanted = torch.randn(5, 7), torch.randn(5, 7)
+    p, q = wanted.softmax(-1), own.softmax(-1)
+    assert distill.soft_loss(own, wanted).item() == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
+    back = distill.soft_loss(own, wanted, reverse=True).item()
+    assert back == pytest.approx((q * (q / p).log()).sum(-1).mean().item(), rel=1e-5)
+    assert distill.soft_loss(wanted, wanted, 4.0).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_temperature_keeps_the_size_of_the_gradient():
+    own, wanted = torch.randn(50, 30, requires_grad=True), torch.randn(50, 30)
+    sizes = []
+    for temperature in (1.0, 8.0, 64.0):
+        (slope,) = torch.autograd.grad(distill.soft_loss(own, wanted, temperature), own)
+        sizes.append(slope.norm().item())
+    assert 0.5 < sizes[1] / sizes[0] < 2 and sizes[2] == pytest.approx(sizes[1], rel=0.2)
+
+
+def test_feature_loss_of_a_constant_is_one():
+    wanted = torch.randn(4, 5, 6) * 3 + 1
+    assert distill.feature_loss(wanted.mean().expand_as(wanted), wanted).item() == pytest.approx(1, abs=0.02)
+    assert distill.feature_loss(wanted, wanted) == 0
+
+
+def test_relation_loss_does_not_care_for_width_or_rotation():
+    wanted = torch.randn(2, 6, 8)
+    turn = torch.linalg.qr(torch.randn(4, 4)).Q
+    turned = torch.cat([wanted[..., :4] @ turn, wanted[..., 4:] @ turn], -1)
+    assert distill.relation_loss(turned, wanted).item() == pytest.approx(0, abs=1e-5)
+    assert distill.relation_loss(torch.randn(2, 6, 4), wanted) > 0.01
+
+
+# ---- the student
+
+
+@pytest.mark.parametrize("inherit", [True, False])
+def test_a_student_has_the_sizes_that_were_asked_for_and_is_a_plain_checkpoint(inherit, tmp_path):
+    teacher = tiny.house(layers=2)
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    student = distill.smaller(teacher, SIZES, inherit)
+    for part, size in SIZES.items():
+        own = structured.config_of(student, part)
+        assert (own.num_hidden_layers, own.hidden_size, own.intermediate_size) == (len(size.layers), size.width, size.columns)
+    models.save(student, teacher.processor, tmp_path / "student", dtype="auto")
+    again = models.load(tmp_path / "student")
+    answers = [evaluate.answers(m, [data.questions("test", 1)[0]["image"]], ["How many?"]) for m in (student, again)]
+    assert answers[0] == answers[1]
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items()), "the teacher was changed"
+
+
+def test_a_student_as_large_as_its_teacher_is_its_teacher():
+    teacher = tiny.house(layers=2)
+    vision, language = (structured.config_of(teacher, p) for p in structured.PARTS)
+    whole = {"vision": Size((0, 1), 128, vision.intermediate_size), "language": Size((0, 1), 128, language.intermediate_size)}
+    same = distill.smaller(teacher, whole)
+    assert all(torch.equal(v, same.state_dict()[k]) for k, v in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (Size((0,), 96, 60), "a multiple of 64 up to 128"),
+        (Size((0,), 256, 60), "a multiple of 64 up to 128"),
+        (Size((0,), 64, 10_000), "columns; expected"),
+        (Size((0, 5), 64, 60), "give rising indices"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(size, message):
+    with pytest.raises(UserError, match=message):
+        distill.smaller(tiny.house(), {"vision": size})
+
+
+def test_heads_that_share_a_key_head_stay_together():
+    assert distill._heads(torch.tensor([5.0, 1, 3, 4, 0, 2]), 2, 2) == [2, 3]
+    with pytest.raises(UserError, match="a multiple of 2"):
+        distill._heads(torch.ones(4), 1, 2)
+
+
+# ---- training
+
+
+@pytest.mark.parametrize("make", [lambda: tiny.house(layers=2), tiny.llava], ids=["house", "llava"])
+@pytest.mark.parametrize("aims", [Aims(answers=0), Aims(0, attention=1.0, reverse=True, temperature=2.0), distill.LABELS])
+def test_every_aim_is_learned_from_rows(make, aims, rows, tmp_path):
+    teacher = make()
+    torch.manual_seed(1)
+    student = type(teacher)(teacher.config).eval()
+    student.processor = teacher.processor
+    before = [p.clone() for p in student.parameters()]
+    small = distill.distill(student, None if aims == distill.LABELS else teacher, COURSE, aims, rows, tmp_path)
+    found = fit.log(tmp_path)
+    assert found["loss"][-1] < found["loss"][0] and "answers" in found
+    assert {k for k in ("logits", "hidden", "vision", "attention") if k in found} == {
+        k for k in ("logits", "hidden", "vision", "attention") if getattr(aims, k)
+    }
+    assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True)), "a copy is trained"
+    if aims.logits:
+        reference = evaluate.answer_logits(teacher, rows)[0]
+        far = [evaluate.divergence(reference, evaluate.answer_logits(m, rows)[0]) for m in (student, small)]
+        assert far[1] < 0.9 * far[0]
+
+
+def test_text_alone_never_reaches_the_vision_tower(rows, tmp_path):
+    teacher, student = tiny.house(layers=2), tiny.house(seed=1)
+    small = distill.distill(student, teacher, COURSE, Aims(answers=0, vision=0), rows.remove_columns("image"), tmp_path)
+    assert fit.log(tmp_path)["logits"][-1] < fit.log(tmp_path)["logits"][0]
+    seen, words = (models.parts(m) for m in (student, small))
+    assert all(torch.equal(a, b) for a, b in zip(seen["vision"].parameters(), words["vision"].parameters(), strict=True))
+    moved = zip(seen["language"].parameters(), words["language"].parameters(), strict=True)
+    assert not all(torch.equal(a, b) for a, b in moved)
+
+
+def test_lessons_log_the_families(tmp_path):
+    distill.distill(tiny.house(), tiny.house(layers=2), fit.Course(2, 2), work=tmp_path)
+    found = fit.log(tmp_path)
+    assert {"answers", "logits", "hidden", "vision", "colour", "reading"} <= set(found) and len(found["loss"]) == 2
+
+
+def test_a_tower_learns_its_teachers_features(tmp_path):
+    teacher, student = tiny.house(layers=2), tiny.house(seed=1)
+    small = distill.match_tower(student, teacher, fit.Course(20, 4, 0.005, 1e-3), tmp_path)
+    found = fit.log(tmp_path)["vision"]
+    assert found[-1] < 0.8 * found[0]
+    language = zip(models.parts(student)["language"].parameters(), models.parts(small)["language"].parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in language)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_its_logits(rows):
+    model = tiny.house(layers=2)
+    pupil, batch = distill.Pupil(model, model), distill.RowBatches(model, rows, COURSE)[0]
+    lesson = distill.lesson(model, Aims(answers=0, hidden=0, vision=0), lambda m, b: distill.right_answers(m, b, None))
+    assert lesson(pupil, batch)[0].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_answers_loss_of_rows_is_cross_entropy(rows):
+    model = tiny.llava()
+    batches = distill.RowBatches(model, rows, fit.Course(9, 16))
+    loss, tokens, _ = distill.right_answers(model, batches[0], None)
+    logits, wanted = evaluate.answer_logits(model, rows)
+    assert tokens == len(wanted) and loss.item() == pytest.approx(F.cross_entropy(logits, wanted).item(), rel=1e-4)
+    assert len(batches) == 9 and torch.equal(batches[8]["input_ids"], batches[0]["input_ids"]), "over and over"
+
+
+def test_what_cannot_be_taught_is_refused(rows):
+    with pytest.raises(UserError, match="needs a teacher"):
+        distill.distill(tiny.house(), None, COURSE, Aims(), rows)
+    with pytest.raises(UserError, match="16 rows for batches of 32"):
+        distill.distill(tiny.house(), None, fit.Course(1, 32), rows=rows)

@@ -1,0 +1,165 @@
+"""The training loop: several processes do what one does, a killed run goes on, and what it cannot do it refuses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mmrecipes import fit, models, siglip
+from mmrecipes.errors import UserError
+
+RUN = """
+import sys; sys.path.insert(0, "tests")
+import torch; torch.set_num_threads(1)
+from pathlib import Path
+import test_fit
+getattr(test_fit, sys.argv[1])(Path(sys.argv[2]))
+"""
+
+
+def contrast(work: Path, steps: int = 4) -> nn.Module:
+    """A tiny SigLIP learns from pairs; its weights go to `work`/weights.pt."""
+    processor = siglip.make_processor()
+    model = siglip.make_siglip(len(processor.tokenizer), 64, 1, 1)
+    batches = siglip.CaptionBatches(0, steps, 4, processor.tokenizer)
+    fit.fit(siglip.Dual(model, 64), batches, siglip.dual_loss, fit.Course(steps, 4, 0.01, 1e-3), work, every=2)
+    torch.save(model.state_dict(), work / "weights.pt")
+    return model
+
+
+def long_contrast(work: Path) -> None:
+    """The same, long enough to be killed."""
+    contrast(work, steps=40)
+
+
+def answers(work: Path) -> None:
+    """A tiny VLM learns from a larger one, pictures and packed questions; its weights go to `work`/weights.pt."""
+    import tiny
+    from mmrecipes import distill
+
+    course, aims = fit.Course(3, 4, 0.01, 1e-3), distill.Aims(attention=1.0)
+    small = distill.distill(tiny.house(1), tiny.house(0, layers=2), course, aims, work=work)
+    torch.save(small.state_dict(), work / "weights.pt")
+
+
+def run(what: str, work: Path, processes: int = 1) -> dict[str, torch.Tensor]:
+    """The weights after `what` on so many processes, as `accelerate launch` starts them (gloo, CPU)."""
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "--num_processes", str(processes), "--main_process_port", "0"]
+    script = work.parent / "script.py"
+    script.write_text(RUN)
+    work.mkdir()
+    command = [sys.executable, *(launch if processes > 1 else []), str(script), what, str(work)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(work / "weights.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("what", ["contrast", "answers"])
+def test_two_processes_learn_what_one_learns_from_the_same_batch(what, tmp_path):
+    one, two = run(what, tmp_path / "one"), run(what, tmp_path / "two", processes=2)
+    losses = [fit.log(tmp_path / name)["loss"] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+    assert losses[0][-1] != losses[0][0]
+    for name, weight in one.items():
+        assert torch.allclose(weight, two[name], atol=2e-3), name
+
+
+def test_a_killed_run_goes_on_to_the_weights_of_one_never_killed(tmp_path):
+    whole = run("long_contrast", tmp_path / "whole")
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    command = [sys.executable, "-c", RUN, "long_contrast", str(killed)]
+    process, deadline = subprocess.Popen(command, env=env), time.time() + 300
+    while not (killed / "checkpoint" / "at.json").exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -9, "the run was over before it could be killed"
+    assert not (killed / "weights.pt").exists()
+    subprocess.run(command, env=env, check=True, timeout=300)
+    after = torch.load(killed / "weights.pt", weights_only=True)
+    assert all(torch.equal(whole[k], after[k]) for k in whole)
+    assert fit.log(killed)["step"] == list(range(40)), "every step is logged once"
+
+
+# ---- a model of one matrix, whose loss is a mean over rows
+
+
+def task(rows: int = 8, steps: int = 6):
+    torch.manual_seed(0)
+    return nn.Linear(3, 2), [torch.randn(rows, 3) for _ in range(steps)]
+
+
+def squares(model, batch):
+    far = (model(batch) - batch[:, :2]).square().mean()
+    return far, {"far": far.item()}
+
+
+def test_a_batch_in_parts_is_the_same_batch():
+    trained = []
+    for accumulate in (1, 4):
+        model, batches = task()
+        trained.append(fit.fit(model, batches, squares, fit.Course(6, 8, 0.1, 0.1, accumulate)).weight)
+    assert torch.allclose(*trained, atol=1e-5)
+
+
+def test_frozen_weights_stay_and_the_loss_falls(tmp_path):
+    model, batches = task(steps=100)
+    model.bias.requires_grad_(False)
+    before = model.bias.clone()
+    fit.fit(model, batches, squares, fit.Course(100, 8, 0.1, 0.1), tmp_path)
+    losses = fit.log(tmp_path)["loss"]
+    assert torch.equal(model.bias, before) and losses[-1] < 0.5 * losses[0]
+    assert not model.training and all(p.requires_grad == (n != "bias") for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "course", [fit.Course(0), fit.Course(1, 0), fit.Course(1, 8, accumulate=3), fit.Course(1, 8, accumulate=0)]
+)
+def test_a_course_that_does_not_divide_is_refused(course):
+    with pytest.raises(UserError, match="a batch that 1 processes"):
+        fit.fit(*task(), squares, course)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    model, batches = task()
+    with pytest.raises(UserError, match=r"step 0 is nan; lower the course's lr"):
+        fit.fit(model, batches, lambda m, b: (m(b).sum() * float("nan"), {}), fit.Course(6, 8), tmp_path)
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_foreign_and_damaged_checkpoints_are_refused_and_kept(tmp_path):
+    model, batches = task()
+    fit.fit(model, batches, squares, fit.Course(6, 8), tmp_path)
+    with pytest.raises(UserError, match="another course"):
+        fit.fit(*task(), squares, fit.Course(5, 8), tmp_path)
+    (tmp_path / "checkpoint" / "pytorch_model.bin").write_bytes(b"not weights")
+    with pytest.raises(UserError, match="cannot be resumed"):
+        fit.fit(*task(), squares, fit.Course(6, 8), tmp_path)
+    assert (tmp_path / "checkpoint" / "pytorch_model.bin").read_bytes() == b"not weights"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        fit.fit(*task(), squares, fit.Course(6, 8), tmp_path / "file")
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    model, batches = task()
+    fit.fit(model, batches, squares, fit.Course(6, 8), tmp_path)
+    again, _ = task()
+    fit.fit(again, [], squares, fit.Course(6, 8), tmp_path)  # it would need a batch
+    assert torch.equal(again.weight, model.weight)
+
+
+def test_the_library_loads_what_was_trained(tmp_path):
+    model = contrast(tmp_path)
+    models.save(model, siglip.make_processor(), tmp_path / "out")
+    assert type(models.load(tmp_path / "out")).__name__ == "SiglipModel"
