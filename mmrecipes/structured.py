@@ -86,7 +86,8 @@ def plain(model: nn.Module, config: object) -> nn.Module:
         fresh.load_state_dict(model.state_dict())
     except RuntimeError as e:
         raise UserError(f"{type(model).__name__}: what was cut does not fit its config ({str(e).splitlines()[1].strip()})") from e
-    fresh.generation_config = copy.deepcopy(model.generation_config)
+    if model.can_generate():
+        fresh.generation_config = copy.deepcopy(model.generation_config)
     if hasattr(model, "processor"):
         fresh.processor = model.processor
     return fresh.to(model.device).train(model.training)
@@ -124,7 +125,7 @@ def keep_columns(model: nn.Module, keep: Mapping[str, Sequence[Sequence[int]]], 
     for part, lists in keep.items():
         for layer, columns in zip(layers(thin)[part], lists, strict=True):
             into, out = ffn(layer)
-            _slim_(into, [out], columns)
+            slim_(into, [out], columns)
         config_of(config, part).intermediate_size = len(lists[0])
     return plain(thin, config)
 
@@ -153,8 +154,8 @@ def keep_heads(model: nn.Module, keep: Sequence[Sequence[int]], rows: Dataset | 
     _refit_(thin, {attention(layer)[3]: c[0] for layer, c in zip(stack, chosen, strict=True)}, rows)
     for layer, (queries, keys) in zip(stack, chosen, strict=True):
         q, k, v, out = attention(layer)
-        _slim_([q], [out], queries)
-        _slim_([k, v], [], keys)
+        slim_([q], [out], queries)
+        slim_([k, v], [], keys)
     groups, each = next(iter(shapes))
     own.head_dim, own.num_attention_heads, own.num_key_value_heads = size, groups * each, groups
     return plain(thin, config)
@@ -176,8 +177,8 @@ def keep_width(model: nn.Module, part: str, channels: Sequence[int], heads: Sequ
     for layer, left in zip(layers(thin)[part], heads or [None] * len(layers(thin)[part]), strict=True):
         *into, out = attention(layer)
         if left is not None:
-            _slim_(into, [out], _channels(left, size))
-        _slim_([out, ffn(layer)[1]], [*into, *ffn(layer)[0]], keep)
+            slim_(into, [out], _channels(left, size))
+        slim_([out, ffn(layer)[1]], [*into, *ffn(layer)[0]], keep)
     for module in found[part].modules():
         if module in inner or any(module is m for m in found["connector"].modules()):
             continue
@@ -187,13 +188,13 @@ def keep_width(model: nn.Module, part: str, channels: Sequence[int], heads: Sequ
                 setattr(module, name, nn.Parameter(p.index_select(at, torch.tensor(keep))))
     if part == "vision":
         spread = joined[0].in_features // whole
-        _slim_([], joined[:1], [block * whole + c for block in range(spread) for c in keep])
+        slim_([], joined[:1], [block * whole + c for block in range(spread) for c in keep])
         own.num_attention_heads = len(heads[0])
     else:
         for before, after in itertools.pairwise(joined):  # LLaVA's has a hidden width, and it is the language model's
             size_of = before.weight.square().sum(1) + after.weight.square().sum(0)
-            _slim_([before], [after], size_of.topk(len(keep)).indices.tolist())
-        _slim_(joined[-1:], [], keep)
+            slim_([before], [after], size_of.topk(len(keep)).indices.tolist())
+        slim_(joined[-1:], [], keep)
         words = thin.get_input_embeddings().weight  # cut above; a head that was tied to it still has its old width
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         found["head"].weight = words if tied else nn.Parameter(found["head"].weight[:, keep])
@@ -206,7 +207,7 @@ def _channels(heads: Sequence[int], size: int) -> list[int]:
     return [h * size + i for h in heads for i in range(size)]
 
 
-def _slim_(rows_of: Sequence[nn.Linear], columns_of: Sequence[nn.Linear], keep: Sequence[int]) -> None:
+def slim_(rows_of: Sequence[nn.Linear], columns_of: Sequence[nn.Linear], keep: Sequence[int]) -> None:
     """Cut outputs of some matrices, and the inputs of others that read them, down to `keep`, in place, by torch-pruning."""
     import torch_pruning as tp
 

@@ -1,0 +1,165 @@
+"""A smaller dual encoder, its towers kept aligned: what it may take from a larger one, and contrastive training after a cut.
+
+For SigLIP and CLIP alike. Built by hand in notebook 32.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmrecipes import models, structured
+from mmrecipes.errors import UserError
+from mmrecipes.fit import Course, fit
+from mmrecipes.quantize import clone
+from mmrecipes.siglip import CaptionBatches, Pairs, contrast, embed
+
+FIRST = 10_000  # the first batch of captions for a student: the house model's own training lies below
+TRAINED = ("all", "small", "nothing")
+
+
+def smaller(teacher: nn.Module, layers: Mapping[str, Sequence[int]], columns: Mapping[str, int]) -> nn.Module:
+    """A student of the teacher's class with only its `layers` of "vision" and "language", and `columns` in their FFNs.
+
+    Weights are inherited (TinyCLIP, arXiv:2309.12314): the layers as they are, of the columns those with the largest weights.
+    The width stays, so both speak of the same space from the first step. Raises UserError for what the teacher does not have.
+    """
+    student = teacher
+    for part, keep in layers.items():
+        student = structured.keep_layers(student, part, keep)
+    thin, config = clone(student), copy.deepcopy(student.config)
+    for part, count in columns.items():
+        own = structured.config_of(config, part)
+        if not 0 < count <= own.intermediate_size:
+            raise UserError(f"smaller: {count} columns in the {part} FFNs; expected 1 to {own.intermediate_size}")
+        for mlp in [m for m in models.parts(thin)[part].modules() if hasattr(m, "fc1") and hasattr(m, "fc2")]:
+            size = mlp.fc1.weight.square().sum(1) + mlp.fc2.weight.square().sum(0)  # the pooling head has an FFN, too
+            structured.slim_([mlp.fc1], [mlp.fc2], size.topk(count).indices.sort().values.tolist())
+        own.intermediate_size = count
+    return structured.plain(thin, config)
+
+
+@dataclass(frozen=True)
+class Aims:
+    """What the student is asked for, each with a weight; 0 leaves it out. All but the first need a teacher.
+
+    `contrast`: true pairs together, all others apart. `affinity`: every picture resembles every text as much as it does for
+    the teacher (TinyCLIP). `feature`: the same vectors as the teacher's. `interactive`: its pictures find the teacher's texts,
+    and the other way round (both CLIP-KD, arXiv:2307.12732).
+    """
+
+    contrast: float = 1.0
+    affinity: float = 1.0
+    feature: float = 10.0
+    interactive: float = 1.0
+
+
+ALONE = Aims(affinity=0, feature=0, interactive=0)
+
+
+def pair_loss(model: nn.Module, image: Tensor, text: Tensor) -> Tensor:
+    """The model's own contrastive loss of pictures (B, D) and texts (M, D), the first B of which belong to them.
+
+    SigLIP has a bias and asks of every pair yes or no; CLIP has none and lets the texts (and pictures) compete.
+    """
+    if hasattr(model, "logit_bias"):
+        return contrast(image, text, model.logit_scale, model.logit_bias)
+    image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+    logits, own = model.logit_scale.exp() * image @ text.T, torch.arange(len(image), device=image.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits[:, : len(image)].T, own)) / 2
+
+
+def affinity_loss(own: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], scale: Tensor | float) -> Tensor:
+    """KL divergence, both ways, of who resembles whom: pictures (B, D) and texts (M, D) of the student and of the teacher."""
+    logits = [scale * F.normalize(i, dim=-1) @ F.normalize(t, dim=-1).T for i, t in (own, wanted)]
+    ways = [logits, [m[:, : len(own[0])].T for m in logits]]
+    return sum(F.kl_div(a.log_softmax(-1), b.log_softmax(-1), log_target=True, reduction="batchmean") for a, b in ways) / 2
+
+
+def feature_loss(own: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> Tensor:
+    """One minus the cosine of the student's vectors with the teacher's, the mean over both towers."""
+    return 1 - sum(F.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(own, wanted, strict=True)) / 2
+
+
+def interactive_loss(teacher: nn.Module, own: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> Tensor:
+    """The teacher's contrastive loss of the student's pictures with its own texts, and of its pictures with the student's."""
+    return (pair_loss(teacher, own[0], wanted[1]) + pair_loss(teacher, wanted[0], own[1])) / 2
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    course: Course,
+    aims: Aims | None = None,
+    rows: Any = None,
+    work: Path | None = None,
+    trained: Mapping[str, str] | None = None,
+) -> nn.Module:
+    """A trained copy of `student`; without a teacher it learns from pairs alone.
+
+    On the house model's captions, never seen before, or on `rows` (image, caption, negative) over and over. `trained` says what
+    of "vision" and "language" learns: "all", "small" (norms and biases only, so that rounded or zeroed matrices stay as they
+    are) or "nothing". With `work` it is resumable. Raises UserError as `fit` does.
+    """
+    aims, model = aims or (ALONE if teacher is None else Aims()), clone(student).requires_grad_(True)
+    taught = bool(aims.affinity or aims.feature or aims.interactive)
+    if taught and teacher is None:
+        raise UserError(f"distill: {aims} needs a teacher; give one, or aims=ALONE")
+    for part, how in (trained or {}).items():
+        if how not in TRAINED:
+            raise UserError(f"distill: {how!r} of {part} is to be trained; expected {', '.join(TRAINED)}")
+        for p in models.parts(model)[part].parameters():
+            p.requires_grad_(how == "all" or (how == "small" and p.ndim < 2))
+
+    def loss(m: nn.Module, batch: Pairs) -> tuple[Tensor, dict[str, float]]:
+        ids = torch.cat([batch.captions, batch.negatives])
+        own = (embed(m, batch.images), embed(m, ids=ids))
+        terms = {"contrast": pair_loss(m, *own)}
+        if taught:
+            teacher.to(ids.device)
+            with torch.no_grad():
+                wanted = (embed(teacher, batch.images), embed(teacher, ids=ids))
+            if aims.affinity:
+                terms["affinity"] = affinity_loss(own, wanted, teacher.logit_scale.exp())
+            if aims.feature:
+                terms["feature"] = feature_loss(own, wanted)
+            if aims.interactive:
+                terms["interactive"] = interactive_loss(teacher, own, wanted)
+        return sum(getattr(aims, k) * v for k, v in terms.items()), {k: v.item() for k, v in terms.items()}
+
+    if rows is None:
+        batches = CaptionBatches(FIRST, FIRST + course.steps, course.batch, student.processor.tokenizer)
+    else:
+        batches = RowPairs(student, rows, course)
+    return fit(model, batches, loss, course, work)
+
+
+class RowPairs(Sequence):
+    """Rows (image, caption, negative) as batches for a model's own processor, over and over."""
+
+    def __init__(self, model: nn.Module, rows: Any, course: Course):
+        self.steps, self.made = course.steps, []
+        if len(rows) < course.batch:
+            raise UserError(f"distill: {len(rows)} rows for batches of {course.batch}; give more rows, or a smaller batch")
+        for i in range(0, len(rows) - course.batch + 1, course.batch):
+            part = rows[i : i + course.batch]
+            pictures = model.processor(images=[image.convert("RGB") for image in part["image"]], return_tensors="pt")
+            true, wrong = (self._ids(model, part[k]) for k in ("caption", "negative"))
+            nothing = torch.zeros(course.batch, 2, 0)
+            self.made.append(Pairs(pictures["pixel_values"], true, wrong, nothing, nothing[:, 0].any(-1)))
+
+    def _ids(self, model: nn.Module, texts: list[str]) -> Tensor:
+        return model.processor(text=texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, i: int) -> Pairs:
+        return self.made[i % len(self.made)]
