@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmrecipes import importance, models, recovery, structured
+from mmrecipes import importance, models, recovery, slicing, structured
 from mmrecipes.errors import UserError
 from mmrecipes.fit import Course, Loss, fit, over_processes
 from mmrecipes.quantize import clone
 
 FIRST = 40_000  # the first batch of lessons for a student: those of the teacher and of recoveries lie below
+SLICE = {"vision": slicing.slice_vision, "language": slicing.slice_language}
 HEADS = 2  # into so many the vectors are split for attention relations, whatever the heads of either model
 
 
@@ -38,46 +39,32 @@ class Size:
     columns: int
 
 
-def smaller(teacher: nn.Module, sizes: Mapping[str, Size], inherit: bool = True, seed: int = 0) -> nn.Module:
+def smaller(teacher: nn.Module, sizes: Mapping[str, Size], rows: Any, inherit: bool = True, seed: int = 0) -> nn.Module:
     """A student of the teacher's class, with `sizes` of "vision" and "language".
 
-    With `inherit` it takes from the teacher what has the largest weights (as Minitron does, arXiv:2407.14679); without, it has
-    the same shape and random weights. Heads keep the teacher's size. Raises UserError for sizes that do not fit the teacher.
+    With `inherit` it takes from the teacher what matters most: principal directions of the embeddings (`slicing`, fitted on
+    calibration `rows`), and the columns with the largest weights. Without, it has the same shape and random weights.
+    Raises UserError for sizes that do not fit the teacher.
     """
     student = teacher
     for part, size in sizes.items():
+        own = structured.config_of(student, part)
+        if not 0 < size.columns <= own.intermediate_size:
+            raise UserError(f"smaller: {size.columns} columns in the {part} FFNs; expected 1 to {own.intermediate_size}")
+        if size.width != own.hidden_size:
+            student = SLICE[part](student, size.width, rows)
+        scores = importance.magnitude(student)[part]["columns"]
+        # the vision tower's FFNs are fitted anew, the language model's not, where that costs answers (notebook 21)
+        fitted = rows if part == "vision" else None
+        student = structured.keep_columns(student, {part: importance.strongest(scores, size.columns)}, fitted)
+    for part, size in sizes.items():  # last: what flows by is measured with all of them
         student = structured.keep_layers(student, part, size.layers)
-        own, head = structured.config_of(student, part), structured.head_dim(student, part)
-        if size.width % head or not head <= size.width <= own.hidden_size or not 0 < size.columns <= own.intermediate_size:
-            limits = f"a multiple of {head} up to {own.hidden_size}, and up to {own.intermediate_size} columns"
-            raise UserError(f"smaller: {part} width {size.width} with {size.columns} columns; expected {limits}")
-        scores = importance.magnitude(student)[part]
-        student = structured.keep_columns(student, {part: importance.strongest(scores["columns"], size.columns)})
-        channels = scores["width"].topk(size.width).indices.sort().values.tolist()
-        heads = [_heads(layer, size.width // head, _shared(own)) for layer in scores["heads"]]
-        if part == "language":
-            student = structured.keep_heads(student, heads)
-            heads = []
-        student = structured.keep_width(student, part, channels, heads)
     if not inherit:
         torch.manual_seed(seed)
         fresh = type(student)(copy.deepcopy(student.config)).eval()
         fresh.generation_config, fresh.processor = student.generation_config, student.processor
         student = fresh
     return student
-
-
-def _shared(config: object) -> int:
-    return config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-
-
-def _heads(scores: Tensor, count: int, shared: int) -> list[int]:
-    """The `count` strongest heads; where `shared` of them have one key head, whole groups."""
-    groups = scores.unflatten(0, (-1, shared)).sum(-1)
-    if count % shared:
-        raise UserError(f"smaller: {count} heads, and {shared} share a key head; expected a multiple of {shared}")
-    best = groups.topk(count // shared).indices.sort().values.tolist()
-    return [g * shared + i for g in best for i in range(shared)]
 
 
 # ---- what to match
@@ -257,32 +244,40 @@ class RowBatches(Sequence):
         return self.made[i % len(self.made)]
 
 
-class Tower(nn.Module):
-    """A vision tower and the map from its features to another's."""
+class Eye(nn.Module):
+    """Vision tower and connector of a VLM: pictures to visual tokens."""
 
-    def __init__(self, tower: nn.Module, width: int, wanted: int):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.tower, self.map = tower, nn.Linear(width, wanted)
+        found = models.parts(model)
+        self.vision, self.connector = found["vision"], found["connector"]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) -> visual tokens (B, N, D), as the language model gets them."""
+        return self.connector(self.vision(images).last_hidden_state)
 
 
-def match_tower(student: nn.Module, teacher: nn.Module, course: Course, work: Path | None = None) -> nn.Module:
-    """A copy of `student` whose vision tower gives, through a linear map, what the teacher's gives: before any words.
+def match_eye(student: nn.Module, teacher: nn.Module, course: Course, work: Path | None = None) -> nn.Module:
+    """A copy of `student` whose vision tower and connector give the visual tokens that the teacher's give: before any words.
 
-    On the house model's pictures, without labels. Answers come later, and by then the tower already sees.
+    On the house model's pictures, without labels. Raises UserError unless both language models read tokens of the same width:
+    match one whose language model was sliced with the teacher sliced in the same way.
     """
     from mmrecipes.lessons import VisionBatches
 
+    widths = [structured.config_of(m, "language").hidden_size for m in (student, teacher)]
+    if widths[0] != widths[1]:
+        raise UserError(f"match_eye: visual tokens of {widths[0]} and {widths[1]} channels; slice the teacher's words first")
     student = clone(student).requires_grad_(True)
-    widths = [structured.config_of(m, "vision").hidden_size for m in (student, teacher)]
-    tower, seen = Tower(models.parts(student)["vision"], *widths), models.parts(teacher)["vision"]
+    wanted = Eye(teacher)
 
-    def loss(pupil: Tower, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float]]:
-        seen.to(batch[0].device)
+    def loss(eye: Eye, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float]]:
+        wanted.to(batch[0].device)
         with torch.no_grad():
-            wanted = seen(batch[0]).last_hidden_state
-        far = feature_loss(pupil.map(pupil.tower(batch[0]).last_hidden_state), wanted)
-        return far, {"vision": far.item()}
+            tokens = wanted(batch[0])
+        far = feature_loss(eye(batch[0]), tokens)
+        return far, {"tokens": far.item()}
 
-    first = FIRST * 16 // course.batch
-    fit(tower, VisionBatches(first, first + course.steps, course.batch), loss, course, work)
+    first = (FIRST - 10_000) * 16 // course.batch  # pictures between those of recoveries and those of the lessons
+    fit(Eye(student), VisionBatches(first, first + course.steps, course.batch), loss, course, work)
     return student.eval()
