@@ -124,8 +124,21 @@ class Pupil(nn.Module):
         super().__init__()
         self.student = student
         widths = {p: [structured.config_of(m, p).hidden_size for m in (student, teacher)] for p in structured.PARTS}
-        self.vision = nn.Linear(*widths["vision"])
-        self.hidden = nn.ModuleList(nn.Linear(*widths["language"]) for _ in structured.layers(student)["language"])
+        self.vision_maps = nn.Linear(*widths["vision"])
+        self.hidden_maps = nn.ModuleList(nn.Linear(*widths["language"]) for _ in structured.layers(student)["language"])
+
+    @torch.no_grad()
+    def fit_maps_(self, own: dict[str, Any], wanted: dict[str, Any]) -> None:
+        """The best linear maps for one batch (`watched` of both), so that training need not begin with looking for them."""
+        pairs = list(zip(self.hidden_maps, recovery.layer_pairs(own["hidden"], wanted["hidden"]), strict=True))
+        for m, (x, y) in [*pairs, *([(self.vision_maps, (own["vision"], wanted["vision"]))] if "vision" in own else [])]:
+            x, y = (t.flatten(0, -2).double() for t in (x, y))
+            x, y, middles = x - x.mean(0), y - y.mean(0), (x.mean(0), y.mean(0))
+            moments = x.T @ x
+            moments.diagonal().add_(1e-3 * moments.diagonal().mean() + 1e-8)  # a batch may not fill all directions
+            weight = torch.linalg.solve(moments, x.T @ y).T
+            m.weight.copy_(weight)
+            m.bias.copy_(middles[1] - weight @ middles[0])
 
 
 @contextlib.contextmanager
@@ -159,10 +172,10 @@ def lesson(teacher: nn.Module | None, aims: Aims, answers: Callable[[nn.Module, 
                 terms["logits"] = soft_loss(own["logits"], wanted["logits"], aims.temperature, aims.reverse)
             if aims.hidden:
                 pairs = recovery.layer_pairs(own["hidden"], wanted["hidden"])
-                far = [feature_loss(m(h), w) for m, (h, w) in zip(pupil.hidden, pairs, strict=True)]
+                far = [feature_loss(m(h), w) for m, (h, w) in zip(pupil.hidden_maps, pairs, strict=True)]
                 terms["hidden"] = sum(far) / len(far)
             if aims.vision and "vision" in own:
-                terms["vision"] = feature_loss(pupil.vision(own["vision"]), wanted["vision"])
+                terms["vision"] = feature_loss(pupil.vision_maps(own["vision"]), wanted["vision"])
             if aims.attention:
                 far = [relation_loss(own["attention"][k], w) for k, w in wanted["attention"].items()]
                 terms["attention"] = sum(far) / len(far)
@@ -200,9 +213,16 @@ def distill(
         words = batches.word_ids
     else:
         batches, words = RowBatches(student, rows, course), None
-    # a head that nothing asks for would get no gradient; its map is only there to be thrown away
+    at = student.device  # the training may move both to a GPU
+    if aims.hidden or aims.vision:
+        with torch.no_grad(), watched(pupil.student) as own, watched(teacher) as wanted:
+            for m in (pupil.student, teacher):
+                right_answers(m, batches[0], words)
+        pupil.fit_maps_(own, wanted)
     fit(pupil, batches, lesson(teacher, aims, lambda m, batch: right_answers(m, batch, words)), course, work)
-    return pupil.student.eval()
+    if teacher is not None:
+        teacher.to(at)
+    return pupil.student.to(at).eval()
 
 
 def right_answers(model: nn.Module, batch: Any, words: Tensor | None) -> tuple[Tensor, int, dict[str, float]]:
@@ -279,5 +299,7 @@ def match_eye(student: nn.Module, teacher: nn.Module, course: Course, work: Path
         return far, {"tokens": far.item()}
 
     first = (FIRST - 10_000) * 16 // course.batch  # pictures between those of recoveries and those of the lessons
+    at = student.device  # the training may move both to a GPU
     fit(Eye(student), VisionBatches(first, first + course.steps, course.batch), loss, course, work)
-    return student.eval()
+    wanted.to(at)
+    return student.to(at).eval()

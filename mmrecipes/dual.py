@@ -138,7 +138,11 @@ def distill(
         batches = CaptionBatches(FIRST, FIRST + course.steps, course.batch, student.processor.tokenizer)
     else:
         batches = RowPairs(student, rows, course)
-    return fit(model, batches, loss, course, work)
+    at = student.device  # the training may move both to a GPU
+    fit(model, batches, loss, course, work)
+    if teacher is not None:
+        teacher.to(at)
+    return model.to(at)
 
 
 class RowPairs(Sequence):

@@ -7,6 +7,7 @@ there, and cut the rest off: every matrix gets smaller, and no head is lost. Not
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from mmrecipes import models
 from mmrecipes.errors import UserError
 from mmrecipes.quantize import clone
-from mmrecipes.structured import attention, config_of, ffn, layers, plain
+from mmrecipes.structured import attention, config_of, ffn, layers, plain, slim_
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -87,7 +88,11 @@ def slice_language(model: nn.Module, width: int, rows: Dataset) -> nn.Module:
     found["head"].weight = nn.Parameter((found["head"].weight * core.norm.weight) @ turn * grow)
     core.norm.weight = nn.Parameter(torch.ones(width))
     words.weight = nn.Parameter(words.weight @ turn)
-    last = [m for m in found["connector"].modules() if isinstance(m, nn.Linear)][-1]
+    joined = [m for m in found["connector"].modules() if isinstance(m, nn.Linear)]
+    for before, after in itertools.pairwise(joined):  # LLaVA's has a hidden width, and it is the language model's
+        size = before.weight.square().sum(1) + after.weight.square().sum(0)
+        slim_([before], [after], size.topk(width).indices.sort().values.tolist())
+    last = joined[-1]
     last.weight = nn.Parameter(turn.T @ last.weight)
     if last.bias is not None:
         last.bias = nn.Parameter(turn.T @ last.bias)
