@@ -213,15 +213,15 @@ def distill(
         words = batches.word_ids
     else:
         batches, words = RowBatches(student, rows, course), None
-    at = student.device  # the training may move both to a GPU
+    at = student.device  # the training may move it to a GPU
+    if teacher is not None:  # frozen, or its vision tower would compute gradients that nobody wants
+        teacher = clone(teacher).requires_grad_(False)
     if aims.hidden or aims.vision:
         with torch.no_grad(), watched(pupil.student) as own, watched(teacher) as wanted:
             for m in (pupil.student, teacher):
                 right_answers(m, batches[0], words)
         pupil.fit_maps_(own, wanted)
     fit(pupil, batches, lesson(teacher, aims, lambda m, batch: right_answers(m, batch, words)), course, work)
-    if teacher is not None:
-        teacher.to(at)
     return pupil.student.to(at).eval()
 
 
@@ -280,16 +280,21 @@ class Eye(nn.Module):
 def match_eye(student: nn.Module, teacher: nn.Module, course: Course, work: Path | None = None) -> nn.Module:
     """A copy of `student` whose vision tower and connector give the visual tokens that the teacher's give: before any words.
 
-    On the house model's pictures, without labels. Raises UserError unless both language models read tokens of the same width:
-    match one whose language model was sliced with the teacher sliced in the same way.
+    On the house model's pictures, without labels; every other batch has much printed in it, since reading is learned last.
+    Raises UserError unless both language models read tokens of the same width: match one whose language model was sliced with
+    the teacher sliced in the same way.
     """
-    from mmrecipes.lessons import VisionBatches
+    from mmrecipes.lessons import MANY, VisionBatches
+
+    class Pictures(VisionBatches):
+        def _draw(self, step: int) -> list:
+            return self._scenes(step, MANY * (step % 2))
 
     widths = [structured.config_of(m, "language").hidden_size for m in (student, teacher)]
     if widths[0] != widths[1]:
         raise UserError(f"match_eye: visual tokens of {widths[0]} and {widths[1]} channels; slice the teacher's words first")
     student = clone(student).requires_grad_(True)
-    wanted = Eye(teacher)
+    wanted = Eye(clone(teacher).requires_grad_(False))
 
     def loss(eye: Eye, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float]]:
         wanted.to(batch[0].device)
@@ -299,7 +304,6 @@ def match_eye(student: nn.Module, teacher: nn.Module, course: Course, work: Path
         return far, {"tokens": far.item()}
 
     first = (FIRST - 10_000) * 16 // course.batch  # pictures between those of recoveries and those of the lessons
-    at = student.device  # the training may move both to a GPU
-    fit(Eye(student), VisionBatches(first, first + course.steps, course.batch), loss, course, work)
-    wanted.to(at)
+    at = student.device  # the training may move it to a GPU
+    fit(Eye(student), Pictures(first, first + course.steps, course.batch), loss, course, work)
     return student.to(at).eval()

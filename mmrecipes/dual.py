@@ -138,11 +138,9 @@ def distill(
         batches = CaptionBatches(FIRST, FIRST + course.steps, course.batch, student.processor.tokenizer)
     else:
         batches = RowPairs(student, rows, course)
-    at = student.device  # the training may move both to a GPU
-    fit(model, batches, loss, course, work)
-    if teacher is not None:
-        teacher.to(at)
-    return model.to(at)
+    at = student.device  # the training may move it to a GPU
+    teacher = None if teacher is None else clone(teacher).requires_grad_(False)
+    return fit(model, batches, loss, course, work).to(at)
 
 
 class RowPairs(Sequence):

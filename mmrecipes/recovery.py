@@ -64,6 +64,7 @@ def recover(
         raise UserError(f"recover: {course}; expected at least one step, and at least one row in each batch")
     student = clone(model).train()
     student.requires_grad_(True)
+    parent = None if parent is None else clone(parent).requires_grad_(False)  # it only shows, and computes no gradients
     steppers = optimizers([student], course.lr, course.adam_lr)
     base = [[g["lr"] for g in s.param_groups] for s in steppers]
     masks = {layer.weight: layer.weight != 0 for _, layer in linears(student) if (layer.weight == 0).any()}
