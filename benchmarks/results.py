@@ -14,6 +14,7 @@ one job by its name: `python benchmarks/results.py plan`.
 - results/tokens.json, tokens-speed.json: fewer visual tokens: accuracy; time on the real-size twin (benchmarks/visual_tokens.py)
 - results/mini-siglip.json: the committed dual encoder: retrieval, matching, zero-shot naming
 - results/student.json: a student of mini-vlm, taught and on labels alone (benchmarks/student.py)
+- results/dual.json: a smaller dual encoder, taught and on pairs alone (benchmarks/dual_encoder.py)
 - results/bench.json: the real-size twin in every runtime, beside the peers (`make bench`, benchmarks/bench.py)
 - results/tour.json: the tour's comparison, with 1,000 questions
 - results/real-size.json: stage budget and roofline of the real-size twin, fp32, on this machine
@@ -204,6 +205,13 @@ def the_student() -> None:
     write("student.json", student.run())
 
 
+def the_dual() -> None:
+    """Less than 40% of mini-siglip's parameters: do picture and caption still find each other?"""
+    import dual_encoder
+
+    write("dual.json", dual_encoder.run())
+
+
 def real_size() -> None:
     """Where a real model's time goes; random weights, so time and memory only."""
     twin = models.real_size("smolvlm-256m")
@@ -244,6 +252,7 @@ if __name__ == "__main__":
         "tokens-speed": the_tokens_speed,
         "siglip": the_siglip,
         "student": the_student,
+        "dual": the_dual,
         "tour": the_tour,
         "real-size": real_size,
     }

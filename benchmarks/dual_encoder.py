@@ -1,0 +1,80 @@
+"""A dual encoder with less than 40% of mini-siglip's parameters: taught by it, and on pairs alone for as many minutes.
+
+`run()` returns what results/dual.json says. Trainings and rows are kept in runs/dual as they go: a killed run goes on there. Half an
+hour on two quiet cores. A tree with other code or another student: remove that folder first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from structured import Kept
+from torch import nn
+
+from mmrecipes import dual, evaluate, fit, measure, models, quantize, retrieval
+
+WORK = Path(__file__).resolve().parent.parent / "runs" / "dual"
+LAYERS, COLUMNS = {"vision": (0, 3), "language": (1,)}, {"vision": 192, "language": 192}
+TAUGHT, ALONE = fit.Course(800, 64, 0.002, 6e-4), fit.Course(1100, 64, 0.002, 6e-4)  # about as many minutes
+SCENES, HARDER = 4000, 1000  # test scenes; and pools of so many, beside those of 100
+
+
+def run(work: Path = WORK, n: int = SCENES, shrink: int = 1) -> dict:
+    """Retrieval both ways, matching and telling apart of every variant, paired with the teacher's; time and bytes."""
+    teacher, kept, seen = models.load("mini-siglip"), Kept(work), retrieval.gallery(n=n)
+    student = dual.smaller(teacher, LAYERS, COLUMNS)
+    kept.row("teacher", lambda: _found(teacher, seen))
+    kept.row("cut, untrained", lambda: _found(student, seen))
+    taught = dual.distill(student, teacher, _shorter(TAUGHT, shrink), work=work / "taught")
+    alone = dual.distill(student, None, _shorter(ALONE, shrink), work=work / "alone")
+    for name, m in (("taught", taught), ("pairs alone", alone)):
+        spent = fit.log(work / name.split()[-1])["seconds"][-1] / 60
+        kept.row(name, lambda m=m, spent=spent: _found(m, seen) | {"minutes": spent})
+    kept.row("times", lambda: _times({"teacher": teacher, "student": taught}, seen))
+    logs = {name: {k: v[::20] for k, v in fit.log(work / name).items()} for name in ("taught", "alone")}
+    parameters = {name: sum(p.numel() for p in m.parameters()) for name, m in (("teacher", teacher), ("student", taught))}
+    return _content(kept.rows, parameters) | {"logs": logs}
+
+
+def _shorter(course: fit.Course, shrink: int) -> fit.Course:
+    return replace(course, steps=max(2, course.steps // shrink))
+
+
+def _found(model: nn.Module, seen: retrieval.Gallery) -> dict:
+    easy, n = retrieval.retrieval(model, seen), len(seen.images)
+    hard = retrieval.retrieval(model, seen, HARDER) if n % HARDER == 0 else easy
+    row = {k: asdict(getattr(easy, k)) for k in ("to_text", "to_image", "told_apart", "matching")}
+    row |= {f"{k}, harder pool": asdict(getattr(hard, k)) for k in ("to_text", "to_image")}
+    image, text = retrieval.embeddings(model, seen.images), retrieval.embeddings(model, texts=seen.captions)
+    return row | {"gap": retrieval.modality_gap(image, text), "right": easy.right | {"harder": hard.right["to_text"]}}
+
+
+def _times(variants: dict[str, nn.Module], seen: retrieval.Gallery) -> dict:
+    """A picture and a caption, one at a time, in PyTorch, interleaved, processing and all; bytes on disk."""
+    found = {"disk_mb": {k: measure.disk_bytes(quantize.bf16(m)) / 1e6 for k, m in variants.items()}}
+    asked = {"picture": {"images": seen.images[:1]}, "caption": {"texts": seen.captions[:1]}}
+    for what, given in asked.items():
+        runs = {k: partial(retrieval.embeddings, m, **given, progress=False) for k, m in variants.items()}
+        found[what] = measure.wall(runs, repeats=31)
+    return found
+
+
+def _content(rows: dict, parameters: dict[str, int]) -> dict:
+    base, variants = rows["teacher"]["right"], {}
+    for name, row in rows.items():
+        if "right" in row:
+            variants[name] = {k: v for k, v in row.items() if k != "right"}
+            variants[name]["change"] = {k: evaluate.paired(base[k], row["right"][k]) for k in base}
+    pairs, spent = (rows["pairs alone"]["right"], rows["taught"]["right"]), rows["times"]
+    return {
+        "parameters": parameters,
+        "share": parameters["student"] / parameters["teacher"],
+        "threads": torch.get_num_threads(),
+        "variants": variants,
+        "taught against pairs": {k: evaluate.paired(pairs[0][k], pairs[1][k]) for k in pairs[0]},
+        "times faster": {k: spent[k]["teacher"]["median"] / spent[k]["student"]["median"] for k in ("picture", "caption")},
+        "times": spent,
+    }
