@@ -25,7 +25,7 @@ SIZES = {"language": distill.Size((0, 1, 2, 3), 128, 192), "vision": distill.Siz
 CALIBRATION = 64
 EYE = fit.Course(500, 64, 0.002, 5e-4)  # vision tower and connector first, on pictures alone
 TAUGHT = fit.Course(750, 16, 0.0007, 2e-4)
-LABELS = fit.Course(2200, 16, 0.0007, 2e-4)  # as many minutes: without a teacher a step takes half the time
+LABELS = fit.Course(1600, 16, 0.0007, 2e-4)  # as many minutes: without a teacher a step takes less
 AIMS = distill.Aims()
 FEWER = 1050  # questions for what answers one at a time
 
