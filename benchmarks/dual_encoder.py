@@ -45,7 +45,7 @@ def _shorter(course: fit.Course, shrink: int) -> fit.Course:
 
 def _found(model: nn.Module, seen: retrieval.Gallery) -> dict:
     easy, n = retrieval.retrieval(model, seen), len(seen.images)
-    hard = retrieval.retrieval(model, seen, HARDER) if n % HARDER == 0 else easy
+    hard = retrieval.retrieval(model, seen, min(n, HARDER))
     row = {k: asdict(getattr(easy, k)) for k in ("to_text", "to_image", "told_apart", "matching")}
     row |= {f"{k}, harder pool": asdict(getattr(hard, k)) for k in ("to_text", "to_image")}
     image, text = retrieval.embeddings(model, seen.images), retrieval.embeddings(model, texts=seen.captions)

@@ -98,7 +98,7 @@ def train(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="a house model, a local directory, or a hub id")] = "mini-vlm",
-    n: Annotated[int | None, typer.Option(help="questions; default: the whole test split", min=1)] = None,
+    n: Annotated[int | None, typer.Option(help="questions (default: all), or scenes for a dual encoder (1000)", min=1)] = None,
     out: Annotated[Path | None, typer.Option(help="a JSON file to write the result to")] = None,
 ) -> None:
     """Accuracy of one model on the committed test split, per family, beside the majority floor; of a dual encoder, retrieval."""

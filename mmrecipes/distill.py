@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmrecipes import importance, models, recovery, slicing, structured
 from mmrecipes.errors import UserError
-from mmrecipes.fit import Course, Loss, fit, over_processes
+from mmrecipes.fit import Course, Loss, fit, over_processes, share
 from mmrecipes.quantize import clone
 
 FIRST = 40_000  # the first batch of lessons for a student: those of the teacher and of recoveries lie below
@@ -63,7 +63,7 @@ def smaller(teacher: nn.Module, sizes: Mapping[str, Size], rows: Any, inherit: b
         torch.manual_seed(seed)
         fresh = type(student)(copy.deepcopy(student.config)).eval()
         fresh.generation_config, fresh.processor = student.generation_config, student.processor
-        student = fresh
+        student = fresh.to(student.device, student.dtype)
     return student
 
 
@@ -179,8 +179,8 @@ def lesson(teacher: nn.Module | None, aims: Aims, answers: Callable[[nn.Module, 
             if aims.attention:
                 far = [relation_loss(own["attention"][k], w) for k, w in wanted["attention"].items()]
                 terms["attention"] = sum(far) / len(far)
-        share = tokens / over_processes(tokens)  # a mean over all processes' tokens, not a mean of their means
-        scaled = {k: v * share if k in ("answers", "logits") else v for k, v in terms.items()}
+        own_share = tokens / over_processes(tokens)  # a mean over all processes' tokens, not a mean of their means
+        scaled = {k: v * own_share if k in ("answers", "logits") else v for k, v in terms.items()}
         return sum(getattr(aims, k) * v for k, v in scaled.items()), logs | {k: v.item() for k, v in terms.items()}
 
     return loss
@@ -209,19 +209,21 @@ def distill(
     if rows is None:
         from mmrecipes.lessons import ChatBatches
 
-        batches = ChatBatches(FIRST, FIRST + course.steps, course.batch, student.processor.tokenizer)
+        first = FIRST * 16 // max(1, course.batch)
+        batches = ChatBatches(first, first + course.steps, course.batch, student.processor.tokenizer)
         words = batches.word_ids
     else:
         batches, words = RowBatches(student, rows, course), None
     at = student.device  # the training may move it to a GPU
     if teacher is not None:  # frozen, or its vision tower would compute gradients that nobody wants
-        teacher = clone(teacher).requires_grad_(False)
+        teacher = clone(teacher).requires_grad_(False).to(at)
     if aims.hidden or aims.vision:
+        first = share(batches[0], 0, 1, at)
         with torch.no_grad(), watched(pupil.student) as own, watched(teacher) as wanted:
             for m in (pupil.student, teacher):
-                right_answers(m, batches[0], words)
+                right_answers(m, first, words)
         pupil.fit_maps_(own, wanted)
-    fit(pupil, batches, lesson(teacher, aims, lambda m, batch: right_answers(m, batch, words)), course, work)
+    fit(pupil, batches, lesson(teacher, aims, lambda m, batch: right_answers(m, batch, words)), course, work, about=repr(aims))
     return pupil.student.to(at).eval()
 
 
@@ -247,8 +249,8 @@ class RowBatches(Sequence):
     def __init__(self, model: nn.Module, rows: Any, course: Course):
         from mmrecipes.evaluate import teacher_forced
 
-        whole = len(rows) - len(rows) % course.batch
-        if not whole:
+        whole = len(rows) - len(rows) % max(1, course.batch)
+        if not whole or course.batch < 1:
             raise UserError(f"distill: {len(rows)} rows for batches of {course.batch}; give more rows, or a smaller batch")
         self.steps, self.made = course.steps, []
         for inputs, lengths in teacher_forced(model, rows.select(range(whole)), course.batch):

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from mmrecipes import models, structured
 from mmrecipes.errors import UserError
 from mmrecipes.fit import Course, fit
+from mmrecipes.house import IMAGE_SIZE
 from mmrecipes.quantize import clone
 from mmrecipes.siglip import CaptionBatches, Pairs, contrast, embed
 
-FIRST = 10_000  # the first batch of captions for a student: the house model's own training lies below
+FIRST = 640_000  # the first scene of a student's captions: those of the house model's own training lie below
 TRAINED = ("all", "small", "nothing")
+PROJECTION = {"vision": "visual_projection", "language": "text_projection"}  # CLIP's last matrices stand beside its towers
 
 
 def smaller(teacher: nn.Module, layers: Mapping[str, Sequence[int]], columns: Mapping[str, int]) -> nn.Module:
@@ -106,17 +108,20 @@ def distill(
 
     On the house model's captions, never seen before, or on `rows` (image, caption, negative) over and over. `trained` says what
     of "vision" and "language" learns: "all", "small" (norms and biases only, so that rounded or zeroed matrices stay as they
-    are) or "nothing". With `work` it is resumable. Raises UserError as `fit` does.
+    are) or "nothing". On several processes SigLIP's loss compares with all texts, the other losses with this process's own. With
+    `work` it is resumable. Raises UserError as `fit` does.
     """
     aims, model = aims or (ALONE if teacher is None else Aims()), clone(student).requires_grad_(True)
     taught = bool(aims.affinity or aims.feature or aims.interactive)
     if taught and teacher is None:
         raise UserError(f"distill: {aims} needs a teacher; give one, or aims=ALONE")
     for part, how in (trained or {}).items():
-        if how not in TRAINED:
-            raise UserError(f"distill: {how!r} of {part} is to be trained; expected {', '.join(TRAINED)}")
-        for p in models.parts(model)[part].parameters():
-            p.requires_grad_(how == "all" or (how == "small" and p.ndim < 2))
+        if how not in TRAINED or part not in PROJECTION:
+            expected = f"{', '.join(TRAINED)} of {' or '.join(PROJECTION)}"
+            raise UserError(f"distill: {how!r} of {part!r} is to be trained; expected {expected}")
+        for m in (models.parts(model)[part], getattr(model, PROJECTION[part], None)):
+            for p in m.parameters() if m is not None else ():
+                p.requires_grad_(how == "all" or (how == "small" and p.ndim < 2))
 
     def loss(m: nn.Module, batch: Pairs) -> tuple[Tensor, dict[str, float]]:
         ids = torch.cat([batch.captions, batch.negatives])
@@ -126,6 +131,11 @@ def distill(
             teacher.to(ids.device)
             with torch.no_grad():
                 wanted = (embed(teacher, batch.images), embed(teacher, ids=ids))
+            if wanted[0].shape != own[0].shape and (aims.feature or aims.interactive):
+                widths = f"{own[0].shape[-1]} and {wanted[0].shape[-1]} numbers"
+                raise UserError(
+                    f"distill: vectors of {widths}; features and interactive contrast need the same, affinity does not"
+                )
             if aims.affinity:
                 terms["affinity"] = affinity_loss(own, wanted, teacher.logit_scale.exp())
             if aims.feature:
@@ -135,12 +145,18 @@ def distill(
         return sum(getattr(aims, k) * v for k, v in terms.items()), {k: v.item() for k, v in terms.items()}
 
     if rows is None:
-        batches = CaptionBatches(FIRST, FIRST + course.steps, course.batch, student.processor.tokenizer)
+        if student.config.vision_config.image_size != IMAGE_SIZE:
+            size = student.config.vision_config.image_size
+            raise UserError(
+                f"distill: the house captions come with pictures of {IMAGE_SIZE} px, this model takes {size}: give rows"
+            )
+        first = FIRST // max(1, course.batch)
+        batches = CaptionBatches(first, first + course.steps, course.batch, student.processor.tokenizer)
     else:
         batches = RowPairs(student, rows, course)
     at = student.device  # the training may move it to a GPU
     teacher = None if teacher is None else clone(teacher).requires_grad_(False)
-    return fit(model, batches, loss, course, work).to(at)
+    return fit(model, batches, loss, course, work, about=f"{aims} {trained}").to(at)
 
 
 class RowPairs(Sequence):
@@ -148,7 +164,9 @@ class RowPairs(Sequence):
 
     def __init__(self, model: nn.Module, rows: Any, course: Course):
         self.steps, self.made = course.steps, []
-        if len(rows) < course.batch:
+        if missing := {"image", "caption", "negative"} - set(rows.column_names):
+            raise UserError(f"distill: the rows have no column {', '.join(sorted(missing))}; expected image, caption, negative")
+        if not 1 <= course.batch <= len(rows):
             raise UserError(f"distill: {len(rows)} rows for batches of {course.batch}; give more rows, or a smaller batch")
         for i in range(0, len(rows) - course.batch + 1, course.batch):
             part = rows[i : i + course.batch]
@@ -158,7 +176,9 @@ class RowPairs(Sequence):
             self.made.append(Pairs(pictures["pixel_values"], true, wrong, nothing, nothing[:, 0].any(-1)))
 
     def _ids(self, model: nn.Module, texts: list[str]) -> Tensor:
-        return model.processor(text=texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+        longest = model.config.text_config.max_position_embeddings
+        made = model.processor(text=texts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
+        return made["input_ids"]
 
     def __len__(self) -> int:
         return self.steps

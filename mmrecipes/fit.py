@@ -1,4 +1,4 @@
-"""One training loop, on one process or many: `accelerate launch` runs it unchanged (DDP; FSDP by its configuration, on GPUs).
+"""One training loop, on one process or many: `accelerate launch` runs it unchanged, on CPUs or GPUs (DDP).
 
 The distillations of chapter 3 and the dual encoder's training use it. A batch is a pure function of its step, so a killed run
 goes on where its last checkpoint was, and every process takes its own rows of the same global batch.
@@ -40,7 +40,7 @@ class Course:
 
 
 class Lesson(nn.Module):
-    """Model and loss as one module: DDP and FSDP only see gradients that come from calling the module they wrap."""
+    """Model and loss as one module: DDP only sees gradients that come from calling the module it wraps."""
 
     def __init__(self, model: nn.Module, loss: Loss):
         super().__init__()
@@ -59,13 +59,15 @@ def fit(
     work: Path | None = None,
     every: int = 100,
     device: str | None = None,
+    about: str = "",
 ) -> nn.Module:
     """Train what in `model` requires a gradient, in place: step `i` on `batches[i]`, a tensor or tuple of tensors, rows first.
 
     `loss(model, batch)` gives the mean over the batch's rows, and numbers to log. With a folder `work` there are a log, and a
     checkpoint `every` so many steps. A GPU is taken where there is one, unless `device` is "cpu"; its arithmetic is bf16 mixed
-    precision unless `accelerate launch` says otherwise. Raises UserError when the loss is not finite, when rows do not divide
-    evenly, or when a checkpoint is damaged or foreign.
+    precision unless `accelerate launch` says otherwise. A batch in parts is contrasted part by part: only a loss that is a mean
+    over rows stays the same. `about` says what else makes this run what it is: a checkpoint of another is refused. Raises
+    UserError when the loss is not finite, when rows do not divide evenly, or when a checkpoint is damaged or foreign.
     """
     from rich.progress import track
 
@@ -78,15 +80,19 @@ def fit(
     trained = [p for p in model.parameters() if p.requires_grad]
     lesson, *steppers = accelerator.prepare(Lesson(model, loss), *optimizers([model], course.lr, course.adam_lr))
     rates = [stepper.param_groups[0]["lr"] for stepper in steppers]
-    begin, seconds = _resume(accelerator, work, course) if work else (0, 0.0)
+    begin, seconds = _resume(accelerator, work, f"{course} {about}") if work else (0, 0.0)
     started = time.perf_counter() - seconds
     hidden = checks.quiet() or not accelerator.is_main_process
     for step in track(range(begin, course.steps), "training", disable=hidden):
         for stepper, rate in zip(steppers, rates, strict=True):
             stepper.param_groups[0]["lr"] = rate * schedule(step, course.steps, max(1, min(50, course.steps // 10)))
         batch, total = batches[step], 0.0
+        if parts > 1 and (lengths := {len(t) for t in (batch.values() if isinstance(batch, dict) else batch)}) != {course.batch}:
+            raise UserError(
+                f"fit: tensors of {sorted(lengths)} rows in a batch of {course.batch}; {parts} parts need as many in each"
+            )
         for part in range(course.accumulate):
-            mine = _rows(batch, accelerator.process_index * course.accumulate + part, parts, accelerator.device)
+            mine = share(batch, accelerator.process_index * course.accumulate + part, parts, accelerator.device)
             last = part + 1 == course.accumulate
             with torch.enable_grad() if last else accelerator.no_sync(lesson), accelerator.autocast():
                 found, logs = lesson(mine)
@@ -104,7 +110,7 @@ def fit(
             with (work / "log.jsonl").open("a") as f:
                 f.write(json.dumps(row | {k: round(float(v), 4) for k, v in logs.items()}) + "\n")
         if work and ((step + 1) % every == 0 or step + 1 == course.steps):
-            _write(accelerator, work, course, step + 1, time.perf_counter() - started)
+            _write(accelerator, work, f"{course} {about}", step + 1, time.perf_counter() - started)
     return model.eval()
 
 
@@ -125,33 +131,46 @@ def log(work: Path) -> dict[str, list[float]]:
     return {k: [row.get(k) for row in rows] for k in dict.fromkeys(k for row in rows for k in row)}
 
 
+def main_process() -> bool:
+    """Is this the process that writes files? With one process it is."""
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
 def _accelerator(device: str | None):  # -> accelerate.Accelerator
     from mmrecipes.runtime import needs
 
     needs("accelerate")
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
+    if device not in (None, "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"fit: device {device!r} cannot be used here; expected cpu, or cuda where there is a GPU")
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no" if on_cpu else "bf16")
     # a tower's last layers may feed nothing, and frozen ones get no gradient
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision=wanted, cpu=on_cpu, kwargs_handlers=[unused])
+    try:
+        found = Accelerator(mixed_precision=wanted, cpu=on_cpu, kwargs_handlers=[unused])
+    except ValueError as e:  # accelerate keeps one setting a process
+        raise UserError(f"fit: this process already trained on another device ({one_line(e)}); start a new one") from e
+    if str(found.distributed_type).endswith("FSDP"):
+        raise UserError("fit: FSDP cuts matrices that Muon needs whole; launch it with DDP (--multi_gpu)")
+    return found
 
 
-def _rows(batch: Any, part: int, parts: int, device: torch.device) -> Any:
+def share(batch: Any, part: int, parts: int, device: torch.device) -> Any:
     """Part `part` of `parts` of a batch's rows, on `device`."""
     if isinstance(batch, dict):
-        if parts == 1:  # some processors' pictures are not rows (Qwen-VL's patches)
-            return {k: t.to(device) for k, t in batch.items()}
-        return {k: _rows(t, part, parts, device) for k, t in batch.items()}
+        return {k: share(t, part, parts, device) for k, t in batch.items()}
     if isinstance(batch, Tensor):
-        share = len(batch) // parts
-        return batch[part * share : (part + 1) * share].to(device, non_blocking=True)
-    cut = [_rows(t, part, parts, device) for t in batch]
+        each = len(batch) // parts
+        return (batch if parts == 1 else batch[part * each : (part + 1) * each]).to(device, non_blocking=True)
+    cut = [share(t, part, parts, device) for t in batch]
     return type(batch)(*cut) if hasattr(batch, "_fields") else tuple(cut)
 
 
-def _write(accelerator: Any, work: Path, course: Course, step: int, seconds: float) -> None:
+def _write(accelerator: Any, work: Path, course: str, step: int, seconds: float) -> None:
     part, done = work / "checkpoint.part", work / "checkpoint"
     if accelerator.is_main_process:
         shutil.rmtree(part, ignore_errors=True)
@@ -159,12 +178,12 @@ def _write(accelerator: Any, work: Path, course: Course, step: int, seconds: flo
     accelerator.save_state(str(part), safe_serialization=False)  # tied weights: safetensors would warn of them
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (part / "at.json").write_text(json.dumps({"course": repr(course), "step": step, "seconds": seconds}))
+        (part / "at.json").write_text(json.dumps({"course": course, "step": step, "seconds": seconds}))
         checks.take_place(part, done)
     accelerator.wait_for_everyone()
 
 
-def _resume(accelerator: Any, work: Path, course: Course) -> tuple[int, float]:
+def _resume(accelerator: Any, work: Path, course: str) -> tuple[int, float]:
     if work.exists() and not work.is_dir():
         raise UserError(f"fit: {work} is a file; give a folder for the checkpoints")
     work.mkdir(parents=True, exist_ok=True)
@@ -174,14 +193,18 @@ def _resume(accelerator: Any, work: Path, course: Course) -> tuple[int, float]:
         return 0, 0.0
     try:
         at = json.loads((done / "at.json").read_text())
-        if at["course"] != repr(course):
-            raise UserError(f"fit: {done} was written by another course; move it away, or give another work folder")
+        if at["course"] != course:
+            raise UserError(
+                f"fit: {done} was written by another course, or with other aims; move it away, or give another work folder"
+            )
         accelerator.load_state(str(done))
     except UserError:
         raise
     except Exception as e:  # whatever a damaged or foreign file makes the readers raise
         raise UserError(f"fit: {done} cannot be resumed ({one_line(e)}); remove it to begin anew") from e
     if accelerator.is_main_process and path.exists():
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < at["step"]]
-        path.write_text("".join(line + "\n" for line in kept))
+        lines = path.read_text().splitlines()[: at["step"]]  # a line a step; what came after the checkpoint comes again
+        aside = path.with_suffix(".part")
+        aside.write_text("".join(line + "\n" for line in lines))
+        os.replace(aside, path)
     return at["step"], at["seconds"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -35,7 +34,7 @@ class Found:
     to_text: Share
     to_image: Share
     told_apart: Share
-    matching: Share
+    matching: Share | None  # None for CLIP, which has no yes or no
     attributes: dict[str, Share]  # `told_apart`, by the attribute that is false
     right: dict[str, list[bool]] = field(repr=False)  # of the first three, for paired comparisons
 
@@ -59,6 +58,7 @@ def embeddings(
     if not hasattr(model, "get_image_features") or not hasattr(model, "logit_scale"):
         raise UserError(f"embeddings: {type(model).__name__} is no dual encoder; expected SigLIP, CLIP or their kin")
     given, found, processor = images if texts is None else texts, [], model.processor
+    longest = model.config.text_config.max_position_embeddings
     hidden = checks.quiet() if progress is None else not progress
     for i in tqdm(range(0, len(given), batch_size), disable=hidden, desc="embedding", leave=False):
         part = list(given[i : i + batch_size])
@@ -67,7 +67,8 @@ def embeddings(
             inputs = processor(images=part, return_tensors="pt").to(model.device, model.dtype)
             out = model.get_image_features(pixel_values=inputs["pixel_values"])
         else:
-            inputs = processor(text=part, padding="max_length", truncation=True, return_tensors="pt").to(model.device)
+            inputs = processor(text=part, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
+            inputs = inputs.to(model.device)
             out = model.get_text_features(**inputs)
         found.append((out if isinstance(out, Tensor) else out.pooler_output).float())
     vectors = F.normalize(torch.cat(found), dim=-1)
@@ -114,14 +115,16 @@ def retrieval(model: nn.Module, seen: Gallery, pool: int = POOL) -> Found:
         to_image += ((true[part] @ torch.cat([image[part], near[part]]).T).argmax(-1) == own).tolist()
     fits, fails = (image * true).sum(-1), (image * wrong).sum(-1)
     told = (fits > fails).tolist()
-    scale, bias = model.logit_scale.exp(), getattr(model, "logit_bias", torch.zeros(1))  # CLIP has no bias, and no yes or no
-    yes = int((scale * fits + bias > 0).sum() + (scale * fails + bias <= 0).sum())
+    matching = None
+    if hasattr(model, "logit_bias"):
+        border = -model.logit_bias.float() / model.logit_scale.float().exp()  # the cosine at which it says yes
+        matching = wilson(int((fits > border).sum() + (fails <= border).sum()), 2 * n)
     kinds = {k: [t for t, key in zip(told, seen.attributes, strict=True) if key == k] for k in sorted(set(seen.attributes))}
     return Found(
         wilson(sum(to_text), n),
         wilson(sum(to_image), n),
         wilson(sum(told), n),
-        wilson(yes, 2 * n),
+        matching,
         {k: wilson(sum(v), len(v)) for k, v in kinds.items()},
         {"to_text": to_text, "to_image": to_image, "told_apart": told},
     )
@@ -142,8 +145,8 @@ def zero_shot(model: nn.Module, split: str = "test", n: int = 1000) -> dict[str,
             texts += tried
             owners += [k] * len(tried)
         scores = (image[owners] * embeddings(model, texts=texts)).sum(-1).cpu().numpy()
-        best = [a + int(np.argmax(scores[a:b])) for a, b in zip(wanted, [*wanted[1:], len(texts)], strict=True)]
-        found[attribute] = wilson(sum(b == a for a, b in zip(wanted, best, strict=True)), n)
+        spans = zip(wanted, [*wanted[1:], len(texts)], strict=True)
+        found[attribute] = wilson(sum(bool(scores[a] > scores[a + 1 : b].max()) for a, b in spans), n)  # a tie is not right
     return found
 
 
@@ -151,7 +154,8 @@ def report(model: nn.Module, n: int = 1000) -> dict[str, Share]:
     """All of the above on the test split, {what: share}, on `n` scenes: a multiple of POOL."""
     found = retrieval(model, gallery(n=n))
     shares = {"to_text": found.to_text, "to_image": found.to_image, "told_apart": found.told_apart}
-    shares |= {f"told_apart, {k}": v for k, v in found.attributes.items()} | {"matching": found.matching}
+    shares |= {f"told_apart, {k}": v for k, v in found.attributes.items()}
+    shares |= {"matching": found.matching} if found.matching else {}
     return shares | {f"zero-shot {k}": v for k, v in zero_shot(model, n=n).items()}
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmrecipes import checks, models, scenes
-from mmrecipes.fit import Course, fit, log
+from mmrecipes.fit import Course, fit, log, main_process
 from mmrecipes.house import GRID, IMAGE_SIZE, PATCH, make_tokenizer, sincos_positions
 from mmrecipes.lessons import VisionBatches, pixels
 from mmrecipes.losses import Probes
@@ -127,11 +127,12 @@ def contrast(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor
     Every pair is a question of its own, yes or no; the sum over all pairs is divided by B. On several processes every picture
     is compared with the texts of all of them.
     """
-    image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-    texts, own = _everywhere(text)
-    logits = scale.exp() * image @ texts.T + bias
-    sign = 2 * own[: len(image)].to(logits) - 1  # +1 for pairs, -1 elsewhere
-    return -F.logsigmoid(sign * logits).sum() / len(image)
+    with torch.autocast(image.device.type, enabled=False):  # a scale of 100 is too much for 16 bits
+        image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+        texts, own = _everywhere(text)
+        logits = scale.exp() * image @ texts.T + bias
+        sign = 2 * own[: len(image)].to(logits) - 1  # +1 for pairs, -1 elsewhere
+        return -F.logsigmoid(sign * logits).sum() / len(image)
 
 
 def _everywhere(text: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,5 +190,7 @@ def train_mini_siglip(
     first = dense.steps * dense.batch // after.batch + 1  # pictures that the first stage did not see
     batches = CaptionBatches(first, first + after.steps, after.batch, processor.tokenizer)
     fit(Dual(model, width), batches, dual_loss, after, work / "contrast", every, device)
+    if not main_process():
+        return out
     history = {name: {k: v[::20] for k, v in log(work / name).items()} for name in stages}
     return models.save(model.eval(), processor, out, dtype=torch.bfloat16, extra={"training.json": json.dumps(history)})

@@ -70,7 +70,9 @@ def slice_language(model: nn.Module, width: int, rows: Dataset) -> nn.Module:
     language model without RMSNorms of the usual names.
     """
     whole = config_of(model, "language").hidden_size
-    _check(width, whole, 2)
+    _check(model, width, whole, 2)
+    if "Gemma" in type(_norms(model, "language")[0]).__name__:
+        raise UserError("slice_language: Gemma's norms scale by one more than their weights; expected Llama's")
     turn = directions(model, "language", rows)[0][:, :width]
     thin, config = clone(model), copy.deepcopy(model.config)
     core, found = models.parts(thin)["language"], models.parts(thin)
@@ -112,7 +114,7 @@ def slice_vision(model: nn.Module, width: int, rows: Dataset) -> nn.Module:
     """
     own, found = config_of(model, "vision"), models.parts(model)
     whole, heads = own.hidden_size, own.num_attention_heads
-    _check(width, whole, heads)
+    _check(model, width, whole, heads)
     first, seen = next(m for m in found["connector"].modules() if isinstance(m, nn.Linear)), found["vision"]
     places = getattr(getattr(seen, "embeddings", seen), "position_embedding", None)
     if (
@@ -189,7 +191,10 @@ def _factor(product: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return u[:, :rank] * s[:rank].sqrt(), s[:rank].sqrt()[:, None] * v[:rank]
 
 
-def _check(width: int, whole: int, of: int) -> None:
+def _check(model: nn.Module, width: int, whole: int, of: int) -> None:
+    weight = next(model.parameters())
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        raise UserError(f"slicing: the model is {weight.dtype} on {weight.device}; slice it in float32 on the CPU, then move it")
     if not 0 < width <= whole or width % of:
         raise UserError(f"slicing: width {width}; expected a multiple of {of} up to {whole}")
 

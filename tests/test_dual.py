@@ -107,7 +107,7 @@ def test_what_cannot_be_taught_is_refused(rows):
     model = tiny.siglip_128()
     with pytest.raises(UserError, match="needs a teacher"):
         dual.distill(model, None, COURSE, dual.Aims())
-    with pytest.raises(UserError, match="'most' of vision is to be trained; expected all, small, nothing"):
+    with pytest.raises(UserError, match="'most' of 'vision' is to be trained; expected all, small, nothing"):
         dual.distill(model, None, COURSE, trained={"vision": "most"})
     with pytest.raises(UserError, match="8 rows for batches of 16"):
         dual.distill(model, None, fit.Course(1, 16), rows=rows)
