@@ -87,10 +87,8 @@ def fit(
         for stepper, rate in zip(steppers, rates, strict=True):
             stepper.param_groups[0]["lr"] = rate * schedule(step, course.steps, max(1, min(50, course.steps // 10)))
         batch, total = batches[step], 0.0
-        if parts > 1 and (lengths := {len(t) for t in (batch.values() if isinstance(batch, dict) else batch)}) != {course.batch}:
-            raise UserError(
-                f"fit: tensors of {sorted(lengths)} rows in a batch of {course.batch}; {parts} parts need as many in each"
-            )
+        if parts > 1 and (lengths := _lengths(batch)) != {course.batch}:  # Qwen-VL's patches are no rows
+            raise UserError(f"fit: tensors of {sorted(lengths)} rows; to cut it in {parts} parts all must have {course.batch}")
         for part in range(course.accumulate):
             mine = share(batch, accelerator.process_index * course.accumulate + part, parts, accelerator.device)
             last = part + 1 == course.accumulate
@@ -157,6 +155,11 @@ def _accelerator(device: str | None):  # -> accelerate.Accelerator
     if str(found.distributed_type).endswith("FSDP"):
         raise UserError("fit: FSDP cuts matrices that Muon needs whole; launch it with DDP (--multi_gpu)")
     return found
+
+
+def _lengths(batch: Any) -> set[int]:
+    tensors = [batch] if isinstance(batch, Tensor) else batch.values() if isinstance(batch, dict) else batch
+    return {len(t) for t in tensors}
 
 
 def share(batch: Any, part: int, parts: int, device: torch.device) -> Any:
