@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ class Perfect(nn.Module):
         self.table, self.width = table, width
         self.logit_scale, self.logit_bias = nn.Parameter(torch.tensor(3.0)), nn.Parameter(torch.tensor(-10.0))
         self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.config = SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=64))
 
     def processor(self, images=None, text=None, **_):
         keys = [i.tobytes() for i in images] if text is None else text
