@@ -72,7 +72,8 @@ def load(
     config = read_json(path / "config.json")
     auto = _auto_class(path, config, trust_remote_code)
     check_memory(name, weight_bytes(path, None if dtype == "auto" else dtype), dtype, device)
-    processor = _processor(path, trust_remote_code)
+    with _without_load_report():  # nor its warnings about SigLIP's own default token ids
+        processor = _processor(path, trust_remote_code)
     try:
         with _without_load_report():
             model, info = auto.from_pretrained(
