@@ -1,11 +1,13 @@
 """A student with a quarter of mini-vlm's parameters: taught by it, and, for the same time, by labels alone. All test questions.
 
+Labels alone twice: from the same cut, and from nothing, by the course that made the teacher itself, cut to the same minutes.
 `run()` returns what results/student.json says. Each training, and each row, is kept in runs/student as it goes: a killed run
-goes on there. Half an hour on two quiet cores. A tree with other code or another student: remove that folder first.
+goes on there. An hour on two quiet cores. A tree with other code or another student: remove that folder first.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +19,7 @@ from datasets import Dataset
 from structured import Kept, answers
 from torch import nn
 
-from mmrecipes import data, distill, evaluate, export, exported, fit, measure, models, quantize, slicing
+from mmrecipes import data, distill, evaluate, export, exported, fit, measure, models, quantize, slicing, train
 
 WORK = Path(__file__).resolve().parent.parent / "runs" / "student"
 # all layers stay, and all heads: notebook 21 found none to spare. Width and columns go
@@ -26,6 +28,7 @@ CALIBRATION = 64
 EYE = fit.Course(500, 64, 0.002, 5e-4)  # vision tower and connector first, on pictures alone
 TAUGHT = fit.Course(750, 16, 0.0007, 2e-4)
 LABELS = fit.Course(1600, 16, 0.0007, 2e-4)  # as many minutes: without a teacher a step takes less
+SHORT = {"vision": 150, "reading": 450, "align": 700, "joint": 320}  # steps: as many minutes again, from nothing
 AIMS = distill.Aims()
 FEWER = 1050  # questions for what answers one at a time
 
@@ -47,6 +50,10 @@ def run(work: Path = WORK, n: int | None = None, shrink: int = 1) -> dict:
     alone = distill.distill(student, None, _shorter(LABELS, shrink), work=work / "labels")
     spent["labels"] = fit.log(work / "labels")
     kept.row("labels alone", lambda: answers(alone, rows) | {"minutes": spent["labels"]["seconds"][-1] / 60})
+    stages = tuple(replace(s, steps=max(2, SHORT[s.name] // shrink)) for s in train.STAGES)
+    blank = distill.smaller(teacher, SIZES, seen, inherit=False)
+    untaught = models.load(train.train_mini_vlm(work / "nothing" / "model", work / "nothing", stages, model=blank))
+    kept.row("labels alone, from nothing", lambda: answers(untaught, rows) | {"minutes": _minutes(untaught)})
     kept.row("taught, int8 (ONNX Runtime)", lambda: _exported(taught, few))
     kept.row("times", lambda: _times({"teacher": teacher, "student": taught}, rows))
     logs = {name: {k: v[::25] for k, v in log.items()} for name, log in spent.items()}
@@ -56,6 +63,11 @@ def run(work: Path = WORK, n: int | None = None, shrink: int = 1) -> dict:
 
 def _shorter(course: fit.Course, shrink: int) -> fit.Course:
     return replace(course, steps=max(2, course.steps // shrink))
+
+
+def _minutes(model: nn.Module) -> float:
+    rows = json.loads((Path(model.name_or_path) / "training.json").read_text())
+    return sum(max(r["seconds"] for r in rows if r["stage"] == stage) for stage in {r["stage"] for r in rows}) / 60
 
 
 def _exported(model: nn.Module, rows: Dataset) -> dict:
@@ -81,9 +93,11 @@ def _times(variants: dict[str, nn.Module], rows: Dataset) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         for precision in ("fp32", "int8"):
             at = {k: export.export(m, Path(folder) / f"{k} {precision}", "onnx", precision) for k, m in variants.items()}
-            loaded = {k: exported.load_exported(path) for k, path in at.items()}
-            runs = {k: partial(each, lambda p, q, e=e: e.generate(p, q, 8)) for k, e in loaded.items()}
-            found[f"five questions, ONNX Runtime {precision}"] = measure.wall(runs, repeats=15)
+            for threads in dict.fromkeys((1, torch.get_num_threads())):  # one for each question at a time, or all for one
+                loaded = {k: exported.load_exported(path, threads) for k, path in at.items()}
+                runs = {k: partial(each, lambda p, q, e=e: e.generate(p, q, 8)) for k, e in loaded.items()}
+                shown = f"{threads} thread{'s' * (threads > 1)}"
+                found[f"five questions, ONNX Runtime {precision}, {shown}"] = measure.wall(runs, repeats=15)
     return found
 
 
@@ -104,6 +118,7 @@ def _content(rows: dict, parameters: dict[str, int]) -> dict:
         "threads": torch.get_num_threads(),
         "variants": variants,
         "taught against labels": evaluate.paired(right["labels alone"], right["taught"]),
+        "taught against labels from nothing": evaluate.paired(right["labels alone, from nothing"], right["taught"]),
         "times faster": faster,
         "times": spent,
     }

@@ -288,10 +288,6 @@ def match_eye(student: nn.Module, teacher: nn.Module, course: Course, work: Path
     """
     from mmrecipes.lessons import MANY, VisionBatches
 
-    class Pictures(VisionBatches):
-        def _draw(self, step: int) -> list:
-            return self._scenes(step, MANY * (step % 2))
-
     widths = [structured.config_of(m, "language").hidden_size for m in (student, teacher)]
     if widths[0] != widths[1]:
         raise UserError(f"match_eye: visual tokens of {widths[0]} and {widths[1]} channels; slice the teacher's words first")
@@ -307,5 +303,6 @@ def match_eye(student: nn.Module, teacher: nn.Module, course: Course, work: Path
 
     first = (FIRST - 10_000) * 16 // course.batch  # pictures between those of recoveries and those of the lessons
     at = student.device  # the training may move it to a GPU
-    fit(Eye(student), Pictures(first, first + course.steps, course.batch), loss, course, work)
+    pictures = VisionBatches(first, first + course.steps, course.batch, MANY, alternate=True)
+    fit(Eye(student), pictures, loss, course, work)
     return student.to(at).eval()

@@ -198,7 +198,7 @@ def _resume(accelerator: Any, work: Path, course: str) -> tuple[int, float]:
         at = json.loads((done / "at.json").read_text())
         if at["course"] != course:
             raise UserError(
-                f"fit: {done} was written by another course, or with other aims; move it away, or give another work folder"
+                f"fit: {done} was written by another course or with other aims; move it away, or give another work folder"
             )
         accelerator.load_state(str(done))
     except UserError:

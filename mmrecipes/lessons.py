@@ -66,19 +66,17 @@ def patch_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 class VisionBatches(torch.utils.data.Dataset):
     """Batch `i` of stage 1: pixels (B, 3, 128, 128), labels (B, 64, 9), centres (B, 64, 2).
 
-    With `printed`, only pictures with at least so many printed characters.
+    With `printed`, only pictures with at least so many printed characters; with `alternate`, in every other batch only.
     """
 
-    def __init__(self, start: int, stop: int, batch: int, printed: int = 0):
-        self.steps, self.batch, self.printed = range(start, stop), batch, printed
+    def __init__(self, start: int, stop: int, batch: int, printed: int = 0, alternate: bool = False):
+        self.steps, self.batch, self.printed, self.alternate = range(start, stop), batch, printed, alternate
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def _draw(self, step: int) -> list[Scene]:
-        return self._scenes(step, self.printed)
-
-    def _scenes(self, step: int, printed: int) -> list[Scene]:
+        printed = 0 if self.alternate and step % 2 == 0 else self.printed
         first = step * self.batch * (8 if printed else 1)  # room for the scenes that are passed over
         found = map(scenes.make_scene, itertools.count(first))
         return list(itertools.islice((s for s in found if sum(len(t.code) for t in s.things) >= printed), self.batch))
@@ -119,7 +117,7 @@ class ChatBatches(VisionBatches):
     """
 
     def __init__(self, start: int, stop: int, batch: int, tokenizer):
-        super().__init__(start, stop, batch)
+        super().__init__(start, stop, batch, MANY, alternate=True)
         self.tokenizer = tokenizer
         image = "<image>" * VISUAL_TOKENS
         self.prefix = self.ids(f"<|im_start|>User:<fake_token_around_image><global-img>{image}<fake_token_around_image>")
@@ -129,9 +127,6 @@ class ChatBatches(VisionBatches):
         self.names = {self.ids(f" {w}")[0]: (w, False) for w in (*words, "object")}
         self.names |= {self.ids(f" {w}")[0]: (w, False) for w in RELATIONS}
         self.names |= {self.ids(f" {w}{'es' if w == 'cross' else 's'}")[0]: (w, True) for w in (*SHAPES, "object")}
-
-    def _draw(self, step: int) -> list[Scene]:
-        return self._scenes(step, MANY * (step % 2))
 
     @functools.lru_cache(maxsize=200_000)  # noqa: B019  one dataset lives as long as its stage
     def ids(self, text: str) -> list[int]:

@@ -14,15 +14,19 @@ from mmrecipes.scenes import FAMILIES
 
 
 class Probes(nn.Module):
-    """Linear heads that are thrown away after training: what a patch shows (stage 1), where things are (stage 2)."""
+    """Linear heads that are thrown away after training: what a patch shows (stage 1), where things are (stage 2).
 
-    def __init__(self, width: int):
+    `vision` and `language` are the widths of what they read, one width by default.
+    """
+
+    def __init__(self, vision: int, language: int | None = None):
         super().__init__()
-        self.classes = nn.Linear(width, sum(PATCH_TARGETS.values()))
-        self.centre = nn.Linear(width, 2)
-        self.point = nn.Linear(width, 3)
-        self.between = nn.Linear(width, 2)
-        self.middle = nn.Linear(width, 1)
+        language = language or vision
+        self.classes = nn.Linear(vision, sum(PATCH_TARGETS.values()))
+        self.centre = nn.Linear(vision, 2)
+        self.point = nn.Linear(language, 3)
+        self.between = nn.Linear(language, 2)
+        self.middle = nn.Linear(language, 1)
 
     def places(self, hidden_states: tuple[Tensor, ...], is_image: Tensor, batch: Chat) -> tuple[Tensor, dict]:
         """Where things are, asked of the language model on its way, hidden_states being (B, T, D) before each layer and after.

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,8 +58,11 @@ class _Run:
     tokenizer: object
     stages: tuple[Stage, ...]
     work: Path
-    progress: bool
     every: int
+
+    def plan(self) -> str:
+        """What a checkpoint belongs to: these stages, and a model of this size."""
+        return repr((self.stages, sum(p.numel() for p in self.model.parameters())))
 
 
 def train_mini_vlm(
@@ -68,13 +70,14 @@ def train_mini_vlm(
     work: Path = Path("runs/mini-vlm"),
     stages: tuple[Stage, ...] = STAGES,
     device: str | None = None,
-    progress: bool = True,
     every: int = 100,
+    model: nn.Module | None = None,
 ) -> Path:
     """Train `mini-vlm` from nothing into directory `out`; a killed run goes on where its last checkpoint in `work` was.
 
-    A checkpoint is written `every` so many steps. On a GPU the arithmetic is bf16 mixed precision; on a CPU float32, which
-    trains faster there. Returns `out`. Raises UserError when `out` holds something that is not a model, before any work.
+    `model`, one of its class with four layers in its language model, is trained in place instead. A checkpoint is written
+    `every` so many steps. On a GPU the arithmetic is bf16 mixed precision; on a CPU float32, which trains faster there. Returns
+    `out`. Raises UserError when `out` holds something that is not a model, before any work.
     """
     from mmrecipes import checks, models
 
@@ -83,10 +86,11 @@ def train_mini_vlm(
     checks.check_replaceable(work / "new")  # the same question for checkpoints: may we write there?
     work.mkdir(parents=True, exist_ok=True)
     processor = make_processor()
-    model = make_model(processor.tokenizer).to(device)
-    probes = Probes(model.config.vision_config.hidden_size).to(device)
-    run = _Run(model, probes, processor.tokenizer, stages, work, progress, every)
-    state = _read_checkpoint(work, device, stages)
+    model = (make_model(processor.tokenizer) if model is None else model.requires_grad_(True).train()).to(device)
+    own = model.config
+    probes = Probes(own.vision_config.hidden_size, own.text_config.hidden_size).to(device)
+    run = _Run(model, probes, processor.tokenizer, stages, work, every)
+    state = _read_checkpoint(run)
     if state:
         model.load_state_dict(state["model"])
         probes.load_state_dict(state["probes"])
@@ -100,6 +104,10 @@ def train_mini_vlm(
 
 
 def _run_stage(run: _Run, number: int, optimizer_states: list | None, begin: int, seconds: float) -> None:
+    from rich.progress import track
+
+    from mmrecipes import checks
+
     stage, model, probes, core = run.stages[number], run.model, run.probes, run.model.model
     device = next(model.parameters()).device
     core.vision_model.requires_grad_(stage.name != "align")
@@ -117,7 +125,8 @@ def _run_stage(run: _Run, number: int, optimizer_states: list | None, begin: int
     workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
     loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=workers)
     started = time.perf_counter() - seconds
-    for step, batch in enumerate(_bar(loader, f"{number + 1}/{len(run.stages)} {stage.name}", run.progress), start=begin):
+    shown = track(loader, f"{number + 1}/{len(run.stages)} {stage.name}", disable=checks.quiet())
+    for step, batch in enumerate(shown, start=begin):
         for stepper, lrs in zip(steppers, base, strict=True):
             for group, lr in zip(stepper.param_groups, lrs, strict=True):
                 group["lr"] = lr * schedule(step, stage.steps)
@@ -155,17 +164,9 @@ def _rewind_log(path: Path, names: list[str], stage: int, step: int) -> float:
     return max((r["seconds"] for r in kept if names.index(r["stage"]) == stage), default=0.0)
 
 
-def _bar(loader: Iterable, text: str, progress: bool) -> Iterable:
-    if not progress:
-        return loader
-    from rich.progress import track
-
-    return track(loader, text)
-
-
 def _write_checkpoint(run: _Run, stage: int, step: int, steppers: list[torch.optim.Optimizer]) -> None:
     state = {
-        "plan": repr(run.stages),
+        "plan": run.plan(),
         "stage": stage,
         "step": step,
         "model": run.model.state_dict(),
@@ -175,8 +176,8 @@ def _write_checkpoint(run: _Run, stage: int, step: int, steppers: list[torch.opt
     os.replace(run.work / "checkpoint.pt.part", run.work / "checkpoint.pt")
 
 
-def _read_checkpoint(work: Path, device: str, stages: tuple[Stage, ...]) -> dict | None:
-    path = work / "checkpoint.pt"
+def _read_checkpoint(run: _Run) -> dict | None:
+    path, device = run.work / "checkpoint.pt", next(run.model.parameters()).device
     if not path.exists():
         return None
     go_on = "move it away to start anew, or give another work folder"
@@ -184,6 +185,6 @@ def _read_checkpoint(work: Path, device: str, stages: tuple[Stage, ...]) -> dict
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # whatever a damaged file makes the reader raise
         raise UserError(f"train: {path} can't be read as a checkpoint ({one_line(e)}); {go_on}") from e
-    if not isinstance(state, dict) or state.get("plan") != repr(stages):
-        raise UserError(f"train: {path} was written by a run with other stages, so it can't be resumed; {go_on}")
+    if not isinstance(state, dict) or state.get("plan") != run.plan():
+        raise UserError(f"train: {path} was written by a run with other stages or another model, so it can't be resumed; {go_on}")
     return state

@@ -111,3 +111,7 @@ def test_what_cannot_be_taught_is_refused(rows):
         dual.distill(model, None, COURSE, trained={"vision": "most"})
     with pytest.raises(UserError, match="8 rows for batches of 16"):
         dual.distill(model, None, fit.Course(1, 16), rows=rows)
+    with pytest.raises(UserError, match="no column negative"):
+        dual.distill(model, None, COURSE, rows=rows.remove_columns("negative"))
+    with pytest.raises(UserError, match="this model takes 32"):
+        dual.distill(tiny.clip_128(), None, COURSE)

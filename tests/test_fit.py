@@ -163,3 +163,18 @@ def test_the_library_loads_what_was_trained(tmp_path):
     model = contrast(tmp_path)
     models.save(model, siglip.make_processor(), tmp_path / "out")
     assert type(models.load(tmp_path / "out")).__name__ == "SiglipModel"
+
+
+def test_devices_and_ragged_batches_are_refused(tmp_path):
+    for device in ("banana", "cuda:7"):
+        with pytest.raises(UserError, match=f"device '{device}' cannot be used here"):
+            fit.fit(*task(), squares, fit.Course(6, 8), device=device)
+    ragged = [(torch.randn(8, 3), torch.randn(20, 3))]
+    with pytest.raises(UserError, match=r"tensors of \[8, 20\] rows; to cut it in 2 parts all must have 8"):
+        fit.fit(nn.Linear(3, 2), ragged, squares, fit.Course(1, 8, accumulate=2))
+
+
+def test_a_run_with_other_aims_is_not_resumed(tmp_path):
+    fit.fit(*task(), squares, fit.Course(6, 8), tmp_path, about="these aims")
+    with pytest.raises(UserError, match="by another course or with other aims"):
+        fit.fit(*task(), squares, fit.Course(6, 8), tmp_path, about="those aims")

@@ -65,7 +65,7 @@ def test_a_random_model_finds_by_chance(seen):
 
 def test_clip_is_measured_too(seen):
     found = retrieval.retrieval(tiny.clip_128(), seen, pool=10)
-    assert found.to_text.n == 20
+    assert found.to_text.n == 20 and found.matching is None, "CLIP has no yes or no"
     assert retrieval.zero_shot(tiny.clip_128(), "validation", 4)["colour"].n == 4
 
 

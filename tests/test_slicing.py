@@ -102,3 +102,8 @@ def test_widths_that_are_none_are_refused(width, rows):
 def test_other_towers_are_refused(rows):
     with pytest.raises(UserError, match="expected SigLIP's tower"):
         slicing.slice_vision(tiny.llava(), 16, rows)
+
+
+def test_only_float32_on_the_cpu_is_sliced(rows):
+    with pytest.raises(UserError, match=r"torch\.bfloat16 on cpu; slice it in float32"):
+        slicing.slice_language(tiny.house().to(torch.bfloat16), 64, rows)

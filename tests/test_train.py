@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmrecipes import house, lessons, losses, models, muon, scenes, train
+from mmrecipes import data, distill, house, lessons, losses, models, muon, scenes, train
 from mmrecipes.errors import UserError
 
 TINY = (
@@ -24,7 +24,7 @@ import torch; torch.set_num_threads(1)
 from pathlib import Path
 from test_train import TINY
 from mmrecipes import train
-train.train_mini_vlm(Path(sys.argv[1]), Path(sys.argv[2]), TINY, device="cpu", progress=False, every=2)
+train.train_mini_vlm(Path(sys.argv[1]), Path(sys.argv[2]), TINY, device="cpu", every=2)
 """
 
 
@@ -190,14 +190,25 @@ def test_a_foreign_directory_is_not_overwritten(tmp_path):
 
 def test_a_checkpoint_of_other_stages_or_a_damaged_one_is_refused_and_kept(tmp_path):
     work = tmp_path / "work"
-    train.train_mini_vlm(tmp_path / "out", work, TINY[:1], device="cpu", progress=False)
+    train.train_mini_vlm(tmp_path / "out", work, TINY[:1], device="cpu")
     before = (work / "checkpoint.pt").read_bytes()
     with pytest.raises(UserError, match="other stages"):
-        train.train_mini_vlm(tmp_path / "out", work, TINY, device="cpu", progress=False)
+        train.train_mini_vlm(tmp_path / "out", work, TINY, device="cpu")
+    with pytest.raises(UserError, match="another model"):
+        narrow = house.make_model(house.make_processor().tokenizer, width=128)
+        train.train_mini_vlm(tmp_path / "out", work, TINY[:1], device="cpu", model=narrow)
     assert (work / "checkpoint.pt").read_bytes() == before
     (work / "checkpoint.pt").write_bytes(before[:1000])
     with pytest.raises(UserError, match="can't be read as a checkpoint"):
-        train.train_mini_vlm(tmp_path / "out", work, TINY[:1], device="cpu", progress=False)
+        train.train_mini_vlm(tmp_path / "out", work, TINY[:1], device="cpu")
+
+
+def test_a_model_of_other_widths_is_trained_too(tmp_path, house_vlm):
+    sizes = {"language": distill.Size((0, 1, 2, 3), 64, 96), "vision": distill.Size((0,), 96, 96)}
+    small = distill.smaller(models.load(house_vlm), sizes, data.calibration(8), inherit=False)
+    out = train.train_mini_vlm(tmp_path / "out", tmp_path / "work", TINY, device="cpu", model=small)
+    assert models.load(out).config.text_config.hidden_size == 64
+    assert {r["stage"] for r in json.loads((out / "training.json").read_text())} == {s.name for s in TINY}
 
 
 def test_the_supervised_heads_learn_to_look(tokenizer):
