@@ -53,10 +53,12 @@ def run(work: Path = WORK, n: int | None = None, shrink: int = 1) -> dict:
     stages = tuple(replace(s, steps=max(2, SHORT[s.name] // shrink)) for s in train.STAGES)
     blank = distill.smaller(teacher, SIZES, seen, inherit=False)
     untaught = models.load(train.train_mini_vlm(work / "nothing" / "model", work / "nothing", stages, model=blank))
-    kept.row("labels alone, from nothing", lambda: answers(untaught, rows) | {"minutes": _minutes(untaught)})
+    nothing = _log(untaught)
+    kept.row("labels alone, from nothing", lambda: answers(untaught, rows) | {"minutes": nothing["seconds"][-1] / 60})
     kept.row("taught, int8 (ONNX Runtime)", lambda: _exported(taught, few))
     kept.row("times", lambda: _times({"teacher": teacher, "student": taught}, rows))
     logs = {name: {k: v[::25] for k, v in log.items()} for name, log in spent.items()}
+    logs["nothing"] = {k: v[::2] for k, v in nothing.items()}
     parameters = {name: sum(p.numel() for p in m.parameters()) for name, m in (("teacher", teacher), ("student", taught))}
     return _content(kept.rows, parameters) | {"logs": logs}
 
@@ -65,9 +67,14 @@ def _shorter(course: fit.Course, shrink: int) -> fit.Course:
     return replace(course, steps=max(2, course.steps // shrink))
 
 
-def _minutes(model: nn.Module) -> float:
-    rows = json.loads((Path(model.name_or_path) / "training.json").read_text())
-    return sum(max(r["seconds"] for r in rows if r["stage"] == stage) for stage in {r["stage"] for r in rows}) / 60
+def _log(model: nn.Module) -> dict[str, list]:
+    """What `train` logged of the stages with questions, their seconds after those of the stages before."""
+    rows, before, found = json.loads((Path(model.name_or_path) / "training.json").read_text()), 0.0, []
+    for stage in train.STAGES:
+        own = [r for r in rows if r["stage"] == stage.name]
+        found += [r | {"seconds": before + r["seconds"]} for r in own if "answer" in r]
+        before += own[-1]["seconds"]
+    return {k: [r.get(k) for r in found] for k in found[0] if k != "stage"}
 
 
 def _exported(model: nn.Module, rows: Dataset) -> dict:

@@ -40,19 +40,22 @@ def _dataset(rows: dict[str, list]) -> Dataset:
     return Dataset.from_dict(rows, features=Features({k: kinds.get(k, Value("string")) for k in rows}))
 
 
-def questions(split: str, n: int, families: tuple[str, ...] = FAMILIES, size: int = 128) -> Dataset:
+def questions(split: str, n: int, families: tuple[str, ...] = FAMILIES, size: int = 128, novel: bool = False) -> Dataset:
     """`n` questions of `split`, as many of each family (to within one): image, question, answer, family, seed.
 
-    Each question has a picture of its own, so rows are independent. The same arguments give the same rows everywhere.
+    Each question has a picture of its own, so rows are independent. The same arguments give the same rows everywhere. With
+    `novel` each is about a colour or shape that the house models never saw.
     """
     quota = Counter(families[i % len(families)] for i in range(n))
     rows: dict[str, list] = {k: [] for k in ("image", "question", "answer", "family", "seed")}
     for seed in _seeds(split, 20 * n):
         if not sum(quota.values()):
             break
-        scene = scenes.make_scene(seed)
+        scene, word = scenes.make_scene(seed), ""
+        if novel:
+            scene, word = scenes.novel(scene)
         # the family that is most behind goes first; one that this scene does not support (reading needs a code) waits
-        question = next((q for f, left in quota.most_common() if left and (q := scenes.ask(scene, f))), None)
+        question = next((q for f, left in quota.most_common() if left and (q := scenes.ask(scene, f, about=word))), None)
         if question is None:
             continue
         quota[question.family] -= 1

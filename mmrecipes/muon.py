@@ -44,14 +44,17 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     return (x.T if tall else x).to(g.dtype)
 
 
+KEPT = ("embed", "lm_head", "classes", "centre", "point", "maps", "lora_")  # matrices, but for AdamW
+
+
 def optimizers(modules: Iterable[nn.Module], lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the trainable matrices, AdamW for embeddings, biases, norms, convolutions, and maps to another model."""
+    """Muon for the trainable matrices, AdamW for embeddings, biases, norms, convolutions, adapters and maps to another model."""
     matrices, rest, seen = [], [], set()
     for module in modules:
         for name, p in module.named_parameters():
             if p.requires_grad and id(p) not in seen:
                 seen.add(id(p))
-                is_matrix = p.ndim == 2 and not any(k in name for k in ("embed", "lm_head", "classes", "centre", "point", "maps"))
+                is_matrix = p.ndim == 2 and not any(k in name for k in KEPT)
                 (matrices if is_matrix else rest).append(p)
     made = [Muon(matrices, lr=lr)] if matrices else []
     return made + ([torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)] if rest else [])

@@ -25,6 +25,8 @@ COLOURS = {
     "black": (35, 35, 40),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
+NEW_COLOURS = {"pink": (245, 130, 190), "brown": (120, 75, 35)}  # never in a scene of any split: a domain to adapt to
+NEW_SHAPES = ("heart", "arrow")
 SIZES = {"small": 0.075, "large": 0.13}  # mean radius, as a fraction of the image side
 ALPHABET = "ACEHKLPTX247"  # characters of printed codes, chosen to stay distinct at 8 pixels
 FAMILIES = ("colour", "shape", "size", "count", "exists", "relation", "reading")
@@ -109,6 +111,13 @@ def _polygon(shape: str, x: float, y: float, r: float) -> list[tuple[float, floa
         a = 0.36 * r
         points = [(-a, -r), (a, -r), (a, -a), (r, -a), (r, a), (a, a), (a, r), (-a, r), (-a, a), (-r, a), (-r, -a), (-a, -a)]
         return [(x + dx, y + dy) for dx, dy in points]
+    if shape == "arrow":
+        points = [(0, -1), (0.9, 0), (0.35, 0), (0.35, 1), (-0.35, 1), (-0.35, 0), (-0.9, 0)]
+        return [(x + r * dx, y + r * dy) for dx, dy in points]
+    if shape == "heart":  # x = 16 sin^3 t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, over 16
+        turns = [2 * math.pi * i / 60 for i in range(60)]
+        highs = [sum(f * math.cos(k * t) for k, f in ((1, 13), (2, -5), (3, -2), (4, -1))) for t in turns]
+        return [(x + r * math.sin(t) ** 3, y - r * high / 16) for t, high in zip(turns, highs, strict=True)]
     corners, inner = {"square": (4, 1), "diamond": (4, 1), "triangle": (3, 1), "star": (10, 0.45)}[shape]
     turn = math.pi / 4 if shape == "square" else 0
     radii = [r if i % 2 == 0 else r * inner for i in range(corners)]
@@ -188,7 +197,7 @@ def _exists(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     # an absent pair is made of a colour and a shape that are both in the picture where one can be
     colours, shapes = {t.colour for t in scene.things}, {t.shape for t in scene.things}
     near = sorted({f"{c} {s}" for c in colours for s in shapes} - here)
-    far = sorted({f"{c} {s}" for c in COLOURS for s in SHAPES} - here)
+    far = sorted({f"{c} {s}" for c in colours.union(COLOURS) for s in shapes.union(SHAPES)} - here)
     absent = near if near and rng.random() < 0.7 else far
     return [("yes", ask.format(n)) for n in sorted(here)] + [("no", ask.format(n)) for n in absent]
 
@@ -229,17 +238,19 @@ def _reading(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
 _ASK = dict(zip(FAMILIES, (_colour, _shape, _size, _count, _exists, _relation, _reading), strict=True))
 
 
-def ask(scene: Scene, family: str, seed: int = 0) -> Question | None:
+def ask(scene: Scene, family: str, seed: int = 0, about: str = "") -> Question | None:
     """One question of `family` about `scene`, or None when the scene supports none (no printed code, say).
 
-    An answer is drawn first, evenly among those possible, then a question that has it: this is the balancing.
+    An answer is drawn first, evenly among those possible, then a question that has it: this is the balancing. Only questions
+    with the word `about` in them or in their answers, if it is given.
     """
     if family not in _ASK:
         raise ValueError(f"ask: no question family {family!r}; the families are {', '.join(FAMILIES)}")
     rng = random.Random(scene.seed * 1_000_003 + seed * 7 + FAMILIES.index(family))
     by_answer: dict[str, list[str]] = {}
     for answer, text in _ASK[family](scene, rng):
-        by_answer.setdefault(answer, []).append(text)
+        if about in f"{text} {answer}":
+            by_answer.setdefault(answer, []).append(text)
     if not by_answer:
         return None
     answer = rng.choice(sorted(by_answer))
@@ -288,6 +299,19 @@ def changed(scene: Scene, seed: int = 0, full: bool = False) -> tuple[Scene, str
         shifts = zip(COLOURS[new.colour], old.rgb, COLOURS[old.colour], strict=True)
         new = replace(new, rgb=tuple(min(255, max(0, c + was - middle)) for c, was, middle in shifts))
     return replace(scene, things=(*scene.things[:i], new, *scene.things[i + 1 :])), key
+
+
+def novel(scene: Scene) -> tuple[Scene, str]:
+    """The scene with one object in a colour or shape that no other scene has (`NEW_COLOURS`, `NEW_SHAPES`), and its name."""
+    rng = random.Random(scene.seed * 1_000_003 + 1)
+    i, word = rng.randrange(len(scene.things)), rng.choice((*NEW_COLOURS, *NEW_SHAPES))
+    old = scene.things[i]
+    if word in NEW_COLOURS:
+        rgb = tuple(min(255, max(0, c + rng.randint(-14, 14))) for c in NEW_COLOURS[word])
+        new = replace(old, colour=word, rgb=rgb)
+    else:
+        new = replace(old, shape=word)
+    return replace(scene, things=(*scene.things[:i], new, *scene.things[i + 1 :])), word
 
 
 # ---- Sort-of-CLEVR (Santoro et al. 2017, arXiv:1706.01427), questions in words

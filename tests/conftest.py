@@ -32,3 +32,19 @@ def foreign_vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(path)
     model.processor.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def house_dual() -> Path:
+    """The directory of the committed `mini-siglip`."""
+    path = ROOT / "data" / "models" / "mini-siglip"
+    assert (path / "config.json").is_file(), "data/models/mini-siglip is missing: `mmrecipes train mini-siglip` makes it"
+    return path
+
+
+@pytest.fixture(scope="session")
+def foreign_dual(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny random CLIP with its real processor, for recipes on dual encoders."""
+    import tiny
+
+    return tiny.save(tiny.clip_128(layers=2), tmp_path_factory.mktemp("models") / "clip")

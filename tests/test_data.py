@@ -75,3 +75,16 @@ def test_pictures_carry_the_users_question():
 def test_bad_requests_say_what_there_is(call, match):
     with pytest.raises(UserError, match=match):
         call()
+
+
+def test_novel_questions_are_about_what_no_split_shows():
+    rows = data.questions("test", 30, ("colour", "shape", "exists"), novel=True)
+    words = (*scenes.NEW_COLOURS, *scenes.NEW_SHAPES)
+    assert all(any(w in f"{r['question']} {r['answer']}" for w in words) for r in rows)
+    assert {r["answer"] for r in rows if r["family"] == "exists"} == {"yes", "no"}
+    for seed in range(200):
+        new, word = scenes.novel(scenes.make_scene(seed))
+        assert [word in t.name for t in new.things].count(True) == 1
+        assert not any(w in t.name for t in scenes.make_scene(seed).things for w in words)
+    drawn = scenes.make_scene(5)
+    assert scenes.render(scenes.novel(drawn)[0]).tobytes() != scenes.render(drawn).tobytes()

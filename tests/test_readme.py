@@ -157,7 +157,7 @@ def project(tmp_path) -> Path:
     nbformat.write(nb, tmp_path / "notebooks" / "00_it.ipynb")
     regions = "\n\n".join(
         f"<!-- begin:{r} -->\nold\n<!-- end:{r} -->"
-        for r in ("badges", "bench", "notebooks", "pruning", "quantization", "results")
+        for r in ("badges", "bench", "distillation", "notebooks", "pruning", "quantization", "results")
     )
     (tmp_path / "README.md").write_text(f"# Title\n\n{regions}\n\nThe end.\n")
     (tmp_path / "results").mkdir()
@@ -226,6 +226,19 @@ def test_pruning_table_shows_what_was_measured(project):
     assert "1.41 times" in lines[-1] and "2.5 times" in lines[-1] and "token 1.5 times" in lines[-1]
 
 
+def test_distillation_table_shows_what_was_measured(project):
+    row = {"change": {"points": -0.74, "low": -1.2, "high": -0.2, "n": 4200}, "minutes": 15.6}
+    student = {"variants": {"taught": row, "labels alone": row}, "share": 0.274}
+    student["times faster"] = {"a question, ONNX Runtime fp32, 1 thread": 2.11, "a question, PyTorch": 1.5}
+    (project / "results" / "student.json").write_text(json.dumps(student))
+    dual = {"variants": {"taught": row | {"change": {"to_text": row["change"]}}}, "share": 0.38}
+    (project / "results" / "dual.json").write_text(json.dumps(dual))
+    lines = readme.distillation_table(project / "results").splitlines()
+    assert lines[2] == "| a student of `mini-vlm`, taught for 16 minutes | 27% | -0.7 [-1.2, -0.2] | 4200 |"
+    assert lines[4].startswith("| a smaller `mini-siglip`") and "| 38% |" in lines[4]
+    assert lines[-1].endswith("faster than its teacher: 2.1 times (ONNX Runtime fp32, 1 thread).")
+
+
 def test_nothing_measured_is_said(project):
     for file in ("tour.json", "notebooks.json"):
         (project / "results" / file).unlink()
@@ -240,7 +253,10 @@ def test_nothing_measured_is_said(project):
         ("<!-- begin:badges -->", "do not pair up"),
         ("<!-- begin:badges --><!-- begin:results --><!-- end:results --><!-- end:badges -->", "do not pair up"),
         ("<!-- begin:badgers --><!-- end:badgers -->", "no region badgers"),
-        ("<!-- begin:badges --><!-- end:badges -->", "has no region bench, notebooks, pruning, quantization, results"),
+        (
+            "<!-- begin:badges --><!-- end:badges -->",
+            "has no region bench, distillation, notebooks, pruning, quantization, results",
+        ),
     ],
 )
 def test_broken_regions_are_refused(project, text, message):

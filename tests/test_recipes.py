@@ -1,4 +1,4 @@
-"""Every recipe is its notebook's, and runs alone: without mmrecipes, on the house model and on a LLaVA it has never seen."""
+"""Every recipe is its notebook's, and runs alone: without mmrecipes, on a house model and on a LLaVA or CLIP it never saw."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ def test_recipes_are_what_their_notebooks_say():
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
-@pytest.mark.parametrize("model", ["house_vlm", "foreign_vlm"])
-def test_recipe_runs_alone(recipe, model, tmp_path, request):
-    done = run_alone(recipe, request.getfixturevalue(model), tmp_path)
+@pytest.mark.parametrize("whose", ["house", "foreign"])
+def test_recipe_runs_alone(recipe, whose, tmp_path, request):
+    kind = "vlm" if "AutoModelForImageTextToText" in recipe.read_text() else "dual"
+    done = run_alone(recipe, request.getfixturevalue(f"{whose}_{kind}"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip(), "the recipe prints nothing: its reader cannot see what it did"
 

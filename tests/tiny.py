@@ -142,21 +142,22 @@ def siglip_128(seed: int = 0):
     return model
 
 
-def clip_128():
+def clip_128(layers: int = 1):
     """CLIP for scenes: pictures of 32 px, the house tokenizer, padded and masked as CLIP does."""
     from transformers import CLIPImageProcessorPil, CLIPProcessor
 
-    model, images = clip(), CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    model, images = clip(layers), CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     tokenizer = make_processor().tokenizer
     tokenizer.model_max_length, tokenizer.padding_side = 64, "right"
     model.processor = CLIPProcessor(images, tokenizer)
     return model
 
 
-def clip():
+def clip(layers: int = 1):
     from transformers import CLIPConfig, CLIPModel
 
-    return _seeded(CLIPModel, CLIPConfig(projection_dim=16, vision_config=VISION, text_config=_tower()))
+    deep = {"num_hidden_layers": layers}
+    return _seeded(CLIPModel, CLIPConfig(projection_dim=16, vision_config=VISION | deep, text_config=_tower() | deep))
 
 
 def llama():

@@ -1,8 +1,8 @@
 """Fills the generated regions of README.md and of the notebooks' first cells; with --check, says which are stale instead.
 
 A region lies between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. README.md has `badges`, `notebooks` (a table from
-results/notebooks.json), `results` (a table from results/tour.json) and `quantization`
-and `pruning` (what chapters 1 and 2 cost) and `bench`; a notebook has `badges` and, if it likes, `cost`.
+results/notebooks.json), `results` (a table from results/tour.json), `quantization`,
+`pruning` and `distillation` (what chapters 1 to 3 cost) and `bench`; a notebook has `badges` and, if it likes, `cost`.
 """
 
 from __future__ import annotations
@@ -64,6 +64,14 @@ PRUNING = (  # the same, and how much is gone
         "{dropped:.0%} of them",
     ),
     ("tokens.json", "merge 50% in the tower", "visual tokens merged in the vision tower", "50% of them, at its end"),
+)
+
+DISTILLATION = (  # the same, and of which answers the points are
+    ("student.json", "taught", "a student of `mini-vlm`, taught for {minutes:.0f} minutes", None),
+    ("student.json", "labels alone", "the same, from labels alone, {minutes:.0f} minutes", None),
+    ("student.json", "labels alone, from nothing", "the same, from labels alone and random weights, {minutes:.0f} minutes", None),
+    ("dual.json", "taught", "a smaller `mini-siglip`, taught for {minutes:.0f} minutes: pictures find their captions", "to_text"),
+    ("dual.json", "pairs alone", "the same, from pairs alone, {minutes:.0f} minutes", "to_text"),
 )
 
 
@@ -157,6 +165,22 @@ def pruning_table(results: Path) -> str:
     return "\n\n".join([shown, *[" ".join(notes)] * bool(notes)])
 
 
+def distillation_table(results: Path) -> str:
+    """Size, and points against the teacher, a row for each of DISTILLATION that was measured; then what it gives in time."""
+    rows, speed = [], load(results / "student.json").get("times faster", {})
+    for file, name, called, what in DISTILLATION:
+        content = load(results / file)
+        if row := content.get("variants", {}).get(name):
+            c = row["change"][what] if what else row["change"]
+            points = f"{c['points']:+.1f} [{c['low']:+.1f}, {c['high']:+.1f}]"
+            rows.append([called.format(**row), f"{content['share']:.0%}", points, str(c["n"])])
+    if not rows:
+        return "Not measured yet: `make results`."
+    shown = table(["a smaller model", "of the parameters", "points against its teacher [95% interval]", "asked"], rows)
+    faster = ", ".join(f"{v:.1f} times ({k.removeprefix('a question, ')})" for k, v in speed.items() if "ONNX" in k)
+    return f"{shown}\n\nThe taught student answers a question faster than its teacher: {faster}." if faster else shown
+
+
 def bench_table(content: dict[str, Any]) -> str:
     """The real-size twin in every runtime: each row beside PyTorch's fp32, the first."""
     first, body = content["rows"][0], []
@@ -226,6 +250,7 @@ def expected(root: Path = ROOT) -> dict[Path, str]:
     regions = {
         "badges": badges(url, next(iter(titles), None)),
         "bench": bench_table(bench) if bench["rows"] else "Not measured yet: `make bench`.",
+        "distillation": distillation_table(root / "results"),
         "notebooks": notebook_table(titles, measured),
         "pruning": pruning_table(root / "results"),
         "quantization": quantization_table(root / "results"),
