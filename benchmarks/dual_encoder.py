@@ -18,7 +18,7 @@ from mmrecipes import dual, evaluate, fit, measure, models, quantize, retrieval
 
 WORK = Path(__file__).resolve().parent.parent / "runs" / "dual"
 LAYERS, COLUMNS = {"vision": (0, 3), "language": (1,)}, {"vision": 192, "language": 192}
-TAUGHT, ALONE = fit.Course(800, 64, 0.002, 6e-4), fit.Course(1100, 64, 0.002, 6e-4)  # about as many minutes
+TAUGHT, ALONE = fit.Course(800, 64, 0.002, 6e-4), fit.Course(1300, 64, 0.002, 6e-4)  # about as many minutes
 SCENES, HARDER = 4000, 1000  # test scenes; and pools of so many, beside those of 100
 
 
