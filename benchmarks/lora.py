@@ -1,7 +1,7 @@
 """Adapters: a new domain learned without forgetting the old one, on floats and on 4 bits; and a pruned model brought back.
 
 `run()` returns what results/lora.json says. Trainings and rows are kept in runs/lora as they go: a killed run goes on there.
-Three quarters of an hour on two quiet cores. A tree with other code: remove that folder first.
+Half an hour on two quiet cores. A tree with other code: remove that folder first.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ WORK = Path(__file__).resolve().parent.parent / "runs" / "lora"
 FAMILIES = ("colour", "shape", "exists")  # what can be asked about one new thing in a scene
 EXAMPLES, NEW = 600, 1200  # training questions about new things, and as many old ones to replay; test questions
 RANK = 16
-COURSE = fit.Course(300, 16, 0.0005, 2e-3)  # adapters learn at adam_lr, whole matrices (Muon) at lr
+COURSE = fit.Course(200, 8, 0.0005, 2e-3)  # adapters learn at adam_lr, whole matrices (Muon) at lr
 ZEROS = 0.7  # a share at which the smallest weights are missed
-BACK = fit.Course(300, 8, 0.001, 2e-3)
+BACK = fit.Course(150, 8, 0.001, 2e-3)
 FEWER = 1050  # questions for what is slow
 
 

@@ -37,7 +37,8 @@ def make_processor():  # -> transformers.SiglipProcessor
     tokenizer.model_max_length, tokenizer.padding_side = LONGEST, "right"
     # the text tower is read at the last token, which must always be the same one, as in SigLIP's own tokenizer
     tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.model_input_names = ["input_ids"]
+    # SigLIP's text tower is trained without a mask; what is set here alone, the library does not save
+    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names = ["input_ids"]
     images = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return SiglipProcessor(images, tokenizer)
 

@@ -68,6 +68,7 @@ def test_training_writes_a_model_that_the_library_loads(tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     found = AutoProcessor.from_pretrained(out)(text=["a red circle"], padding="max_length", return_tensors="pt")
     assert type(model).__name__ == "SiglipModel" and found["input_ids"].shape == (1, siglip.LONGEST)
+    assert "attention_mask" not in found, "SigLIP's text tower is trained, and must be asked, without one"
     assert (out / "training.json").is_file()
 
 
@@ -107,6 +108,7 @@ def test_it_loads_without_this_package():
     scene = scenes.make_scene(scenes.SPLITS["test"][0])
     texts = [scenes.caption(scene), scenes.hard_negative(scene)[0]]
     inputs = processor(images=[scenes.render(scene)], text=texts, padding="max_length", return_tensors="pt")
+    assert set(inputs) == {"input_ids", "pixel_values"}, "a mask would change what it was trained on"
     with torch.no_grad():
         logits = model(**inputs).logits_per_image[0]
     assert logits[0] > logits[1]
