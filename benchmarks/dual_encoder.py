@@ -17,8 +17,10 @@ from torch import nn
 from mmrecipes import dual, evaluate, fit, measure, models, quantize, retrieval
 
 WORK = Path(__file__).resolve().parent.parent / "runs" / "dual"
-LAYERS, COLUMNS = {"vision": (0, 3), "language": (1,)}, {"vision": 192, "language": 192}
-TAUGHT, ALONE = fit.Course(800, 64, 0.002, 6e-4), fit.Course(1300, 64, 0.002, 6e-4)  # about as many minutes
+LAYERS, COLUMNS = {"vision": (0, 2), "language": (0, 1)}, {"vision": 96, "language": 112}
+# the teacher's vectors first, then all lessons; and pairs alone for about as many minutes
+FIRST, TAUGHT, ALONE = fit.Course(300, 64, 0.003, 1e-3), fit.Course(500, 64, 0.003, 1e-3), fit.Course(1300, 64, 0.003, 1e-3)
+VECTORS = dual.Aims(contrast=0, affinity=0, interactive=0)
 SCENES, HARDER = 4000, 1000  # test scenes; and pools of so many, beside those of 100
 
 
@@ -28,13 +30,16 @@ def run(work: Path = WORK, n: int = SCENES, shrink: int = 1) -> dict:
     student = dual.smaller(teacher, LAYERS, COLUMNS)
     kept.row("teacher", lambda: _found(teacher, seen))
     kept.row("cut, untrained", lambda: _found(student, seen))
-    taught = dual.distill(student, teacher, _shorter(TAUGHT, shrink), work=work / "taught")
+    first = dual.distill(student, teacher, _shorter(FIRST, shrink), VECTORS, work=work / "vectors")
+    kept.row("its vectors matched", lambda: _found(first, seen))
+    taught = dual.distill(first, teacher, _shorter(TAUGHT, shrink), work=work / "taught")
     alone = dual.distill(student, None, _shorter(ALONE, shrink), work=work / "alone")
-    for name, m in (("taught", taught), ("pairs alone", alone)):
-        spent = fit.log(work / name.split()[-1])["seconds"][-1] / 60
-        kept.row(name, lambda m=m, spent=spent: _found(m, seen) | {"minutes": spent})
+    spent = {name: fit.log(work / name) for name in ("vectors", "taught", "alone")}
+    minutes = {name: log["seconds"][-1] / 60 for name, log in spent.items()}
+    kept.row("taught", lambda: _found(taught, seen) | {"minutes": minutes["vectors"] + minutes["taught"]})
+    kept.row("pairs alone", lambda: _found(alone, seen) | {"minutes": minutes["alone"]})
     kept.row("times", lambda: _times({"teacher": teacher, "student": taught}, seen))
-    logs = {name: {k: v[::20] for k, v in fit.log(work / name).items()} for name in ("taught", "alone")}
+    logs = {name: {k: v[::20] for k, v in log.items()} for name, log in spent.items()}
     parameters = {name: sum(p.numel() for p in m.parameters()) for name, m in (("teacher", teacher), ("student", taught))}
     return _content(kept.rows, parameters) | {"logs": logs}
 
