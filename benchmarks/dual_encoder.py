@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from structured import Kept
-from torch import nn
+from torch import Tensor, nn
 
 from mmrecipes import dual, evaluate, fit, measure, models, quantize, retrieval
 
@@ -27,17 +27,18 @@ SCENES, HARDER = 4000, 1000  # test scenes; and pools of so many, beside those o
 def run(work: Path = WORK, n: int = SCENES, shrink: int = 1) -> dict:
     """Retrieval both ways, matching and telling apart of every variant, paired with the teacher's; time and bytes."""
     teacher, kept, seen = models.load("mini-siglip"), Kept(work), retrieval.gallery(n=n)
+    index = [retrieval.embeddings(teacher, texts=t) for t in (seen.captions, seen.negatives)]  # as somebody embedded them once
     student = dual.smaller(teacher, LAYERS, COLUMNS)
-    kept.row("teacher", lambda: _found(teacher, seen))
-    kept.row("cut, untrained", lambda: _found(student, seen))
+    kept.row("teacher", lambda: _found(teacher, seen, index))
+    kept.row("cut, untrained", lambda: _found(student, seen, index))
     first = dual.distill(student, teacher, _shorter(FIRST, shrink), VECTORS, work=work / "vectors")
-    kept.row("its vectors matched", lambda: _found(first, seen))
+    kept.row("its vectors matched", lambda: _found(first, seen, index))
     taught = dual.distill(first, teacher, _shorter(TAUGHT, shrink), work=work / "taught")
     alone = dual.distill(student, None, _shorter(ALONE, shrink), work=work / "alone")
     spent = {name: fit.log(work / name) for name in ("vectors", "taught", "alone")}
     minutes = {name: log["seconds"][-1] / 60 for name, log in spent.items()}
-    kept.row("taught", lambda: _found(taught, seen) | {"minutes": minutes["vectors"] + minutes["taught"]})
-    kept.row("pairs alone", lambda: _found(alone, seen) | {"minutes": minutes["alone"]})
+    kept.row("taught", lambda: _found(taught, seen, index) | {"minutes": minutes["vectors"] + minutes["taught"]})
+    kept.row("pairs alone", lambda: _found(alone, seen, index) | {"minutes": minutes["alone"]})
     kept.row("times", lambda: _times({"teacher": teacher, "student": taught}, seen))
     logs = {name: {k: v[::20] for k, v in log.items()} for name, log in spent.items()}
     parameters = {name: sum(p.numel() for p in m.parameters()) for name, m in (("teacher", teacher), ("student", taught))}
@@ -48,13 +49,19 @@ def _shorter(course: fit.Course, shrink: int) -> fit.Course:
     return replace(course, steps=max(2, course.steps // shrink))
 
 
-def _found(model: nn.Module, seen: retrieval.Gallery) -> dict:
+def _found(model: nn.Module, seen: retrieval.Gallery, index: list[Tensor]) -> dict:
     easy, n = retrieval.retrieval(model, seen), len(seen.images)
     hard = retrieval.retrieval(model, seen, min(n, HARDER))
     row = {k: asdict(getattr(easy, k)) for k in ("to_text", "to_image", "told_apart", "matching")}
     row |= {f"{k}, harder pool": asdict(getattr(hard, k)) for k in ("to_text", "to_image")}
     image, text = retrieval.embeddings(model, seen.images), retrieval.embeddings(model, texts=seen.captions)
-    return row | {"gap": retrieval.modality_gap(image, text), "right": easy.right | {"harder": hard.right["to_text"]}}
+    old, own = [], torch.arange(retrieval.POOL)
+    for i in range(0, n, retrieval.POOL):
+        part = slice(i, i + retrieval.POOL)
+        old += ((image[part] @ torch.cat([texts[part] for texts in index]).T).argmax(-1) == own).tolist()
+    row["to_text, the teacher's texts"] = asdict(evaluate.wilson(sum(old), n))
+    right = easy.right | {"harder": hard.right["to_text"], "old": old}
+    return row | {"gap": retrieval.modality_gap(image, text), "right": right}
 
 
 def _times(variants: dict[str, nn.Module], seen: retrieval.Gallery) -> dict:
