@@ -6,6 +6,7 @@ On plain, pruned and 4-bit models alike. Built by hand in notebook 33.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,9 @@ def adapted(model: nn.Module, rank: int = 8, alpha: float | None = None, parts: 
         raise UserError(f"adapted: rank {rank} in {', '.join(parts) or 'nothing'}; expected 1 or more, in {', '.join(found)}")
     inside = {id(m) for part in parts for m in found[part].modules()}
     names = [name for name, layer in linears(base) if id(layer) in inside]
-    return get_peft_model(base, LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=names))
+    with warnings.catch_warnings():  # peft asks transformers for an attribute by the name it had before 5.0
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return get_peft_model(base, LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=names))
 
 
 def learn(model: PeftModel, course: Course, rows: Any = None, work: Path | None = None) -> PeftModel:

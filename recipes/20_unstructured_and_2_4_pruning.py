@@ -33,8 +33,8 @@ for layer in named:
     layer.register_forward_pre_hook(add_moments)
 before = next_words()
 for layer in named:
-    h = layer.moments + (0.01 * layer.moments.diagonal().mean() + 1e-8) * torch.eye(len(layer.moments))
-    w, inverse = layer.weight.detach().clone(), torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    h = layer.moments.double() + (0.01 * layer.moments.diagonal().mean() + 1e-8) * torch.eye(len(layer.moments))
+    w, inverse = layer.weight.detach().clone(), torch.linalg.cholesky(torch.linalg.inv(h), upper=True).float()
     for i in range(w.shape[1]):  # one input at a time; what a zero changes, the inputs after it make up for
         if i % OF == 0:
             rank = (w[:, i : i + OF] / inverse.diagonal()[i : i + OF]).abs().argsort(1).argsort(1)
