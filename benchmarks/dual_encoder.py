@@ -1,7 +1,7 @@
 """A dual encoder with less than 40% of mini-siglip's parameters: taught by it, and on pairs alone for as many minutes.
 
 `run()` returns what results/dual.json says. Trainings and rows are kept in runs/dual as they go: a killed run goes on there.
-Half an hour on two quiet cores. A tree with other code or another student: remove that folder first.
+Three quarters of an hour on one core. A tree with other code or another student: remove that folder first.
 """
 
 from __future__ import annotations

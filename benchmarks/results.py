@@ -1,4 +1,4 @@
-"""Measures what results/ and the README say, on this machine. About 45 minutes on two cores: `make results`, or
+"""Measures what results/ and the README say, on this machine. Some hours on two cores: `make results`, or
 one job by its name: `python benchmarks/results.py plan`.
 
 - results/mini-vlm.json: accuracy of the committed model on the whole test split, per family, beside the majority floors
@@ -15,7 +15,6 @@ one job by its name: `python benchmarks/results.py plan`.
 - results/mini-siglip.json: the committed dual encoder: retrieval, matching, zero-shot naming
 - results/student.json: a student of mini-vlm, taught and on labels alone (benchmarks/student.py)
 - results/dual.json: a smaller dual encoder, taught and on pairs alone (benchmarks/dual_encoder.py)
-- results/lora.json: adapters: a new domain, four bits, a pruned model (benchmarks/lora.py)
 - results/bench.json: the real-size twin in every runtime, beside the peers (`make bench`, benchmarks/bench.py)
 - results/tour.json: the tour's comparison, with 1,000 questions
 - results/real-size.json: stage budget and roofline of the real-size twin, fp32, on this machine
@@ -206,13 +205,6 @@ def the_student() -> None:
     write("student.json", student.run())
 
 
-def the_lora() -> None:
-    """What adapters learn and what is forgotten, on old and new questions."""
-    import lora
-
-    write("lora.json", lora.run())
-
-
 def the_dual() -> None:
     """Less than 40% of mini-siglip's parameters: do picture and caption still find each other?"""
     import dual_encoder
@@ -261,7 +253,6 @@ if __name__ == "__main__":
         "siglip": the_siglip,
         "student": the_student,
         "dual": the_dual,
-        "lora": the_lora,
         "tour": the_tour,
         "real-size": real_size,
     }

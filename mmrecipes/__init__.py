@@ -13,7 +13,7 @@ from typing import Any
 __version__ = "0.1.0"
 _ROOMS = (
     *("calibrated", "cnn", "data", "distill", "doctor", "dual", "efficientformer", "errors", "evaluate", "export"),
-    *("exported", "fit", "fresh", "house", "importance", "lessons", "losses", "measure", "merging", "models", "muon"),
+    *("exported", "fit", "fresh", "house", "importance", "lessons", "lora", "losses", "measure", "merging", "models", "muon"),
     *("packed", "plan", "prune", "quantize", "recovery", "report", "retrieval", "runtime", "scenes", "shrink"),
     *("shufflenet", "siglip", "slicing", "static_int8", "structured", "tokens", "train"),
 )

@@ -62,6 +62,10 @@ def questions(split: str, n: int, families: tuple[str, ...] = FAMILIES, size: in
         values = (_png(scenes.render(scene, size)), question.text, question.answer, question.family, seed)
         for column, value in zip(rows.values(), values, strict=True):
             column.append(value)
+    if missing := {f: left for f, left in quota.items() if left}:
+        raise UserError(
+            f"{20 * n} scenes of {split!r} had too few questions: {missing} missing; ask for fewer, or other families"
+        )
     return _dataset(rows)
 
 

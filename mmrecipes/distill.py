@@ -206,14 +206,7 @@ def distill(
     if teacher is None and (aims.logits or aims.hidden or aims.vision or aims.attention):
         raise UserError(f"distill: {aims} needs a teacher; give one, or aims=LABELS")
     pupil = Pupil(clone(student).requires_grad_(True), teacher or student)
-    if rows is None:
-        from mmrecipes.lessons import ChatBatches
-
-        first = FIRST * 16 // max(1, course.batch)
-        batches = ChatBatches(first, first + course.steps, course.batch, student.processor.tokenizer)
-        words = batches.word_ids
-    else:
-        batches, words = RowBatches(student, rows, course), None
+    batches, words = material(student, course, rows)
     at = student.device  # the training may move it to a GPU
     if teacher is not None:  # frozen, or its vision tower would compute gradients that nobody wants
         teacher = clone(teacher).requires_grad_(False).to(at)
@@ -225,6 +218,17 @@ def distill(
         pupil.fit_maps_(own, wanted)
     fit(pupil, batches, lesson(teacher, aims, lambda m, batch: right_answers(m, batch, words)), course, work, about=repr(aims))
     return pupil.student.to(at).eval()
+
+
+def material(model: nn.Module, course: Course, rows: Any = None) -> tuple[Sequence, Tensor | None]:
+    """Batches for `right_answers`, and its `words`: the house model's lessons, never seen before, or `rows` over and over."""
+    if rows is not None:
+        return RowBatches(model, rows, course), None
+    from mmrecipes.lessons import ChatBatches
+
+    first = FIRST * 16 // max(1, course.batch)
+    batches = ChatBatches(first, first + course.steps, course.batch, model.processor.tokenizer)
+    return batches, batches.word_ids
 
 
 def right_answers(model: nn.Module, batch: Any, words: Tensor | None) -> tuple[Tensor, int, dict[str, float]]:

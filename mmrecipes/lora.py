@@ -1,6 +1,6 @@
 """LoRA: large matrices stay as they are, and two thin ones beside each learn (Hu et al. 2021, arXiv:2106.09685), by peft.
 
-On plain, pruned and 4-bit models alike. Built by hand in notebook 33.
+On plain, pruned and 4-bit models alike.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrecipes import models
-from mmrecipes.distill import FIRST, RowBatches, right_answers
+from mmrecipes.distill import material, right_answers
 from mmrecipes.errors import ParityError, UserError
 from mmrecipes.fit import Course, fit
 from mmrecipes.quantize import clone, linears
@@ -55,14 +55,7 @@ def learn(model: PeftModel, course: Course, rows: Any = None, work: Path | None 
     with `work`. Raises UserError as `fit.fit` does.
     """
     base = model.get_base_model()
-    if rows is None:
-        from mmrecipes.lessons import ChatBatches
-
-        first = FIRST * 16 // max(1, course.batch)
-        batches = ChatBatches(first, first + course.steps, course.batch, base.processor.tokenizer)
-        words = batches.word_ids
-    else:
-        batches, words = RowBatches(base, rows, course), None
+    batches, words = material(base, course, rows)
 
     def loss(m: nn.Module, batch: Any) -> tuple[Tensor, dict[str, float]]:
         right, _, logs = right_answers(m.get_base_model(), batch, words)

@@ -185,7 +185,7 @@ def _count(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     found = [(len(scene.things), "objects")]
     for key, names in (("colour", COLOURS), ("shape", SHAPES), ("size", SIZES)):
         counts = Counter(getattr(t, key) for t in scene.things)
-        for name in names:
+        for name in dict.fromkeys((*names, *counts)):
             plural = {"shape": f"{name}es" if name == "cross" else f"{name}s"}.get(key, f"{name} objects")
             found.append((counts[name], plural))
     return [(str(n), ask.format(what)) for n, what in found]

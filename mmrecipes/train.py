@@ -81,6 +81,11 @@ def train_mini_vlm(
     """
     from mmrecipes import checks, models
 
+    if model is not None and (
+        type(model).__name__ != "Idefics3ForConditionalGeneration" or model.config.text_config.num_hidden_layers != 4
+    ):
+        given = type(model).__name__
+        raise UserError(f"train: a {given}; expected an Idefics3ForConditionalGeneration with four layers in its language model")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     checks.check_replaceable(out)
     checks.check_replaceable(work / "new")  # the same question for checkpoints: may we write there?

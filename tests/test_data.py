@@ -82,6 +82,7 @@ def test_novel_questions_are_about_what_no_split_shows():
     words = (*scenes.NEW_COLOURS, *scenes.NEW_SHAPES)
     assert all(any(w in f"{r['question']} {r['answer']}" for w in words) for r in rows)
     assert {r["answer"] for r in rows if r["family"] == "exists"} == {"yes", "no"}
+    assert len(data.questions("test", 14, novel=True)) == 14, "every family can ask about a new thing"
     for seed in range(200):
         new, word = scenes.novel(scenes.make_scene(seed))
         assert [word in t.name for t in new.things].count(True) == 1

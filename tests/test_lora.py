@@ -56,7 +56,7 @@ def test_house_lessons_are_the_default_and_parts_can_be_chosen(house_vlm, tmp_pa
     assert "reading" in fit.log(tmp_path), "lessons log what is right, by family"
 
 
-def test_a_killed_training_goes_on(rows, tmp_path):
+def test_a_training_is_taken_up_where_it_was_left(rows, tmp_path):
     whole = lora.learn(lora.adapted(tiny.house(), 2), COURSE, rows)
     lora.learn(lora.adapted(tiny.house(), 2), COURSE, rows, tmp_path)
     again = lora.learn(lora.adapted(tiny.house(), 2), COURSE, rows, tmp_path)  # its last checkpoint is the end

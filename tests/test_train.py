@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import tiny
 from mmrecipes import data, distill, house, lessons, losses, models, muon, scenes, train
 from mmrecipes.errors import UserError
 
@@ -209,6 +210,13 @@ def test_a_model_of_other_widths_is_trained_too(tmp_path, house_vlm):
     out = train.train_mini_vlm(tmp_path / "out", tmp_path / "work", TINY, device="cpu", model=small)
     assert models.load(out).config.text_config.hidden_size == 64
     assert {r["stage"] for r in json.loads((out / "training.json").read_text())} == {s.name for s in TINY}
+
+
+def test_a_model_of_another_kind_is_refused_before_any_work(tmp_path):
+    for model in (tiny.llava(), tiny.house()):  # the second has one layer
+        with pytest.raises(UserError, match="expected an Idefics3ForConditionalGeneration with four layers"):
+            train.train_mini_vlm(tmp_path / "out", tmp_path / "work", TINY, model=model)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_supervised_heads_learn_to_look(tokenizer):
