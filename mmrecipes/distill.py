@@ -125,7 +125,9 @@ class Pupil(nn.Module):
         self.student = student
         widths = {p: [structured.config_of(m, p).hidden_size for m in (student, teacher)] for p in structured.PARTS}
         self.vision_maps = nn.Linear(*widths["vision"])
-        self.hidden_maps = nn.ModuleList(nn.Linear(*widths["language"]) for _ in structured.layers(student)["language"])
+        self.hidden_maps = nn.ModuleList(
+            nn.Linear(*widths["language"]) for _ in structured.layers(student, ("language",))["language"]
+        )
 
     @torch.no_grad()
     def fit_maps_(self, own: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -146,8 +148,12 @@ def watched(model: nn.Module) -> Iterator[dict[str, Any]]:
     """`recovery.watched`, and the queries, keys and values of the last layer of each tower: "attention", (B, T, D) each."""
     with recovery.watched(model) as found:
         found["attention"], hooks = {}, []
-        for part, stack in structured.layers(model).items():
-            for name, m in zip("qkv", structured.attention(stack[-1]), strict=False):
+        for part in structured.PARTS:
+            try:
+                last = structured.layers(model, (part,))[part][-1]
+            except UserError:  # a convolutional tower, which has no attention
+                continue
+            for name, m in zip("qkv", structured.attention(last), strict=False):
                 keep = found["attention"].__setitem__
                 hooks.append(m.register_forward_hook(lambda _m, _a, out, key=f"{part} {name}", keep=keep: keep(key, out)))
         try:
@@ -177,7 +183,7 @@ def lesson(teacher: nn.Module | None, aims: Aims, answers: Callable[[nn.Module, 
             if aims.vision and "vision" in own:
                 terms["vision"] = feature_loss(pupil.vision_maps(own["vision"]), wanted["vision"])
             if aims.attention:
-                far = [relation_loss(own["attention"][k], w) for k, w in wanted["attention"].items()]
+                far = [relation_loss(own["attention"][k], w) for k, w in wanted["attention"].items() if k in own["attention"]]
                 terms["attention"] = sum(far) / len(far)
         own_share = tokens / over_processes(tokens)  # a mean over all processes' tokens, not a mean of their means
         scaled = {k: v * own_share if k in ("answers", "logits") else v for k, v in terms.items()}
@@ -290,8 +296,6 @@ def match_eye(student: nn.Module, teacher: nn.Module, course: Course, work: Path
     Raises UserError unless both language models read tokens of the same width: match one whose language model was sliced with
     the teacher sliced in the same way.
     """
-    from mmrecipes.lessons import MANY, VisionBatches
-
     widths = [structured.config_of(m, "language").hidden_size for m in (student, teacher)]
     if widths[0] != widths[1]:
         raise UserError(f"match_eye: visual tokens of {widths[0]} and {widths[1]} channels; slice the teacher's words first")
@@ -305,8 +309,14 @@ def match_eye(student: nn.Module, teacher: nn.Module, course: Course, work: Path
         far = feature_loss(eye(batch[0]), tokens)
         return far, {"tokens": far.item()}
 
-    first = (FIRST - 10_000) * 16 // course.batch  # pictures between those of recoveries and those of the lessons
     at = student.device  # the training may move it to a GPU
-    pictures = VisionBatches(first, first + course.steps, course.batch, MANY, alternate=True)
-    fit(Eye(student), pictures, loss, course, work)
+    fit(Eye(student), pictures(course), loss, course, work)
     return student.to(at).eval()
+
+
+def pictures(course: Course) -> Sequence:
+    """The house model's pictures for `course`, never seen before; every other batch has much printed in it."""
+    from mmrecipes.lessons import MANY, VisionBatches
+
+    first = (FIRST - 10_000) * 16 // course.batch  # between those of recoveries and those of the lessons
+    return VisionBatches(first, first + course.steps, course.batch, MANY, alternate=True)

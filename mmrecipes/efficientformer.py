@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmrecipes.errors import UserError
-
 DEPTHS, WIDTHS, ATTENTION_BLOCKS = (3, 2, 6, 4), (48, 96, 224, 448), 1  # L1; the attention blocks are the last ones
 HEADS, KEY, VALUE = 8, 32, 128  # attention: heads, and the width of each one's keys and values
 STRIDE = 32
@@ -67,7 +65,7 @@ class Attention(nn.Module):
         offsets = {}
         index = [[offsets.setdefault((abs(a - c), abs(b - d)), len(offsets)) for c, d in places] for a, b in places]
         self.bias = nn.Parameter(torch.zeros(HEADS, len(offsets)))
-        self.register_buffer("index", torch.tensor(index), persistent=False)
+        self.register_buffer("index", torch.tensor(index))  # saved: a loader that makes models without memory leaves others unset
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (HEADS, -1)).transpose(1, 2).split([KEY, KEY, VALUE], -1)
@@ -98,7 +96,7 @@ class EfficientFormer(nn.Module):
     def __init__(self, classes: int = 1000, size: int = 224):
         super().__init__()
         if size % STRIDE:
-            raise UserError(f"EfficientFormer: size is {size} px; it must be a multiple of {STRIDE}")
+            raise ValueError(f"EfficientFormer: size is {size} px; it must be a multiple of {STRIDE}")
         self.stem = nn.Sequential(conv(3, WIDTHS[0] // 2, 3, 2, nn.ReLU), conv(WIDTHS[0] // 2, WIDTHS[0], 3, 2, nn.ReLU))
         self.down = nn.ModuleList([nn.Identity(), *(conv(a, b, 3, 2) for a, b in itertools.pairwise(WIDTHS))])
         plain = [depth - ATTENTION_BLOCKS * (i == len(DEPTHS) - 1) for i, depth in enumerate(DEPTHS)]

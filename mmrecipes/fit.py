@@ -77,6 +77,9 @@ def fit(
         expected = f"steps >= 1, and a batch that {accelerator.num_processes} processes x {course.accumulate} parts divide"
         raise UserError(f"fit: {course}; expected {expected}")
     model.train()
+    for m in model.modules():  # what is frozen keeps its batch norms' statistics, too
+        if (own := list(m.parameters())) and not any(p.requires_grad for p in own):
+            m.eval()
     trained = [p for p in model.parameters() if p.requires_grad]
     lesson, *steppers = accelerator.prepare(Lesson(model, loss), *optimizers([model], course.lr, course.adam_lr))
     rates = [stepper.param_groups[0]["lr"] for stepper in steppers]

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal (Jordan et al. 2024), for 2-D weights.
+    """Momentum whose update is made orthogonal (Jordan et al. 2024), for matrices.
+
+    A convolution's weight is one, too, (out, in x k x k), unless it is depthwise and mixes no channels.
 
     `torch.optim.Muon` orthogonalizes in bfloat16, which a CPU without bf16 instructions runs 200 times slower;
     this one keeps the gradient's dtype there. The update is scaled to the size AdamW's would have (arXiv:2502.16982).
@@ -27,9 +29,9 @@ class Muon(torch.optim.Optimizer):
                     continue
                 buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalize(p.grad.lerp(buffer, group["momentum"]))
+                update = orthogonalize(p.grad.lerp(buffer, group["momentum"]).flatten(1))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+                p.add_(update.view(p.shape), alpha=-group["lr"] * 0.2 * math.sqrt(max(update.shape)))
 
 
 def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
@@ -48,13 +50,14 @@ KEPT = ("embed", "lm_head", "classes", "centre", "point", "maps", "lora_")  # ma
 
 
 def optimizers(modules: Iterable[nn.Module], lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the trainable matrices, AdamW for embeddings, biases, norms, convolutions, adapters and maps to another model."""
+    """Muon for the trainable matrices, those of convolutions included; AdamW for embeddings, patches, biases, norms, adapters,
+    depthwise convolutions and maps to another model."""
     matrices, rest, seen = [], [], set()
     for module in modules:
         for name, p in module.named_parameters():
             if p.requires_grad and id(p) not in seen:
                 seen.add(id(p))
-                is_matrix = p.ndim == 2 and not any(k in name for k in KEPT)
+                is_matrix = (p.ndim == 2 or (p.ndim == 4 and p.shape[1] > 1)) and not any(k in name for k in KEPT)
                 (matrices if is_matrix else rest).append(p)
     made = [Muon(matrices, lr=lr)] if matrices else []
     return made + ([torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)] if rest else [])

@@ -143,7 +143,10 @@ def watched(model: nn.Module) -> Iterator[dict[str, Any]]:
     def first(out: Any) -> Tensor:
         return out if isinstance(out, Tensor) else out[0]
 
-    hooks = [layer.register_forward_hook(lambda *a: found["hidden"].append(first(a[2]))) for layer in layers(model)["language"]]
+    hooks = [
+        layer.register_forward_hook(lambda *a: found["hidden"].append(first(a[2])))
+        for layer in layers(model, ("language",))["language"]
+    ]
     hooks.append(parts["vision"].register_forward_hook(lambda *a: found.update(vision=first(a[2]))))
     hooks.append(parts["head"].register_forward_hook(lambda *a: found.update(logits=a[2])))
     try:

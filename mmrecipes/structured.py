@@ -29,10 +29,10 @@ OUT = ("o_proj", "out_proj")
 # ---- where things are
 
 
-def layers(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The transformer layers of "vision" and "language". Raises UserError where a tower has none."""
+def layers(model: nn.Module, parts: Sequence[str] = PARTS) -> dict[str, nn.ModuleList]:
+    """The transformer layers of "vision" and "language", or of some `parts`. Raises UserError where a tower has none."""
     found = {}
-    for part in PARTS:
+    for part in parts:
         lists = [m for n, m in models.parts(model)[part].named_modules() if n.split(".")[-1] in ("layers", "blocks")]
         if not lists:
             raise UserError(f"{type(model).__name__}: no list of layers in its {part} part; give a transformer")

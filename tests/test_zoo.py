@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from mmrecipes.efficientformer import Attention, EfficientFormer
-from mmrecipes.errors import UserError
 from mmrecipes.shufflenet import Block, ShuffleNetV2
 
 
@@ -67,7 +66,7 @@ def test_efficientformers_attention_is_softmax_with_a_bias_for_each_distance():
 
 def test_efficientformer_knows_its_size():
     assert EfficientFormer(size=128).features(torch.randn(1, 3, 128, 128))[-1].shape == (1, 448, 4, 4)
-    with pytest.raises(UserError, match="200 px; it must be a multiple of 32"):
+    with pytest.raises(ValueError, match="200 px; it must be a multiple of 32"):
         EfficientFormer(size=200)
 
 
