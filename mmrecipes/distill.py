@@ -227,7 +227,11 @@ def distill(
 
 
 def material(model: nn.Module, course: Course, rows: Any = None) -> tuple[Sequence, Tensor | None]:
-    """Batches for `right_answers`, and its `words`: the house model's lessons, never seen before, or `rows` over and over."""
+    """Batches for `right_answers`, and its `words`: the house model's lessons, never seen before, or `rows` over and over.
+
+    `rows` may be lessons, too (`lessons.NovelBatches`)."""
+    if hasattr(rows, "word_ids"):
+        return rows, rows.word_ids
     if rows is not None:
         return RowBatches(model, rows, course), None
     from mmrecipes.lessons import ChatBatches

@@ -69,7 +69,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (HEADS, -1)).transpose(1, 2).split([KEY, KEY, VALUE], -1)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias[:, self.index])
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias[:, self.index].unsqueeze(0))
         return self.out(x.transpose(1, 2).flatten(2))
 
 

@@ -77,6 +77,17 @@ class Features(nn.Module):
         return found[0] if isinstance(found, list | tuple) else found.flatten(0, -2)
 
 
+class Swapped(nn.Module):
+    """pixel_values (1, 3, H, W) -> visual tokens (1, T, D), by a `swapped.Tower` and the connector."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.tower, self.connector = model.model.vision_model, model.model.connector
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.connector(self.tower(pixel_values).last_hidden_state)
+
+
 # ---- export
 
 
@@ -158,6 +169,8 @@ def vision(model: nn.Module) -> tuple[nn.Module, Tensor]:
         return graphs.Vision(model), picture
     if hasattr(core, "multi_modal_projector") and hasattr(core, "get_image_features"):
         return Features(model), picture
+    if hasattr(core, "connector") and hasattr(getattr(core, "vision_model", None), "backbone"):  # swapped.Tower
+        return Swapped(model), picture
     raise UserError(
         f"export: {type(model).__name__} is built neither like Idefics3 nor like LLaVA; there is no recipe for it yet"
     )
@@ -191,7 +204,12 @@ def language(model: nn.Module) -> tuple[nn.Module, dict[str, object], dict[str, 
 def _write_rest(model: nn.Module, folder: Path, runtime: str, widths: Mapping[str, str]) -> None:
     files = [p for p in sorted(folder.iterdir()) if p.is_file()]
     model.processor.save_pretrained(folder)
-    model.config.save_pretrained(folder)
+    if type(model.config)._auto_class:  # code of the model's own (swapped.py), which the graphs do not need: nor shall a reader
+        kept = {k: v for k, v in model.config.to_dict().items() if k != "auto_map"}
+        kept["model_type"] = type(model.config).__base__.model_type
+        (folder / "config.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    else:
+        model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     longest = model.config.get_text_config().max_position_embeddings
     if runtime == "executorch":  # its cache has a fixed length

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import nn
 
-from mmrecipes import export, packed, runtime
+from mmrecipes import export, packed, runtime, static_int8
 
 if TYPE_CHECKING:
     import onnx
@@ -32,7 +33,9 @@ def write(model: nn.Module, folder: Path, widths: Mapping[str, str], pixels: Seq
             if part == "language":
                 packed.rewrite(path, path, 8, only=_coarse(path))
             packed.dynamic(path, path)
-        if widths[part] == "static":
+        if widths[part] == "static" and sum(isinstance(m, nn.Conv2d) for m in tower.modules()) > 1:
+            static_int8.qdq(path, torch.from_numpy(np.concatenate(pixels)), path, explicit=False, batch=1)
+        elif widths[part] == "static":  # of a ViT, whose one convolution cuts the patches, the matrix products
             runtime.static_int8(path, [{"pixel_values": each} for each in pixels], path)
         packed.tidy(path)
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from mmrecipes import scenes
 from mmrecipes.house import GRID, IMAGE_SIZE, VISUAL_TOKENS
-from mmrecipes.scenes import ALPHABET, COLOURS, FAMILIES, SHAPES, SIZES, Scene
+from mmrecipes.scenes import ALPHABET, COLOURS, FAMILIES, SHAPES, SIZES, Question, Scene
 
 # How many of an image's training questions come from each family: more for those that take several looks
 MIX = {"colour": 1, "shape": 1, "size": 1, "count": 2, "exists": 2, "relation": 3, "reading": 3}
 MANY = 5  # printed characters in a picture chosen for reading: one scene of six has so many
+NEW = ("colour", "shape", "exists")  # families that can ask about one thing of a new colour or shape
 RELATIONS = ("left", "right", "above", "below", "closest")
 PATCH_TARGETS = {  # name -> number of classes of each patch's labels; codes have a "none" class
     "there": 2,
@@ -54,13 +55,17 @@ def patch_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
         chars = [ALPHABET.index(c) + 1 for c in t.code] + [0] * (3 - len(t.code))
         labels[here] = [
             1,
-            *(_INDEX[k].index(getattr(t, k)) for k in _INDEX),
+            *(_label(k, getattr(t, k)) for k in _INDEX),
             *chars,
-            _INDEX["colour"].index(near.colour) if near else -100,
-            _INDEX["shape"].index(near.shape) if near else -100,
+            _label("colour", near.colour) if near else -100,
+            _label("shape", near.shape) if near else -100,
         ]
         centres[here] = (t.x, t.y)
     return labels, centres
+
+
+def _label(kind: str, word: str) -> int:
+    return _INDEX[kind].index(word) if word in _INDEX[kind] else -100  # a new colour or shape has no class
 
 
 class VisionBatches(torch.utils.data.Dataset):
@@ -157,7 +162,7 @@ class ChatBatches(VisionBatches):
         ids, answers = list(self.prefix), [-100] * len(self.prefix)
         segments, positions, kinds = [0] * len(ids), list(range(len(ids))), []
         for n, family in enumerate(families):
-            question = scenes.ask(scene, family, n) or scenes.ask(scene, "count", 100 + n)  # no printed code: count
+            question = self._question(scene, family, n)
             kinds.append(FAMILIES.index(question.family))
             prompt = self.ids(f"{question.text}<end_of_utterance>\nAssistant:")
             answer = self.ids(f" {question.answer}<end_of_utterance>")
@@ -166,6 +171,9 @@ class ChatBatches(VisionBatches):
             segments += [n + 1] * (len(prompt) + len(answer))
             positions += range(len(self.prefix), len(self.prefix) + len(prompt) + len(answer))
         return ids, answers, segments, positions, kinds
+
+    def _question(self, scene: Scene, family: str, n: int) -> Question:
+        return scenes.ask(scene, family, n) or scenes.ask(scene, "count", 100 + n)  # no printed code: count
 
     def _places(self, scene: Scene, ids: Tensor, asks: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
         """What the words of the questions `ids` (T,) refer to: points (T, 4) and marks (T, 64).
@@ -204,3 +212,26 @@ class ChatBatches(VisionBatches):
             if offset is not None:
                 found[known, labels[..., k][known] + offset] = 1
         return found
+
+
+class NovelBatches(ChatBatches):
+    """`ChatBatches` with one thing in each picture in a colour or shape that no other batch shows, and every question about it.
+
+    Questions are of the families `NEW`, as in `data.questions(..., novel=True)`. With `replay`, every other batch is an ordinary
+    one, so that the old is not forgotten.
+    """
+
+    def __init__(self, start: int, stop: int, batch: int, tokenizer, replay: bool = False):
+        super().__init__(start, stop, batch, tokenizer)
+        self.replay = replay
+
+    def _draw(self, step: int) -> list[Scene]:
+        drawn = super()._draw(step)  # of even and odd steps alike, since pictures with much to read are in the odd ones
+        return drawn if self.replay and step % 4 in (1, 2) else [scenes.novel(s)[0] for s in drawn]
+
+    def _question(self, scene: Scene, family: str, n: int) -> Question:
+        word = next((w for t in scene.things for w in (t.colour, t.shape) if w in scenes.NEW_WORDS), "")
+        if not word:
+            return super()._question(scene, family, n)
+        family = NEW[n % len(NEW)]
+        return scenes.ask(scene, family, n, word) or scenes.ask(scene, "exists", 100 + n, word)

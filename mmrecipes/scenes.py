@@ -27,6 +27,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 NEW_COLOURS = {"pink": (245, 130, 190), "brown": (120, 75, 35)}  # never in a scene of any split: a domain to adapt to
 NEW_SHAPES = ("heart", "arrow")
+NEW_WORDS = (*NEW_COLOURS, *NEW_SHAPES)
 SIZES = {"small": 0.075, "large": 0.13}  # mean radius, as a fraction of the image side
 ALPHABET = "ACEHKLPTX247"  # characters of printed codes, chosen to stay distinct at 8 pixels
 FAMILIES = ("colour", "shape", "size", "count", "exists", "relation", "reading")
@@ -304,7 +305,7 @@ def changed(scene: Scene, seed: int = 0, full: bool = False) -> tuple[Scene, str
 def novel(scene: Scene) -> tuple[Scene, str]:
     """The scene with one object in a colour or shape that no other scene has (`NEW_COLOURS`, `NEW_SHAPES`), and its name."""
     rng = random.Random(scene.seed * 1_000_003 + 1)
-    i, word = rng.randrange(len(scene.things)), rng.choice((*NEW_COLOURS, *NEW_SHAPES))
+    i, word = rng.randrange(len(scene.things)), rng.choice(NEW_WORDS)
     old = scene.things[i]
     if word in NEW_COLOURS:
         rgb = tuple(min(255, max(0, c + rng.randint(-14, 14))) for c in NEW_COLOURS[word])

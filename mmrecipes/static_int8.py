@@ -312,18 +312,11 @@ def qdq(
     Runtime's CPU kernels want it: affine uint8 activations, int32 biases, and weights in 7 bits where 8-bit sums would
     overflow. Returns `out`.
     """
+    import onnx as files
     from onnxruntime import quantization as ort
 
     if method not in ("MinMax", "Entropy", "Percentile"):
         raise UserError(f"qdq: method={method!r}; expected MinMax, Entropy or Percentile")
-
-    class Reader(ort.CalibrationDataReader):
-        def __init__(self):
-            self.parts = iter(pictures.split(batch))
-
-        def get_next(self):
-            part = next(self.parts, None)
-            return None if part is None else {"pictures": part.numpy()}
 
     with contextlib.ExitStack() as stack:
         floats = model
@@ -333,6 +326,13 @@ def qdq(
         ready = stack.enter_context(runtime.prepared(floats))  # which also folds what is left of batch norms
         part = stack.enter_context(runtime.written(out))
         stack.enter_context(runtime.quiet())
+        name = files.load(ready).graph.input[0].name
+        feeds = ({name: some.numpy()} for some in pictures.split(batch))
+
+        class Reader(ort.CalibrationDataReader):
+            def get_next(self):
+                return next(feeds, None)
+
         ort.quantize_static(
             ready,
             str(part),

@@ -1,0 +1,176 @@
+"""Another vision encoder: put in, taught in three steps, saved with its code, exported; and what does not fit is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from mmrecipes import data, distill, evaluate, export, exported, fit, models, scenes, static_int8, swap
+from mmrecipes.errors import UserError
+
+SHORT = fit.Course(6, 4, 0.01, 2e-3)
+
+
+@pytest.fixture(scope="module")
+def house(house_vlm):
+    return models.load(house_vlm)
+
+
+@pytest.fixture(scope="module")
+def shuffled(house):
+    return swap.swap(house, swap.TOWERS["ShuffleNetV2 1.0x"])
+
+
+def pixels(n: int) -> torch.Tensor:
+    return torch.rand(n, 3, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.mark.parametrize("name", swap.TOWERS)
+def test_every_tower_gives_a_token_for_each_place_and_the_language_model_stays(house, name):
+    swapped = swap.swap(house, swap.TOWERS[name])
+    found = models.parts(swapped)
+    with torch.no_grad():
+        tokens = found["vision"](pixels(2)).last_hidden_state
+        visual = found["connector"](tokens)
+    assert tokens.shape == (2, 64, swapped.config.vision_config.hidden_size)
+    assert visual.shape == (2, 64, house.config.text_config.hidden_size) and torch.isfinite(visual).all()
+    old = models.parts(house)
+    for part in ("language", "head"):
+        for (key, own), other in zip(found[part].state_dict().items(), old[part].state_dict().values(), strict=True):
+            assert torch.equal(own, other), key
+    again = swap.swap(house, swap.TOWERS[name]).state_dict()
+    assert all(torch.equal(v, again[k]) for k, v in swapped.state_dict().items()), "the same seed, the same weights"
+    trained = sum(p.numel() for p in found["vision"].parameters())
+    loss = found["vision"].train()(pixels(2)).last_hidden_state.square().mean()
+    loss.backward()
+    used = sum(p.numel() for p in found["vision"].parameters() if p.grad is not None)
+    assert used > 0.9 * trained, "hardly any weight is carried along unused"
+
+
+def test_places_lie_in_the_order_of_the_vits(shuffled):
+    tower, picture = models.parts(shuffled)["vision"].eval(), pixels(1)
+    fine = [m for m in tower.maps(picture) if m.shape[-1] == 8][-1]
+    tokens = tower(picture).last_hidden_state
+    assert torch.equal(tokens[0, 8 * 2 + 5, : fine.shape[1]], fine[0, :, 2, 5]), "token 21 is row 2, column 5"
+
+
+def test_features_connector_everything(house, shuffled, tmp_path):
+    first = swap.match_features(shuffled, house, fit.Course(12, 8, 0.02, 4e-3), tmp_path / "features")
+    log = fit.log(tmp_path / "features")["features"]
+    assert log[-1] < log[0]
+    second = swap.align_connector(first, house, SHORT, tmp_path / "connector")
+    one, two = first.state_dict(), second.state_dict()
+    moved = {k for k in one if not torch.equal(one[k], two[k])}
+    assert moved == {"model.connector.modality_projection.proj.weight"}, "not even a batch norm's statistics moved"
+    third = distill.distill(second, house, SHORT, work=tmp_path / "all")
+    parts = {k.split(".")[1] for k, v in third.state_dict().items() if not torch.equal(v, two[k])}
+    assert {"vision_model", "connector", "text_model"} <= parts
+    assert torch.isfinite(evaluate.answer_logits(third, data.test_split(4))[0]).all()
+
+
+def test_the_map_of_the_features_becomes_the_connector(house, shuffled, monkeypatch):
+    """What the map gives, through the old connector, is what the new connector gives: nothing is lost by folding."""
+    kept, make = {}, swap.Matched
+
+    def spy(*args):
+        kept["matched"] = make(*args)
+        return kept["matched"]
+
+    monkeypatch.setattr(swap, "Matched", spy)
+    first = swap.match_features(shuffled, house, fit.Course(2, 4, 0.01, 2e-3))
+    old, new = models.parts(house), models.parts(first)
+    with torch.no_grad():
+        wanted = old["connector"](kept["matched"].eval()(pixels(1)))
+        found = new["connector"](new["vision"](pixels(1)).last_hidden_state)
+    assert torch.allclose(found, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", swap.TOWERS)
+def test_it_is_saved_with_its_code_and_loads_without_this_package(house, name, tmp_path):
+    swapped = swap.swap(house, swap.TOWERS[name])
+    models.save(swapped, house.processor, tmp_path / "swapped", dtype=torch.float32)
+    with pytest.raises(UserError, match="trust_remote_code"):
+        models.load(tmp_path / "swapped")
+    picture, question = scenes.render(scenes.make_scene(3), 128), "How many circles are there?"
+    again = models.load(tmp_path / "swapped", trust_remote_code=True)
+    inputs = models.chat(swapped, picture, question)
+    with torch.no_grad():
+        wanted = swapped(**inputs).logits
+        assert torch.allclose(again(**inputs).logits, wanted, atol=1e-5)
+    torch.save({"inputs": dict(inputs), "wanted": wanted}, tmp_path / "wanted.pt")
+    code = """
+        import sys, torch
+        sys.modules["mmrecipes"] = None
+        from transformers import AutoModelForImageTextToText
+        model = AutoModelForImageTextToText.from_pretrained("swapped", trust_remote_code=True).eval()
+        kept = torch.load("wanted.pt")
+        with torch.no_grad():
+            assert torch.allclose(model(**kept["inputs"]).logits, kept["wanted"], atol=1e-5)
+        print("the same")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True)
+    assert "the same" in done.stdout, done.stderr[-2000:]
+
+
+def test_it_is_exported_with_a_tower_in_static_int8(house, shuffled, tmp_path):
+    pictures = [scenes.render(scenes.make_scene(s), 128) for s in scenes.SPLITS["calibration"][:4]]
+    widths = {"vision": "static", "language": "int8"}
+    folder = export.export(shuffled, tmp_path / "small", "onnx", widths, pictures=pictures)
+    assert not list(folder.glob("*.py")) and "auto_map" not in (folder / "config.json").read_text()
+    loaded = exported.load_exported(folder)
+    assert loaded.generate(pictures[0], "How many circles are there?") is not None
+    floats = export.export(shuffled, tmp_path / "floats", "onnx")
+    sizes = [sum(f.stat().st_size for f in p.glob("vision*")) for p in (folder, floats)]
+    assert sizes[0] < 0.35 * sizes[1], "convolutions are in int8, too"
+
+
+def test_a_calibrated_convolution_agrees_with_float(shuffled, tmp_path):
+    tower, x = models.parts(shuffled)["vision"].eval(), pixels(8)
+    small = static_int8.session(static_int8.qdq(tower, x, tmp_path / "tower.onnx", explicit=False))
+    wanted = tower(x).last_hidden_state.detach()
+    assert (small(x) - wanted).norm() / wanted.norm() < 0.2
+
+
+def test_what_does_not_fit_is_refused(house, foreign_vlm):
+    with pytest.raises(UserError, match="expected an Idefics3"):
+        swap.swap(models.load(foreign_vlm), swap.TOWERS["ShuffleNetV2 1.0x"])
+    with pytest.raises(UserError, match=r"no_such_net.*give one of TOWERS"):
+        swap.swap(house, {"model_type": "no_such_net"})
+    with pytest.raises(UserError, match="8 x 8 places"):
+        swap.swap(house, {"model_type": "bert"})
+
+
+def test_muon_takes_convolutions_as_matrices():
+    from mmrecipes.muon import Muon, optimizers
+
+    mixing, depthwise = torch.nn.Conv2d(4, 6, 3), torch.nn.Conv2d(4, 4, 3, groups=4)
+    both = torch.nn.ModuleDict({"mixing": mixing, "depthwise": depthwise})
+    by_muon, by_adam = optimizers([both], 0.1, 0.1)
+    assert isinstance(by_muon, Muon)
+    assert [tuple(p.shape) for g in by_muon.param_groups for p in g["params"]] == [(6, 4, 3, 3)]
+    assert any(p is depthwise.weight for g in by_adam.param_groups for p in g["params"])
+    flat = torch.nn.Parameter(mixing.weight.detach().flatten(1).clone())
+    steppers = [Muon([mixing.weight], 0.1), Muon([flat], 0.1)]
+    mixing.weight.grad = torch.randn(6, 4, 3, 3)
+    flat.grad = mixing.weight.grad.flatten(1)
+    for stepper in steppers:
+        stepper.step()
+    assert torch.allclose(mixing.weight.flatten(1), flat), "as the matrix that it is"
+
+
+def test_frozen_parts_stay_in_eval_mode():
+    frozen = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).requires_grad_(False)
+    model = torch.nn.ModuleDict({"frozen": frozen, "learns": torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))})
+    seen = []
+
+    def loss(m, batch):
+        seen.append((m["frozen"][1].training, m["learns"][0].training))
+        return m["learns"](m["frozen"](batch).mean((2, 3))).square().mean(), {}
+
+    before = frozen[1].running_mean.clone()
+    fit.fit(model, [torch.randn(4, 3, 8, 8)] * 2, loss, fit.Course(2, 4))
+    assert seen == [(False, True)] * 2 and torch.equal(frozen[1].running_mean, before)
