@@ -19,7 +19,7 @@ from mmrecipes import cnn, distill, fit, models, swap
 WORK = Path(__file__).resolve().parent.parent / "runs" / "swap"
 FEATURES = {  # from nothing, and from the weights of mini-cnn, which names what lies in each place (notebook 12)
     "ShuffleNetV2 1.0x": fit.Course(2400, 32, 0.02, 4e-3),
-    "MobileNetV2 0.5": fit.Course(900, 32, 0.01, 2e-3),
+    "MobileNetV2 0.5": fit.Course(900, 32, 0.003, 5e-4),
 }
 CALIBRATION = 512  # pictures for the linear map that the second one begins with
 CONNECTOR = fit.Course(100, 16, 0.004, 1e-3)

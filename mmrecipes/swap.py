@@ -35,8 +35,8 @@ def swap(
     """A copy of an Idefics3 with another vision encoder and a connector that fits it, both with random weights.
 
     `tower` is one of TOWERS or a dict like those; with `start`, a trained backbone of that kind, it has its weights. The language
-    model is copied. Raises UserError for a model of another class, a connector that shuffles pixels, a tower that does not exist or
-    gives no map of the model's grid, or weights that do not fit it.
+    model is copied. Raises UserError for a model of another class, a connector that shuffles pixels, a tower that does not exist
+    or gives no map of the model's grid, or weights that do not fit it.
     """
     from mmrecipes import swapped
 
