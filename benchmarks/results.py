@@ -15,6 +15,7 @@ one job by its name: `python benchmarks/results.py plan`.
 - results/mini-siglip.json: the committed dual encoder: retrieval, matching, zero-shot naming
 - results/student.json: a student of mini-vlm, taught and on labels alone (benchmarks/student.py)
 - results/dual.json: a smaller dual encoder, taught and on pairs alone (benchmarks/dual_encoder.py)
+- results/swap.json: mini-vlm with other vision encoders (benchmarks/swap.py)
 - results/bench.json: the real-size twin in every runtime, beside the peers (`make bench`, benchmarks/bench.py)
 - results/tour.json: the tour's comparison, with 1,000 questions
 - results/real-size.json: stage budget and roofline of the real-size twin, fp32, on this machine
@@ -212,6 +213,13 @@ def the_dual() -> None:
     write("dual.json", dual_encoder.run())
 
 
+def the_swap() -> None:
+    """Other vision encoders for mini-vlm: what they cost in answers, and save in time."""
+    import swap
+
+    write("swap.json", swap.run())
+
+
 def real_size() -> None:
     """Where a real model's time goes; random weights, so time and memory only."""
     twin = models.real_size("smolvlm-256m")
@@ -253,6 +261,7 @@ if __name__ == "__main__":
         "siglip": the_siglip,
         "student": the_student,
         "dual": the_dual,
+        "swap": the_swap,
         "tour": the_tour,
         "real-size": real_size,
     }

@@ -1,42 +1,55 @@
 """mini-vlm with another vision encoder: features first, then the connector, then everything; accuracy, matching, speed.
 
 `run()` returns what results/swap.json says; `python benchmarks/swap.py NAME` trains one encoder alone, so that several can learn
-side by side. Trainings and rows are kept in runs/swap as they go: a killed run goes on there. An hour for each encoder on one
-core. A tree with other code: remove that folder first.
+side by side. Trainings and rows are kept in runs/swap as they go: a killed run goes on there. Up to an hour for each encoder on
+one core. A tree with other code: remove that folder first.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from datasets import Dataset
+from structured import Kept, answers
 from torch import nn
 
-from mmrecipes import cnn, distill, fit, models, swap
+from mmrecipes import cnn, data, distill, evaluate, export, exported, fit, measure, models, retrieval, scenes, swap, swapped
 
 WORK = Path(__file__).resolve().parent.parent / "runs" / "swap"
 FEATURES = {  # from nothing, and from the weights of mini-cnn, which names what lies in each place (notebook 12)
     "ShuffleNetV2 1.0x": fit.Course(2400, 32, 0.02, 4e-3),
     "MobileNetV2 0.5": fit.Course(900, 32, 0.003, 5e-4),
 }
-CALIBRATION = 512  # pictures for the linear map that the second one begins with
+CALIBRATION = 512  # pictures for the linear map that the second one begins with; of these 64 for int8
 CONNECTOR = fit.Course(100, 16, 0.004, 1e-3)
 ALL = fit.Course(500, 16, 0.001, 3e-4)
+SMALLER, SEEN = "ViT, smaller", 64  # the house's own, turned and cut (notebook 30), on so many pictures
+SIZE = {"vision": distill.Size((0, 1, 2, 3), 128, 192)}
+EYE, AFTER = fit.Course(600, 32, 0.002, 5e-4), fit.Course(200, 16, 0.0007, 2e-4)
+FEWER = 1050  # questions for what is on its way, and for what answers one at a time
+PICTURES = (96, 224, 512)  # px
 
 
 def stages(name: str, work: Path = WORK, shrink: int = 1) -> dict[str, nn.Module]:
-    """The model after each stage of its training with the encoder `name` of `swap.TOWERS`."""
-    teacher, at = models.load("mini-vlm"), work / name.split()[0].lower()
-    courses = [replace(c, steps=max(2, c.steps // shrink)) for c in (FEATURES[name], CONNECTOR, ALL)]
+    """The model after each stage of its training with the encoder `name`."""
+    teacher, at = models.load("mini-vlm"), work / name.split()[0].lower().strip(",")
+    if name == SMALLER:
+        student = distill.smaller(teacher, SIZE, data.calibration(SEEN))
+        sees = distill.match_eye(student, teacher, _shorter(EYE, shrink), at / "features")
+        return {"features": sees, "all": distill.distill(sees, teacher, _shorter(AFTER, shrink), work=at / "all")}
     start, pictures = None, None
     if name == "MobileNetV2 0.5":
         start, pictures = house_cnn().mobilenet_v2, cnn.pictures("calibration", CALIBRATION // shrink)
     blank = swap.swap(teacher, swap.TOWERS[name], start)
-    first = swap.match_features(blank, teacher, courses[0], at / "features", pictures)
-    second = swap.align_connector(first, teacher, courses[1], at / "connector")
-    third = distill.distill(second, teacher, courses[2], work=at / "all")
+    first = swap.match_features(blank, teacher, _shorter(FEATURES[name], shrink), at / "features", pictures)
+    second = swap.align_connector(first, teacher, _shorter(CONNECTOR, shrink), at / "connector")
+    third = distill.distill(second, teacher, _shorter(ALL, shrink), work=at / "all")
     return {"features": first, "connector": second, "all": third}
 
 
@@ -46,6 +59,124 @@ def house_cnn() -> nn.Module:
 
     path = models.data_dir() / "models" / "mini-cnn"
     return AutoModelForSemanticSegmentation.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def _shorter(course: fit.Course, shrink: int) -> fit.Course:
+    return replace(course, steps=max(2, course.steps // shrink))
+
+
+def run(work: Path = WORK, n: int | None = None, shrink: int = 1) -> dict:
+    """Accuracy of every stage, paired with the teacher's; matching; time by picture size and runtime. Less with `n`, `shrink`."""
+    teacher, rows, kept = models.load("mini-vlm"), data.test_split(n), Kept(work)
+    few, asked = rows.select(range(min(FEWER, len(rows)))), min(1000, n or 1000)
+    whole = {"teacher": teacher}
+    kept.row("teacher", lambda: answers(teacher, rows))
+    for name in (*FEATURES, SMALLER):
+        at = work / name.split()[0].lower().strip(",")
+        for stage, model in stages(name, work, shrink).items():
+            spent = fit.log(at / stage)["seconds"][-1] / 60
+            kept.row(
+                f"{name}: {stage}", lambda m=model, s=stage, t=spent: _answers(m, rows if s == "all" else few) | {"minutes": t}
+            )
+        whole[name] = model
+    for name, model in whole.items():
+        kept.row(f"{name}: matching", lambda m=model: _matching(m, asked))
+    kept.row("times, towers", lambda: _towers(teacher))
+    with tempfile.TemporaryDirectory() as folder:
+        kept.row("runtime", lambda: _runtimes(whole, few, Path(folder)))
+    return _content(kept.rows, whole, work)
+
+
+def _answers(model: nn.Module, rows: Dataset) -> dict:
+    tower = sum(p.numel() for p in models.parts(model)["vision"].parameters())
+    return answers(model, rows) | {"tower": tower}
+
+
+def _matching(model: nn.Module, n: int) -> dict:
+    yes, both, right = retrieval.asked(model, n=n)
+    return {"yes or no": asdict(yes), "told apart": asdict(both), "right": right}
+
+
+def _towers(teacher: nn.Module) -> dict:
+    """Milliseconds a picture in PyTorch, fp32, by encoder and side in px; random weights, on which times do not depend."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+    from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
+
+    found: dict[str, dict] = {}
+    for side in PICTURES:
+        own = type(teacher.config.vision_config)(**teacher.config.vision_config.to_dict() | {"image_size": side})
+        base = SiglipVisionModel(SiglipVisionConfig(image_size=side, vision_use_head=False))
+        towers = {"mini-vlm's ViT": Idefics3VisionTransformer(own), "SigLIP-base": base}
+        towers |= {name: swapped.Tower(kind, side, side // 16) for name, kind in swap.TOWERS.items()}
+        picture = torch.rand(1, 3, side, side)
+        with torch.inference_mode():
+            runs = {name: partial(tower.eval(), picture) for name, tower in towers.items()}
+            for name, ms in measure.wall(runs, repeats=9).items():
+                count = sum(p.numel() for p in towers[name].parameters())
+                found.setdefault(name, {"parameters": count, "ms": {}})["ms"][str(side)] = ms
+    return found
+
+
+def _runtimes(whole: dict[str, nn.Module], rows: Dataset, folder: Path) -> dict:
+    """ONNX Runtime: each encoder in fp32 and in int8, its ranges found as it runs ("int8") or fixed on pictures ("static").
+
+    Milliseconds a picture and for five whole questions, bytes, and the answers in int8.
+    """
+    pictures = [scenes.render(scenes.make_scene(s)) for s in scenes.SPLITS["calibration"][:64]]
+    runs: dict[str, Callable] = {}
+    loaded, sizes = {}, {}
+    for name, model in whole.items():
+        convolutions = hasattr(models.parts(model)["vision"], "backbone")
+        for vision in ("fp32", "static") if convolutions else ("fp32", "int8", "static"):
+            widths = {"vision": vision, "language": "fp32" if vision == "fp32" else "int8"}
+            given, key = pictures if vision == "static" else (), f"{name}, {vision}"
+            at = export.export(model, folder / key, "onnx", widths, pictures=given)
+            loaded[key] = exported.load_exported(at)
+            sizes[key] = sum(f.stat().st_size for f in at.glob("vision.onnx*"))
+            runs[key] = partial(loaded[key].graphs.look, export.pixels(model, pictures[:1])[0])
+    asked = [(r["image"], r["question"]) for r in rows.select(range(5))]
+    questions = {k: partial(_each, e, asked) for k, e in loaded.items()}
+    eyes, five = measure.wall(runs, repeats=51), measure.wall(questions, repeats=11)
+    found = {k: {"ms": eyes[k], "five questions, ms": five[k], "bytes": sizes[k]} for k in loaded}
+    for key in found:
+        if not key.endswith("fp32"):
+            found[key] |= answers(loaded[key], rows)
+    return found
+
+
+def _each(model: exported.Exported, asked: list) -> None:
+    for picture, question in asked:
+        model.generate(picture, question, 8)
+
+
+def _content(rows: dict, whole: dict[str, nn.Module], work: Path) -> dict:
+    base, variants, matching = rows["teacher"]["right"], {}, {}
+    for name, row in rows.items():
+        if name.endswith(": matching"):
+            key = name.removesuffix(": matching")
+            matching[key] = {k: v for k, v in row.items() if k != "right"}
+            matching[key]["change"] = evaluate.paired(rows["teacher: matching"]["right"], row["right"])
+        elif "right" in row:
+            variants[name] = {k: v for k, v in row.items() if k != "right"}
+            variants[name]["change"] = evaluate.paired(base[: len(row["right"])], row["right"])
+    runtime = {}
+    for name, row in rows["runtime"].items():
+        runtime[name] = {k: v for k, v in row.items() if k not in ("right", "families")}
+        if "right" in row:
+            runtime[name]["change"] = evaluate.paired(base[: len(row["right"])], row["right"])
+    logs = {}
+    for name in (*FEATURES, SMALLER):
+        at = work / name.split()[0].lower().strip(",")
+        logs[name] = {p.name: {k: v[::20] for k, v in fit.log(p).items()} for p in sorted(at.iterdir()) if p.is_dir()}
+    return {
+        "threads": torch.get_num_threads(),
+        "variants": variants,
+        "matching": matching,
+        "towers": rows["times, towers"],
+        "runtime": runtime,
+        "parameters": {name: sum(p.numel() for p in m.parameters()) for name, m in whole.items()},
+        "logs": logs,
+    }
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmrecipes import checks, scenes
 from mmrecipes.errors import ParityError, UserError
-from mmrecipes.evaluate import Share, wilson
+from mmrecipes.evaluate import Share, answers, wilson
 from mmrecipes.scenes import COLOURS, SHAPES, SIZES, SPLITS, Scene
 
 POOL = 100  # scenes in a pool; each brings a picture or caption that is false in one attribute
@@ -128,6 +128,22 @@ def retrieval(model: nn.Module, seen: Gallery, pool: int = POOL) -> Found:
         {k: wilson(sum(v), len(v)) for k, v in kinds.items()},
         {"to_text": to_text, "to_image": to_image, "told_apart": told},
     )
+
+
+def asked(model: nn.Module, split: str = "test", n: int = 1000) -> tuple[Share, Share, list[bool]]:
+    """Image-text matching by a VLM: it is asked whether an object is there, and whether one is whose colour or shape is false.
+
+    Shares of right answers among 2 `n`, and of pictures with both right; the latter one by one.
+    """
+    drawn = [scenes.make_scene(seed) for seed in SPLITS[split][:n]]
+    near = [scenes.changed(s)[0] for s in drawn]
+    moved = [next((a, b) for a, b in zip(s.things, t.things, strict=True) if a != b) for s, t in zip(drawn, near, strict=True)]
+    images, right = [scenes.render(s) for s in drawn], []
+    for names, answer in (([a.name for a, _ in moved], "yes"), ([b.name for _, b in moved], "no")):
+        found = answers(model, images, [f"Is there a {name}?" for name in names])
+        right.append([f.lower() == answer for f in found])
+    both = [a and b for a, b in zip(*right, strict=True)]
+    return wilson(sum(map(sum, right)), 2 * n), wilson(sum(both), n), both
 
 
 def zero_shot(model: nn.Module, split: str = "test", n: int = 1000) -> dict[str, Share]:
