@@ -5,9 +5,10 @@ On plain, pruned and 4-bit models alike.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +27,41 @@ if TYPE_CHECKING:
 PARTS = ("vision", "connector", "language")
 
 
-def adapted(model: nn.Module, rank: int = 8, alpha: float | None = None, parts: Sequence[str] = PARTS) -> PeftModel:
+@torch.no_grad()
+def with_words(model: nn.Module, words: Mapping[str, Sequence[str]]) -> tuple[nn.Module, list[int]]:
+    """A copy of `model` in which each of `words` is one token, and these tokens; `model` may have spelled them in pieces.
+
+    A new token begins as the mean of the tokens of other words, given with it: {"pink": ["red", "blue"]}. Its processor is a
+    copy, too. Raises UserError for a word that is one token already, or one that other words do not say what to begin as.
+    """
+    grown = clone(model)
+    grown.processor = copy.deepcopy(model.processor)
+    tokenizer = grown.processor.tokenizer
+    begin = {
+        w: [t for other in like for t in tokenizer.encode(f" {other}", add_special_tokens=False)] for w, like in words.items()
+    }
+    for word, like in begin.items():
+        if not like or len(tokenizer.encode(f" {word}", add_special_tokens=False)) < 2:
+            raise UserError(f"with_words: {word!r} like {list(words[word])}; give new words, each with some known ones")
+    tokenizer.add_tokens([f" {word}" for word in begin])
+    ids = [tokenizer.convert_tokens_to_ids(f" {word}") for word in begin]
+    if max(ids) >= len(grown.get_input_embeddings().weight):
+        grown.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    for table in (grown.get_input_embeddings(), grown.get_output_embeddings()):
+        for token, like in zip(ids, begin.values(), strict=True):
+            table.weight[token] = table.weight[like].mean(0)
+    return grown, ids
+
+
+def adapted(
+    model: nn.Module, rank: int = 8, alpha: float | None = None, parts: Sequence[str] = PARTS, words: Sequence[int] = ()
+) -> PeftModel:
     """A copy of `model` with an adapter of `rank` beside every linear layer of `parts`; nothing else requires a gradient.
 
-    It computes what `model` does until it is trained, since half of each adapter begins as zeros. `alpha` / rank scales what the
-    adapters add; alpha is twice the rank by default. `.get_base_model()` is the model with its adapters inside, and
-    `.save_pretrained` writes these alone. Raises UserError for a rank below 1 and for parts that the model does not have.
+    But for the embeddings of the tokens `words`, new ones that `with_words` made: they learn, too. It computes what `model` does
+    until it is trained, since half of each adapter begins as zeros. `alpha` / rank scales what the adapters add; alpha is twice
+    the rank by default. `.get_base_model()` is the model with its adapters inside, and `.save_pretrained` writes these alone.
+    Raises UserError for a rank below 1 and for parts that the model does not have.
     """
     if importlib.util.find_spec("peft") is None:
         raise ImportError("peft is not installed; get it with: pip install 'mmrecipes[train]'")
@@ -45,7 +75,11 @@ def adapted(model: nn.Module, rank: int = 8, alpha: float | None = None, parts: 
     names = [name for name, layer in linears(base) if id(layer) in inside]
     with warnings.catch_warnings():  # peft asks transformers for an attribute by the name it had before 5.0
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        return get_peft_model(base, LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=names))
+        tables = {id(t): t for t in (base.get_output_embeddings(), base.get_input_embeddings()) if t is not None}
+        tables = {id(t.weight): t for t in tables.values()}  # one, where the head is tied to the words
+        own = {n: list(words) for n, m in base.named_modules() if words and any(m is t for t in tables.values())}
+        config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=names, trainable_token_indices=own or None)
+        return get_peft_model(base, config)
 
 
 def learn(model: PeftModel, course: Course, rows: Any = None, work: Path | None = None) -> PeftModel:

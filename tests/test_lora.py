@@ -108,3 +108,54 @@ def test_bad_input_is_refused(rows):
         next(p for n, p in broken.named_parameters() if "lora_B" in n).fill_(float("inf"))
     with pytest.raises(ParityError, match="not finite; train with a lower rate"):
         lora.merged(broken)
+
+
+@pytest.mark.parametrize("make", [tiny.house, tiny.llava])
+def test_new_words_are_tokens_that_learn(make, tmp_path):
+    base = make()
+    grown, ids = lora.with_words(base, {"pinkish": ["red", "blue"], "heartlike": ["star"]})
+    tokenizer = grown.processor.tokenizer
+    assert tokenizer.encode("a pinkish heartlike", add_special_tokens=False)[-2:] == ids
+    assert tokenizer.decode(ids).split() == ["pinkish", "heartlike"]
+    assert len(base.processor.tokenizer.encode(" pinkish", add_special_tokens=False)) > 1, "the old one stays as it is"
+    table, old = grown.get_input_embeddings().weight, base.processor.tokenizer.encode(" red blue", add_special_tokens=False)
+    assert torch.allclose(table[ids[0]], base.get_input_embeddings().weight[old].mean(0), atol=1e-6)
+    rows = data.questions("train", 8)
+    rows = rows.map(lambda r: {"answer": "pinkish", "question": "Is it heartlike?"})
+    model = lora.learn(lora.adapted(grown, 4, words=ids), fit.Course(20, 4, 0.001, 1e-2), rows)
+    merged = lora.merged(model)
+    merged.processor = grown.processor
+    assert torch.allclose(logits(merged, rows), logits(model.get_base_model(), rows), atol=1e-4)
+    assert not torch.equal(merged.get_input_embeddings().weight[ids], table[ids])
+    known = [t for t in range(len(base.processor.tokenizer)) if t not in ids]
+    assert torch.equal(merged.get_input_embeddings().weight[known], table[known]), "no other word moves"
+    assert all(a.startswith("pinkish") for a in evaluate.answers(merged, rows["image"][:2], rows["question"][:2]))
+    models.save(merged, merged.processor, tmp_path / "pink", dtype=torch.float32)
+    again = models.load(tmp_path / "pink")
+    assert torch.allclose(logits(again, rows), logits(merged, rows), atol=1e-5)
+
+
+def test_words_that_cannot_be_added_are_refused(house_vlm):
+    house = models.load(house_vlm)
+    for words in ({"red": ["blue"]}, {"pink": []}):
+        with pytest.raises(UserError, match="give new words"):
+            lora.with_words(house, words)
+
+
+def test_lessons_of_what_no_other_lesson_shows(house_vlm):
+    from mmrecipes import distill, lessons, scenes
+
+    house = models.load(house_vlm)
+    tokenizer = house.processor.tokenizer
+    novel, mixed = (lessons.NovelBatches(0, 8, 3, tokenizer, replay=r) for r in (False, True))
+
+    def new(batch):
+        texts = [tokenizer.decode(row.where(row != tokenizer.pad_token_id, 0)) for row in batch.ids]
+        return [sum(text.count(w) for w in scenes.NEW_WORDS) for text in texts]
+
+    assert all(count >= 12 for i in range(2) for count in new(novel[i])), "every question is about the new thing"
+    assert [min(new(mixed[i])) > 0 for i in range(4)] == [True, False, False, True]
+    plain = lessons.ChatBatches(0, 8, 3, tokenizer)
+    assert all(torch.equal(a, b) for a, b in zip(plain[1], mixed[1], strict=True)), "the others are the ordinary ones"
+    assert distill.material(house, COURSE, novel)[0] is novel
+    assert int(novel[0].labels[..., 1].max()) < len(scenes.COLOURS) and (novel[0].labels[..., 0] == 1).any()

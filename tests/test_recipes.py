@@ -20,7 +20,8 @@ BLOCKED = "import runpy, sys; sys.modules['mmrecipes'] = None; runpy.run_path(sy
 
 def run_alone(recipe: Path, model: Path | str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run the file in a fresh interpreter that cannot import mmrecipes, in `folder`, with MODEL set."""
-    env = os.environ | {"MODEL": str(model), "PYTHONPATH": "", "MPLBACKEND": "agg"}
+    encoder = ROOT / "data" / "models" / "mini-cnn"  # for recipes that need one beside MODEL
+    env = os.environ | {"MODEL": str(model), "ENCODER": str(encoder), "PYTHONPATH": "", "MPLBACKEND": "agg"}
     command = [sys.executable, "-c", BLOCKED, str(recipe)]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
