@@ -24,11 +24,11 @@ from mmrecipes import cnn, data, distill, evaluate, export, exported, fit, measu
 WORK = Path(__file__).resolve().parent.parent / "runs" / "swap"
 FEATURES = {  # from nothing, and from the weights of mini-cnn, which names what lies in each place (notebook 12)
     "ShuffleNetV2 1.0x": fit.Course(2400, 32, 0.02, 4e-3),
-    "MobileNetV2 0.5": fit.Course(900, 32, 0.003, 5e-4),
+    "MobileNetV2 0.5": fit.Course(1600, 32, 0.01, 2e-3),
 }
 CALIBRATION = 512  # pictures for the linear map that the second one begins with; of these 64 for int8
-CONNECTOR = fit.Course(100, 16, 0.004, 1e-3)
-ALL = fit.Course(500, 16, 0.001, 3e-4)
+CONNECTOR = fit.Course(60, 16, 0.004, 1e-3)
+ALL = fit.Course(200, 16, 0.001, 3e-4)
 SMALLER, SEEN = "ViT, smaller", 64  # the house's own, turned and cut (notebook 30), on so many pictures
 SIZE = {"vision": distill.Size((0, 1, 2, 3), 128, 192)}
 EYE, AFTER = fit.Course(600, 32, 0.002, 5e-4), fit.Course(200, 16, 0.0007, 2e-4)
@@ -70,7 +70,7 @@ def run(work: Path = WORK, n: int | None = None, shrink: int = 1) -> dict:
     teacher, rows, kept = models.load("mini-vlm"), data.test_split(n), Kept(work)
     few, asked = rows.select(range(min(FEWER, len(rows)))), min(1000, n or 1000)
     whole = {"teacher": teacher}
-    kept.row("teacher", lambda: answers(teacher, rows))
+    kept.row("teacher", lambda: _answers(teacher, rows))
     for name in (*FEATURES, SMALLER):
         at = work / name.split()[0].lower().strip(",")
         for stage, model in stages(name, work, shrink).items():
@@ -159,6 +159,11 @@ def _content(rows: dict, whole: dict[str, nn.Module], work: Path) -> dict:
         elif "right" in row:
             variants[name] = {k: v for k, v in row.items() if k != "right"}
             variants[name]["change"] = evaluate.paired(base[: len(row["right"])], row["right"])
+    parameters = {name: sum(p.numel() for p in m.parameters()) for name, m in whole.items()}
+    for name in (*FEATURES, SMALLER):
+        last = variants[f"{name}: all"]
+        last["share"] = parameters[name] / parameters["teacher"]
+        last["minutes in all"] = sum(r["minutes"] for n, r in variants.items() if n.startswith(f"{name}: "))
     runtime = {}
     for name, row in rows["runtime"].items():
         runtime[name] = {k: v for k, v in row.items() if k not in ("right", "families")}
@@ -174,7 +179,7 @@ def _content(rows: dict, whole: dict[str, nn.Module], work: Path) -> dict:
         "matching": matching,
         "towers": rows["times, towers"],
         "runtime": runtime,
-        "parameters": {name: sum(p.numel() for p in m.parameters()) for name, m in whole.items()},
+        "parameters": parameters,
         "logs": logs,
     }
 

@@ -15,7 +15,7 @@ _ROOMS = (
     *("calibrated", "cnn", "data", "distill", "doctor", "dual", "efficientformer", "errors", "evaluate", "export"),
     *("exported", "fit", "fresh", "house", "importance", "lessons", "lora", "losses", "measure", "merging", "models", "muon"),
     *("packed", "plan", "prune", "quantize", "recovery", "report", "retrieval", "runtime", "scenes", "shrink"),
-    *("shufflenet", "siglip", "slicing", "static_int8", "structured", "tokens", "train"),
+    *("shufflenet", "siglip", "slicing", "static_int8", "structured", "swap", "swapped", "tokens", "train"),
 )
 _SHORT = {"load": "models", "ask": "models", "compare": "report", "load_exported": "exported"}
 __all__ = [*_ROOMS, *_SHORT]

@@ -89,7 +89,7 @@ def test_the_map_of_the_features_becomes_the_connector(house, shuffled, monkeypa
     assert torch.allclose(found, wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", swap.TOWERS)
+@pytest.mark.parametrize("name", ["ShuffleNetV2 1.0x", "EfficientFormer-L1", "SwiftFormer-XS"])
 def test_it_is_saved_with_its_code_and_loads_without_this_package(house, name, tmp_path):
     swapped = swap.swap(house, swap.TOWERS[name])
     models.save(swapped, house.processor, tmp_path / "swapped", dtype=torch.float32)

@@ -70,6 +70,14 @@ DISTILLATION = (  # the same, and of which answers the points are
     ("student.json", "taught", "a student of `mini-vlm`, taught for {minutes:.0f} minutes", None),
     ("student.json", "labels alone", "the same, from labels alone, {minutes:.0f} minutes", None),
     ("student.json", "labels alone, from nothing", "the same, from labels alone and random weights, {minutes:.0f} minutes", None),
+    (
+        "swap.json",
+        "ShuffleNetV2 1.0x: all",
+        "`mini-vlm` with a ShuffleNetV2 for an eye, {minutes in all:.0f} minutes from nothing",
+        None,
+    ),
+    ("swap.json", "MobileNetV2 0.5: all", "with a MobileNetV2, {minutes in all:.0f} minutes from `mini-cnn`", None),
+    ("swap.json", "ViT, smaller: all", "with a smaller ViT, {minutes in all:.0f} minutes from its own", None),
     ("dual.json", "taught", "a smaller `mini-siglip`, taught for {minutes:.0f} minutes: pictures find their captions", "to_text"),
     ("dual.json", "pairs alone", "the same, from pairs alone, {minutes:.0f} minutes", "to_text"),
 )
@@ -173,7 +181,7 @@ def distillation_table(results: Path) -> str:
         if row := content.get("variants", {}).get(name):
             c = row["change"][what] if what else row["change"]
             points = f"{c['points']:+.1f} [{c['low']:+.1f}, {c['high']:+.1f}]"
-            rows.append([called.format(**row), f"{content['share']:.0%}", points, str(c["n"])])
+            rows.append([called.format(**row), f"{row.get('share', content.get('share')):.0%}", points, str(c["n"])])
     if not rows:
         return "Not measured yet: `make results`."
     shown = table(["a smaller model", "of the parameters", "points against its teacher [95% interval]", "asked"], rows)
