@@ -31,7 +31,7 @@ CONNECTOR = fit.Course(60, 16, 0.004, 1e-3)
 ALL = fit.Course(200, 16, 0.001, 3e-4)
 SMALLER, SEEN = "ViT, smaller", 64  # the house's own, turned and cut (notebook 30), on so many pictures
 SIZE = {"vision": distill.Size((0, 1, 2, 3), 128, 192)}
-EYE, AFTER = fit.Course(600, 32, 0.002, 5e-4), fit.Course(200, 16, 0.0007, 2e-4)
+EYE, AFTER = fit.Course(600, 32, 0.002, 5e-4), fit.Course(100, 16, 0.0007, 2e-4)
 FEWER = 1050  # questions for what is on its way, and for what answers one at a time
 PICTURES = (96, 224, 512)  # px
 

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 import torch
 
-from mmrecipes import data, distill, evaluate, export, exported, fit, models, scenes, static_int8, swap
+from mmrecipes import data, distill, evaluate, export, exported, fit, models, retrieval, scenes, static_int8, swap
 from mmrecipes.errors import UserError
 
 SHORT = fit.Course(6, 4, 0.01, 2e-3)
@@ -174,3 +174,10 @@ def test_frozen_parts_stay_in_eval_mode():
     before = frozen[1].running_mean.clone()
     fit.fit(model, [torch.randn(4, 3, 8, 8)] * 2, loss, fit.Course(2, 4))
     assert seen == [(False, True)] * 2 and torch.equal(frozen[1].running_mean, before)
+
+
+def test_a_vlm_is_asked_what_fits_a_picture(house, shuffled):
+    yes, both, right = retrieval.asked(house, n=40)
+    assert yes.n == 80 and both.n == len(right) == 40 and sum(right) == round(40 * both.value)
+    assert both.value > 0.9, "what mini-vlm answers nearly always right"
+    assert retrieval.asked(shuffled, n=40)[1].value < 0.5, "an eye that was not taught cannot tell"
