@@ -162,6 +162,8 @@ def _content(rows: dict, whole: dict[str, nn.Module], work: Path) -> dict:
     parameters = {name: sum(p.numel() for p in m.parameters()) for name, m in whole.items()}
     for name in (*FEATURES, SMALLER):
         last = variants[f"{name}: all"]
+        before = rows.get(f"{name}: connector", rows[f"{name}: features"])["right"]
+        last["against the step before"] = evaluate.paired(before, rows[f"{name}: all"]["right"][: len(before)])
         last["share"] = parameters[name] / parameters["teacher"]
         last["minutes in all"] = sum(r["minutes"] for n, r in variants.items() if n.startswith(f"{name}: "))
     runtime = {}
