@@ -7,6 +7,7 @@ one core. A tree with other code: remove that folder first.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -14,12 +15,28 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from structured import Kept, answers
 from torch import nn
 
-from mmrecipes import cnn, data, distill, evaluate, export, exported, fit, measure, models, retrieval, scenes, swap, swapped
+from mmrecipes import (
+    cnn,
+    data,
+    distill,
+    evaluate,
+    export,
+    exported,
+    fit,
+    measure,
+    models,
+    retrieval,
+    scenes,
+    static_int8,
+    swap,
+    swapped,
+)
 
 WORK = Path(__file__).resolve().parent.parent / "runs" / "swap"
 FEATURES = {  # from nothing, and from the weights of mini-cnn, which names what lies in each place (notebook 12)
@@ -32,6 +49,7 @@ ALL = fit.Course(200, 16, 0.001, 3e-4)
 SMALLER, SEEN = "ViT, smaller", 64  # the house's own, turned and cut (notebook 30), on so many pictures
 SIZE = {"vision": distill.Size((0, 1, 2, 3), 128, 192)}
 EYE, AFTER = fit.Course(600, 32, 0.002, 5e-4), fit.Course(100, 16, 0.0007, 2e-4)
+LAST = {"ShuffleNetV2 1.0x": ("stages.2", "backbone.top")}  # where rounding costs most: few places, many channels
 FEWER = 1050  # questions for what is on its way, and for what answers one at a time
 PICTURES = (96, 224, 512)  # px
 
@@ -134,6 +152,18 @@ def _runtimes(whole: dict[str, nn.Module], rows: Dataset, folder: Path) -> dict:
             loaded[key] = exported.load_exported(at)
             sizes[key] = sum(f.stat().st_size for f in at.glob("vision.onnx*"))
             runs[key] = partial(loaded[key].graphs.look, export.pixels(model, pictures[:1])[0])
+            if convolutions and vision == "static" and (kept := LAST.get(name)):  # the same, its last convolutions in float
+                key = f"{key}, last stage fp32"
+                other = folder / key
+                shutil.copytree(at, other)
+                for graph in other.glob("vision.onnx*"):
+                    graph.unlink()
+                seen = torch.from_numpy(np.concatenate(export.pixels(model, pictures)))
+                floats = folder / f"{name}, fp32" / "vision.onnx"
+                static_int8.qdq(floats, seen, other / "vision.onnx", explicit=False, batch=1, keep=kept)
+                loaded[key] = exported.load_exported(other, check=False)  # its checksums are those of the other graph
+                sizes[key] = sum(f.stat().st_size for f in other.glob("vision.onnx*"))
+                runs[key] = partial(loaded[key].graphs.look, export.pixels(model, pictures[:1])[0])
     asked = [(r["image"], r["question"]) for r in rows.select(range(5))]
     questions = {k: partial(_each, e, asked) for k, e in loaded.items()}
     eyes, five = measure.wall(runs, repeats=51), measure.wall(questions, repeats=11)

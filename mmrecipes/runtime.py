@@ -187,7 +187,7 @@ def dynamic_int8(
             per_channel=True,
             reduce_range=reduce_range,
             weight_type=QuantType[kind],
-            nodes_to_exclude=_nodes(graph, keep),
+            nodes_to_exclude=nodes(graph, keep),
         )
     return Path(out)
 
@@ -232,13 +232,13 @@ def static_int8(
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod[method],
-            nodes_to_exclude=_nodes(graph, keep),
+            nodes_to_exclude=nodes(graph, keep),
             extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
         )
     return Path(out)
 
 
-def _nodes(graph: str | Path, keep: Sequence[str]) -> list[str]:
+def nodes(graph: str | Path, keep: Sequence[str]) -> list[str]:
     """Names of the graph's nodes that come from modules of which a name in `keep` is part; the exporter noted the modules."""
     if not keep:
         return []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -303,14 +303,21 @@ def onnx(model: nn.Module, pictures: Tensor, out: str | Path) -> Path:
 
 
 def qdq(
-    model: nn.Module | Path, pictures: Tensor, out: str | Path, method: str = "MinMax", explicit: bool = True, batch: int = 32
+    model: nn.Module | Path,
+    pictures: Tensor,
+    out: str | Path,
+    method: str = "MinMax",
+    explicit: bool = True,
+    batch: int = 32,
+    keep: Sequence[str] = (),
 ) -> Path:
     """Write `model`, or the float32 file that `onnx` made of it, as an int8 ONNX file with quantize-dequantize pairs.
 
     By ONNX Runtime's `quantize_static`; `method` is MinMax, Entropy or Percentile. With `explicit`, as TensorRT wants it:
     symmetric int8 without zero points, biases in float; on a CPU without VNNI its 8-bit weights saturate. Else as ONNX
     Runtime's CPU kernels want it: affine uint8 activations, int32 biases, and weights in 7 bits where 8-bit sums would
-    overflow. Returns `out`.
+    overflow. With `keep`, names in the paths of modules, only convolutions are quantized, and none of those modules: maps
+    between them stay in float. Returns `out`.
     """
     import onnx as files
     from onnxruntime import quantization as ort
@@ -342,6 +349,8 @@ def qdq(
             activation_type=ort.QuantType.QInt8 if explicit else ort.QuantType.QUInt8,
             weight_type=ort.QuantType.QInt8,
             calibrate_method=ort.CalibrationMethod[method],
+            op_types_to_quantize=["Conv"] if keep else None,
+            nodes_to_exclude=runtime.nodes(floats, keep),
             extra_options={"ActivationSymmetric": explicit, "WeightSymmetric": True, "QuantizeBias": not explicit},
         )
     return Path(out)

@@ -135,6 +135,25 @@ def test_a_calibrated_convolution_agrees_with_float(shuffled, tmp_path):
     assert (small(x) - wanted).norm() / wanted.norm() < 0.2
 
 
+def test_some_convolutions_can_stay_in_float(shuffled, tmp_path):
+    import onnx
+
+    tower, x = models.parts(shuffled)["vision"].eval(), pixels(8)
+    floats = static_int8.onnx(tower, x, tmp_path / "float.onnx")
+    sizes, errors, wanted = {}, {}, tower(x).last_hidden_state.detach()
+    for name, keep in {"all": (), "kept": ("stages.2", "top")}.items():
+        path = static_int8.qdq(floats, x, tmp_path / f"{name}.onnx", explicit=False, keep=keep)
+        graph = onnx.load(path).graph
+        dequantized = {o for n in graph.node if n.op_type == "DequantizeLinear" for o in n.output}
+        sizes[name] = sum(n.op_type == "Conv" and n.input[1] in dequantized for n in graph.node)
+        errors[name] = (static_int8.session(path)(x) - wanted).norm() / wanted.norm()
+    convolutions = sum(n.op_type == "Conv" for n in onnx.load(floats).graph.node)
+    assert sizes["all"] == convolutions and 0 < sizes["kept"] < convolutions and errors["kept"] < errors["all"]
+    with pytest.raises(UserError, match="no module of that name"):
+        static_int8.qdq(floats, x, tmp_path / "none.onnx", keep=("no_such_layer",))
+    assert not (tmp_path / "none.onnx").exists()
+
+
 def test_what_does_not_fit_is_refused(house, foreign_vlm):
     with pytest.raises(UserError, match="expected an Idefics3"):
         swap.swap(models.load(foreign_vlm), swap.TOWERS["ShuffleNetV2 1.0x"])
