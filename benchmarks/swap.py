@@ -32,6 +32,7 @@ from mmrecipes import (
     measure,
     models,
     retrieval,
+    runtime,
     scenes,
     static_int8,
     swap,
@@ -159,7 +160,8 @@ def _runtimes(whole: dict[str, nn.Module], rows: Dataset, folder: Path) -> dict:
                 for graph in other.glob("vision.onnx*"):
                     graph.unlink()
                 seen = torch.from_numpy(np.concatenate(export.pixels(model, pictures)))
-                floats = folder / f"{name}, fp32" / "vision.onnx"
+                eye, picture = export.vision(model)  # once more: `export` leaves out of its graphs which module a node is of
+                floats = runtime.to_onnx(eye, {"pixel_values": picture}, folder / "floats.onnx", {})
                 static_int8.qdq(floats, seen, other / "vision.onnx", explicit=False, batch=1, keep=kept)
                 loaded[key] = exported.load_exported(other, check=False)  # its checksums are those of the other graph
                 sizes[key] = sum(f.stat().st_size for f in other.glob("vision.onnx*"))
@@ -196,11 +198,11 @@ def _content(rows: dict, whole: dict[str, nn.Module], work: Path) -> dict:
         last["against the step before"] = evaluate.paired(before, rows[f"{name}: all"]["right"][: len(before)])
         last["share"] = parameters[name] / parameters["teacher"]
         last["minutes in all"] = sum(r["minutes"] for n, r in variants.items() if n.startswith(f"{name}: "))
-    runtime = {}
+    ran = {}
     for name, row in rows["runtime"].items():
-        runtime[name] = {k: v for k, v in row.items() if k not in ("right", "families")}
+        ran[name] = {k: v for k, v in row.items() if k not in ("right", "families")}
         if "right" in row:
-            runtime[name]["change"] = evaluate.paired(base[: len(row["right"])], row["right"])
+            ran[name]["change"] = evaluate.paired(base[: len(row["right"])], row["right"])
     logs = {}
     for name in (*FEATURES, SMALLER):
         at = work / name.split()[0].lower().strip(",")
@@ -210,7 +212,7 @@ def _content(rows: dict, whole: dict[str, nn.Module], work: Path) -> dict:
         "variants": variants,
         "matching": matching,
         "towers": rows["times, towers"],
-        "runtime": runtime,
+        "runtime": ran,
         "parameters": parameters,
         "logs": logs,
     }
