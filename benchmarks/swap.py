@@ -154,7 +154,7 @@ def _runtimes(whole: dict[str, nn.Module], rows: Dataset, folder: Path) -> dict:
             sizes[key] = sum(f.stat().st_size for f in at.glob("vision.onnx*"))
             runs[key] = partial(loaded[key].graphs.look, export.pixels(model, pictures[:1])[0])
             if convolutions and vision == "static" and (kept := LAST.get(name)):  # the same, its last convolutions in float
-                key = f"{key}, last stage fp32"
+                key = f"{key} but for its last stage"
                 other = folder / key
                 shutil.copytree(at, other)
                 for graph in other.glob("vision.onnx*"):
