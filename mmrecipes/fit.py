@@ -77,8 +77,8 @@ def fit(
         expected = f"steps >= 1, and a batch that {accelerator.num_processes} processes x {course.accumulate} parts divide"
         raise UserError(f"fit: {course}; expected {expected}")
     model.train()
-    for m in model.modules():  # what is frozen keeps its batch norms' statistics, too
-        if (own := list(m.parameters())) and not any(p.requires_grad for p in own):
+    for m in model.modules():  # a frozen batch norm keeps its statistics, too
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in m.parameters()):
             m.eval()
     trained = [p for p in model.parameters() if p.requires_grad]
     lesson, *steppers = accelerator.prepare(Lesson(model, loss), *optimizers([model], course.lr, course.adam_lr))
