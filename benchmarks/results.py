@@ -16,6 +16,7 @@ one job by its name: `python benchmarks/results.py plan`.
 - results/student.json: a student of mini-vlm, taught and on labels alone (benchmarks/student.py)
 - results/dual.json: a smaller dual encoder, taught and on pairs alone (benchmarks/dual_encoder.py)
 - results/swap.json: mini-vlm with other vision encoders (benchmarks/swap.py)
+- results/lora.json: new words, 4-bit and pruned models learned by adapters and by all weights (benchmarks/lora.py)
 - results/bench.json: the real-size twin in every runtime, beside the peers (`make bench`, benchmarks/bench.py)
 - results/tour.json: the tour's comparison, with 1,000 questions
 - results/real-size.json: stage budget and roofline of the real-size twin, fp32, on this machine
@@ -220,6 +221,13 @@ def the_swap() -> None:
     write("swap.json", swap.run())
 
 
+def the_lora() -> None:
+    """Adapters: what is learned and what forgotten, on floats, on 4 bits and on zeros."""
+    import lora
+
+    write("lora.json", lora.run())
+
+
 def real_size() -> None:
     """Where a real model's time goes; random weights, so time and memory only."""
     twin = models.real_size("smolvlm-256m")
@@ -262,6 +270,7 @@ if __name__ == "__main__":
         "student": the_student,
         "dual": the_dual,
         "swap": the_swap,
+        "lora": the_lora,
         "tour": the_tour,
         "real-size": real_size,
     }

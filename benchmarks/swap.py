@@ -31,6 +31,7 @@ from mmrecipes import (
     fit,
     measure,
     models,
+    quantize,
     retrieval,
     runtime,
     scenes,
@@ -117,22 +118,30 @@ def _matching(model: nn.Module, n: int) -> dict:
 
 
 def _towers(teacher: nn.Module) -> dict:
-    """Milliseconds a picture in PyTorch, fp32, by encoder and side in px; random weights, on which times do not depend."""
+    """Milliseconds a picture in PyTorch, by encoder and side in px; random weights, on which times do not depend.
+
+    In fp32, and in bf16 where the CPU has instructions for it.
+    """
     from transformers import SiglipVisionConfig, SiglipVisionModel
     from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
 
     found: dict[str, dict] = {}
+    dtypes = {"ms": torch.float32}
+    if {"avx512_bf16", "amx_bf16", "bf16"} & set(measure.environment()["capabilities"]):
+        dtypes["ms bf16"] = torch.bfloat16
     for side in PICTURES:
         own = type(teacher.config.vision_config)(**teacher.config.vision_config.to_dict() | {"image_size": side})
         base = SiglipVisionModel(SiglipVisionConfig(image_size=side, vision_use_head=False))
         towers = {"mini-vlm's ViT": Idefics3VisionTransformer(own), "SigLIP-base": base}
         towers |= {name: swapped.Tower(kind, side, side // 16) for name, kind in swap.TOWERS.items()}
-        picture = torch.rand(1, 3, side, side)
+        runs = {}
+        for key, dtype in dtypes.items():
+            picture = torch.rand(1, 3, side, side, dtype=dtype)
+            runs |= {(name, key): partial(quantize.clone(tower).to(dtype).eval(), picture) for name, tower in towers.items()}
         with torch.inference_mode():
-            runs = {name: partial(tower.eval(), picture) for name, tower in towers.items()}
-            for name, ms in measure.wall(runs, repeats=9).items():
-                count = sum(p.numel() for p in towers[name].parameters())
-                found.setdefault(name, {"parameters": count, "ms": {}})["ms"][str(side)] = ms
+            for (name, key), ms in measure.wall(runs, repeats=9).items():
+                row = found.setdefault(name, {"parameters": sum(p.numel() for p in towers[name].parameters())})
+                row.setdefault(key, {})[str(side)] = ms
     return found
 
 

@@ -69,11 +69,9 @@ def train_mini_cnn(
     checks.check_replaceable(out)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, log, start = make_cnn().to(device), [], time.perf_counter()
-    # Muon takes matrices: a convolution's weight is one, (out, in x k x k), but a depthwise one is not, it mixes no channels
-    dense = [p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 1]
-    matrices = [nn.Parameter(p.data.view(len(p), -1)) for p in dense]  # the same memory, so that a step moves the model
+    dense = [p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 1]  # depthwise convolutions mix no channels
     rest = [p for p in model.parameters() if p.ndim != 4 or p.shape[1] == 1]
-    steppers = [Muon(matrices, lr), torch.optim.AdamW(rest, lr / 5, weight_decay=0.0)]
+    steppers = [Muon(dense, lr), torch.optim.AdamW(rest, lr / 5, weight_decay=0.0)]
     rates = [lr, lr / 5]
     batches = VisionBatches(0, steps, batch)
     with Progress(disable=not progress) as bar:
@@ -84,8 +82,6 @@ def train_mini_cnn(
             if not torch.isfinite(loss):
                 raise UserError(f"train: the loss of step {step} is {loss.item()}; lower lr (it is {lr})")
             loss.backward()
-            for p, matrix in zip(dense, matrices, strict=True):
-                matrix.grad = None if p.grad is None else p.grad.view_as(matrix)  # one layer's output the head passes by
             for stepper, rate in zip(steppers, rates, strict=True):
                 stepper.param_groups[0]["lr"] = rate * schedule(step, steps)
                 stepper.step()

@@ -136,11 +136,18 @@ class Pupil(nn.Module):
         for m, (x, y) in [*pairs, *([(self.vision_maps, (own["vision"], wanted["vision"]))] if "vision" in own else [])]:
             x, y = (t.flatten(0, -2).double() for t in (x, y))
             x, y, middles = x - x.mean(0), y - y.mean(0), (x.mean(0), y.mean(0))
-            moments = x.T @ x
-            moments.diagonal().add_(1e-3 * moments.diagonal().mean() + 1e-8)  # a batch may not fill all directions
-            weight = torch.linalg.solve(moments, x.T @ y).T
+            weight = ridge(x.T @ x, x.T @ y)
             m.weight.copy_(weight)
             m.bias.copy_(middles[1] - weight @ middles[0])
+
+
+def ridge(moments: Tensor, products: Tensor) -> Tensor:
+    """The linear map (D, C) of least squares, from moments x'x (C, C) and products x'y (C, D), in their dtype.
+
+    A thousandth of the mean moment is added to each channel's own, since samples may not fill all directions.
+    """
+    small = 1e-3 * moments.diagonal().mean() + 1e-8
+    return torch.linalg.solve(moments + small * torch.eye(len(moments), dtype=moments.dtype, device=moments.device), products).T
 
 
 @contextlib.contextmanager
@@ -288,9 +295,9 @@ class Eye(nn.Module):
         found = models.parts(model)
         self.vision, self.connector = found["vision"], found["connector"]
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) -> visual tokens (B, N, D), as the language model gets them."""
-        return self.connector(self.vision(images).last_hidden_state)
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values (B, 3, H, W) -> visual tokens (B, N, D), as the language model gets them."""
+        return self.connector(self.vision(pixel_values).last_hidden_state)
 
 
 def match_eye(student: nn.Module, teacher: nn.Module, course: Course, work: Path | None = None) -> nn.Module:

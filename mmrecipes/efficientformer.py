@@ -1,7 +1,7 @@
 """EfficientFormer-L1 (Li et al. 2022, arXiv:2206.01191), the published design in one page: 12.3 million parameters.
 
 Convolutions where maps are large, with average pooling for the mixing of places, and attention only in the last block, where
-49 tokens are left. transformers does not have it. Notebook 31 puts it in the place of a vision tower.
+49 tokens are left. transformers does not have it. `swapped.py` puts it in the place of a vision tower.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmrecipes import exported, models
+from mmrecipes import distill, exported, models
 from mmrecipes import runtime as graphs
 from mmrecipes.checks import check_replaceable, take_place
 from mmrecipes.errors import ParityError, UserError, one_line
@@ -75,17 +75,6 @@ class Features(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         found = self.core.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
         return found[0] if isinstance(found, list | tuple) else found.flatten(0, -2)
-
-
-class Swapped(nn.Module):
-    """pixel_values (1, 3, H, W) -> visual tokens (1, T, D), by a `swapped.Tower` and the connector."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.tower, self.connector = model.model.vision_model, model.model.connector
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.connector(self.tower(pixel_values).last_hidden_state)
 
 
 # ---- export
@@ -170,7 +159,7 @@ def vision(model: nn.Module) -> tuple[nn.Module, Tensor]:
     if hasattr(core, "multi_modal_projector") and hasattr(core, "get_image_features"):
         return Features(model), picture
     if hasattr(core, "connector") and hasattr(getattr(core, "vision_model", None), "backbone"):  # swapped.Tower
-        return Swapped(model), picture
+        return distill.Eye(model), picture
     raise UserError(
         f"export: {type(model).__name__} is built neither like Idefics3 nor like LLaVA; there is no recipe for it yet"
     )

@@ -32,11 +32,13 @@ def with_words(model: nn.Module, words: Mapping[str, Sequence[str]]) -> tuple[nn
     """A copy of `model` in which each of `words` is one token, and these tokens; `model` may have spelled them in pieces.
 
     A new token begins as the mean of the tokens of other words, given with it: {"pink": ["red", "blue"]}. Its processor is a
-    copy, too. Raises UserError for a word that is one token already, or one that other words do not say what to begin as.
+    copy, too. Raises UserError for no words, one that is one token already, or one without a list of others to begin as.
     """
     grown = clone(model)
     grown.processor = copy.deepcopy(model.processor)
     tokenizer = grown.processor.tokenizer
+    if not words or any(isinstance(like, str) for like in words.values()):
+        raise UserError(f"with_words: {dict(words)}; give new words, each with a list of known ones")
     begin = {
         w: [t for other in like for t in tokenizer.encode(f" {other}", add_special_tokens=False)] for w, like in words.items()
     }
@@ -61,14 +63,19 @@ def adapted(
     But for the embeddings of the tokens `words`, new ones that `with_words` made: they learn, too. It computes what `model` does
     until it is trained, since half of each adapter begins as zeros. `alpha` / rank scales what the adapters add; alpha is twice
     the rank by default. `.get_base_model()` is the model with its adapters inside, and `.save_pretrained` writes these alone.
-    Raises UserError for a rank below 1 and for parts that the model does not have.
+    Raises UserError for a rank below 1, and for parts and tokens that the model does not have.
     """
     if importlib.util.find_spec("peft") is None:
         raise ImportError("peft is not installed; get it with: pip install 'mmrecipes[train]'")
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    base = clone(model)
+    base = _laid_out(clone(model))
+    if getattr(base, "is_loaded_in_4bit", False):  # norms and embeddings, stored in bf16, work in floats while adapters learn
+        prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     found = models.parts(base)
+    known = len(base.get_input_embeddings().weight)
+    if any(not 0 <= token < known for token in words):
+        raise UserError(f"adapted: tokens {list(words)} of {known}; give those that with_words gave for this model")
     if rank < 1 or not parts or set(parts) - set(found):
         raise UserError(f"adapted: rank {rank} in {', '.join(parts) or 'nothing'}; expected 1 or more, in {', '.join(found)}")
     inside = {id(m) for part in parts for m in found[part].modules()}
@@ -88,7 +95,7 @@ def learn(model: PeftModel, course: Course, rows: Any = None, work: Path | None 
     `rows` (image, question, answer) are gone through over and over; that takes any VLM. `course.adam_lr` is the rate. Resumable
     with `work`. Raises UserError as `fit.fit` does.
     """
-    base = model.get_base_model()
+    base = _laid_out(model.get_base_model())
     batches, words = material(base, course, rows)
 
     def loss(m: nn.Module, batch: Any) -> tuple[Tensor, dict[str, float]]:
@@ -105,8 +112,20 @@ def merged(model: PeftModel) -> nn.Module:
 
     A 4-bit matrix is taken back to floats first, and rounded again after. Raises ParityError when the sum is not finite.
     """
-    plain = clone(model).merge_and_unload()
+    with warnings.catch_warnings():  # "may get different generations due to rounding errors": as said above
+        warnings.filterwarnings("ignore", message="Merge lora module to 4-bit", category=UserWarning)
+        plain = _laid_out(clone(model)).merge_and_unload()
     for name, p in plain.named_parameters():
         if p.is_floating_point() and not torch.isfinite(p).all():
             raise ParityError(f"merged: {name} is not finite; train with a lower rate")
     return plain.eval()
+
+
+def _laid_out(model: nn.Module) -> nn.Module:
+    """`model` with its 4-bit weights as they were stored, in place.
+
+    On CPUs with AVX512-BF16 bitsandbytes 0.50 turns them round when a model first answers, to a layout through which no gradient
+    passes and which peft merges wrongly. To ask for the state dict turns them back.
+    """
+    model.state_dict()
+    return model

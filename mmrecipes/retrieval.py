@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from mmrecipes import checks, scenes
+from mmrecipes import checks, models, scenes
 from mmrecipes.errors import ParityError, UserError
 from mmrecipes.evaluate import Share, answers, wilson
 from mmrecipes.scenes import COLOURS, SHAPES, SIZES, SPLITS, Scene
@@ -133,8 +133,11 @@ def retrieval(model: nn.Module, seen: Gallery, pool: int = POOL) -> Found:
 def asked(model: nn.Module, split: str = "test", n: int = 1000) -> tuple[Share, Share, list[bool]]:
     """Image-text matching by a VLM: it is asked whether an object is there, and whether one is whose colour or shape is false.
 
-    Shares of right answers among 2 `n`, and of pictures with both right; the latter one by one.
+    Shares of right answers among 2 `n`, and of pictures with both right; the latter one by one. Raises UserError for a dual
+    encoder, which cannot be asked, or fewer than one picture.
     """
+    if n < 1 or "head" not in models.parts(model):
+        raise UserError(f"asked: {n} pictures, {type(model).__name__}; expected one or more, and a model that answers questions")
     drawn = [scenes.make_scene(seed) for seed in SPLITS[split][:n]]
     near = [scenes.changed(s)[0] for s in drawn]
     moved = [next((a, b) for a, b in zip(s.things, t.things, strict=True) if a != b) for s, t in zip(drawn, near, strict=True)]

@@ -1,7 +1,7 @@
 """ShuffleNet V2 1.0x (Ma et al. 2018, arXiv:1807.11164), the published design in one page: 2.3 million parameters.
 
 Half of a block's channels pass by untouched, the other half is convolved, and a shuffle mixes the two for the next block.
-transformers does not have it. Notebook 31 puts it in the place of a vision tower.
+transformers does not have it. `swapped.py` puts it in the place of a vision tower.
 """
 
 from __future__ import annotations

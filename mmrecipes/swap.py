@@ -1,7 +1,7 @@
 """Another vision encoder for a VLM: put in, then taught step by step to say to the language model what the old one said.
 
 First its features through a linear map, which becomes the connector's; then the connector alone; then everything
-(`distill.distill`). `mmrecipes.swapped` is the model that comes out. Built by hand in notebook 31.
+(`distill.distill`). `mmrecipes.swapped` is the model that comes out.
 """
 
 from __future__ import annotations
@@ -83,15 +83,16 @@ class Matched(nn.Module):
 def best_map(student: nn.Module, teacher: nn.Module, pictures: Tensor, batch: int = 64) -> Tensor:
     """The linear map (D, C) from the features of `student`'s encoder to `teacher`'s that errs least on `pictures` (N, 3, H, W).
 
-    Least squares, in float64, with a thousandth of the features' mean square added to each (ridge), as some channels never vary.
+    Least squares in float64, by `distill.ridge`. Raises UserError without pictures.
     """
+    if not len(pictures):
+        raise UserError("best_map: no pictures; give some hundred like those to come")
     own, old = (models.parts(m)["vision"] for m in (student, teacher))
     moments = products = 0.0
     for some in pictures.split(batch):
         x, y = (eye(some).last_hidden_state.flatten(0, 1).double() for eye in (own, old))
         moments, products = moments + x.T @ x, products + x.T @ y
-    moments.diagonal().add_(1e-3 * moments.diagonal().mean())
-    return torch.linalg.solve(moments, products).T.float()
+    return distill.ridge(moments, products).float()
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """An Idefics3 that sees through another vision encoder: any backbone that makes maps, where its config can only name a ViT.
 
 This file is saved beside the weights (transformers' custom code), so that a swapped model loads without mmrecipes:
-`AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)`. Built by hand in notebook 31.
+`AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)`.
 """
 
 from __future__ import annotations

@@ -84,14 +84,24 @@ def test_four_bit_matrices_are_adapted_too(house_vlm, rows, tmp_path):
     house = models.load(house_vlm)
     shrink_torch.write(house, shrink_torch.can(house), tmp_path / "nf4")
     four = shrink_torch.load(tmp_path / "nf4")
+    for p in four.parameters():  # as it is loaded where the CPU has bf16
+        p.data = p.data.bfloat16() if p.is_floating_point() else p.data
+    before = logits(four, rows).float()  # an answer may turn its weights round, where nothing could be trained or merged
     model = lora.adapted(four, 4)
+    lessons = fit.Course(1, 4, 0.001, 0.0)  # the house model's own are in floats
+    lora.learn(model, lessons, work=tmp_path / "w")
+    lora.learn(lora.adapted(four, 4), lessons, work=tmp_path / "w")  # nothing left to do, but to read what was written
     packed = {n: p.clone() for n, p in model.named_parameters() if p.dtype == torch.uint8}
     assert packed, "the matrices are packed"
     model = lora.learn(model, COURSE, rows)
     assert all(torch.equal(p, packed[n]) for n, p in model.named_parameters() if n in packed)
     found = logits(model.get_base_model(), rows)
-    assert torch.isfinite(found).all() and not torch.allclose(found, logits(four, rows), atol=1e-3)
+    assert torch.isfinite(found).all() and not torch.allclose(found, before, atol=1e-3)
+    first = models.parts(model.get_base_model())["vision"].encoder.layers[0].self_attn.k_proj
+    assert first.lora_B["default"].weight.abs().sum() > 0, "a gradient came through all the layers above"
     again = lora.merged(model)
+    same = logits(lora.merged(lora.adapted(four, 4)), rows).float()
+    assert (same - before).norm() < 0.2 * before.norm(), "nothing was added: rounded twice"
     assert any(p.dtype == torch.uint8 for p in again.parameters()), "rounded to four bits again"
     assert torch.isfinite(logits(again, rows)).all()
 
@@ -137,7 +147,9 @@ def test_new_words_are_tokens_that_learn(make, tmp_path):
 
 def test_words_that_cannot_be_added_are_refused(house_vlm):
     house = models.load(house_vlm)
-    for words in ({"red": ["blue"]}, {"pink": []}):
+    with pytest.raises(UserError, match="of 479; give those"):
+        lora.adapted(house, 2, words=[479])
+    for words in ({"red": ["blue"]}, {"pink": []}, {}, {"pink": "red"}):
         with pytest.raises(UserError, match="give new words"):
             lora.with_words(house, words)
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 
@@ -122,8 +123,10 @@ def test_it_is_exported_with_a_tower_in_static_int8(house, shuffled, tmp_path):
     folder = export.export(shuffled, tmp_path / "small", "onnx", widths, pictures=pictures)
     assert not list(folder.glob("*.py")) and "auto_map" not in (folder / "config.json").read_text()
     loaded = exported.load_exported(folder)
-    assert loaded.generate(pictures[0], "How many circles are there?") is not None
     floats = export.export(shuffled, tmp_path / "floats", "onnx")
+    asked = (pictures[0], "How many circles are there?")
+    assert exported.load_exported(floats).generate(*asked, 8) == models.ask(shuffled, *asked, 8)
+    assert np.isfinite(loaded.prefill(loaded.inputs(*asked))).all()
     sizes = [sum(f.stat().st_size for f in p.glob("vision*")) for p in (folder, floats)]
     assert sizes[0] < 0.35 * sizes[1], "convolutions are in int8, too"
 
@@ -161,6 +164,18 @@ def test_what_does_not_fit_is_refused(house, foreign_vlm):
         swap.swap(house, {"model_type": "no_such_net"})
     with pytest.raises(UserError, match="8 x 8 places"):
         swap.swap(house, {"model_type": "bert"})
+    with pytest.raises(UserError, match="do not fit"):
+        swap.swap(house, swap.TOWERS["ShuffleNetV2 1.0x"], start=torch.nn.Linear(2, 2))
+    with pytest.raises(UserError, match="no pictures"):
+        swap.best_map(house, house, pixels(0))
+    with pytest.raises(UserError, match="0 pictures"):
+        retrieval.asked(house, n=0)
+
+
+def test_the_map_of_an_encoder_to_itself_is_the_identity(house):
+    found = swap.best_map(house, house, pixels(8) + torch.linspace(-1, 1, 128))
+    x = models.parts(house)["vision"](pixels(1)).last_hidden_state.detach()
+    assert (x @ found.T - x).norm() < 0.1 * x.norm()
 
 
 def test_muon_takes_convolutions_as_matrices():
