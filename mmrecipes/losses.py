@@ -93,7 +93,7 @@ def answer_loss(
     supervised heads miss (for that the language model has three layers or more); plus their patch loss where the tower learns.
     """
     core, ids, segments = model.model, batch.ids, batch.segments
-    frozen = not next(core.vision_model.parameters()).requires_grad
+    frozen = not any(p.requires_grad for p in core.vision_model.parameters())
     with torch.no_grad() if frozen else torch.enable_grad():
         seen = core.vision_model(batch.images).last_hidden_state
     visual = core.connector(seen)

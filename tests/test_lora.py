@@ -56,6 +56,11 @@ def test_house_lessons_are_the_default_and_parts_can_be_chosen(house_vlm, tmp_pa
     assert "reading" in fit.log(tmp_path), "lessons log what is right, by family"
 
 
+def test_house_lessons_reach_every_adapter(house_vlm):
+    model = lora.learn(lora.adapted(models.load(house_vlm), 2), fit.Course(2, 4, 0.001, 1e-3))
+    assert all(p.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
+
+
 def test_a_training_is_taken_up_where_it_was_left(rows, tmp_path):
     whole = lora.learn(lora.adapted(tiny.house(), 2), COURSE, rows)
     lora.learn(lora.adapted(tiny.house(), 2), COURSE, rows, tmp_path)
