@@ -157,7 +157,7 @@ def project(tmp_path) -> Path:
     nbformat.write(nb, tmp_path / "notebooks" / "00_it.ipynb")
     regions = "\n\n".join(
         f"<!-- begin:{r} -->\nold\n<!-- end:{r} -->"
-        for r in ("badges", "bench", "distillation", "notebooks", "pruning", "quantization", "results")
+        for r in ("adapters", "badges", "bench", "distillation", "notebooks", "pruning", "quantization", "results")
     )
     (tmp_path / "README.md").write_text(f"# Title\n\n{regions}\n\nThe end.\n")
     (tmp_path / "results").mkdir()
@@ -239,6 +239,16 @@ def test_distillation_table_shows_what_was_measured(project):
     assert lines[-1].endswith("faster than its teacher: 2.1 times (ONNX Runtime fp32, 1 thread).")
 
 
+def test_adapters_table_shows_what_was_learned_and_forgotten(project):
+    new, old = {"value": 0.7, "low": 0.67, "high": 0.72, "n": 1200}, {"points": -0.4, "low": -0.8, "high": 0.1, "n": 4200}
+    row = {"change": old, "new": {"accuracy": new}}
+    made = {"variants": {"before": {"new": {"accuracy": new | {"value": 0.31}}}, "LoRA, new and old": row}}
+    (project / "results" / "lora.json").write_text(json.dumps(made))
+    lines = readme.adapters_table(project / "results").splitlines()
+    assert "of 1200 new questions, 31% before" in lines[0] and len(lines) == 3
+    assert lines[2] == "| LoRA, with as many old examples | 70% [67, 72] | -0.4 [-0.8, +0.1] | 4200 |"
+
+
 def test_nothing_measured_is_said(project):
     for file in ("tour.json", "notebooks.json"):
         (project / "results" / file).unlink()
@@ -255,7 +265,7 @@ def test_nothing_measured_is_said(project):
         ("<!-- begin:badgers --><!-- end:badgers -->", "no region badgers"),
         (
             "<!-- begin:badges --><!-- end:badges -->",
-            "has no region bench, distillation, notebooks, pruning, quantization, results",
+            "has no region adapters, bench, distillation, notebooks, pruning, quantization, results",
         ),
     ],
 )

@@ -2,7 +2,8 @@
 
 A region lies between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. README.md has `badges`, `notebooks` (a table from
 results/notebooks.json), `results` (a table from results/tour.json), `quantization`,
-`pruning` and `distillation` (what chapters 1 to 3 cost) and `bench`; a notebook has `badges` and, if it likes, `cost`.
+`pruning`, `distillation` and `adapters` (what chapters 1 to 3 cost) and `bench`; a notebook has `badges` and, if it likes,
+`cost`.
 """
 
 from __future__ import annotations
@@ -81,6 +82,14 @@ DISTILLATION = (  # the same, and of which answers the points are
     ("dual.json", "taught", "a smaller `mini-siglip`, taught for {minutes:.0f} minutes: pictures find their captions", "to_text"),
     ("dual.json", "pairs alone", "the same, from pairs alone, {minutes:.0f} minutes", "to_text"),
 )
+
+ADAPTERS = {  # of lora.json, how each way to learn is called
+    "all weights, new only": "all weights, from new examples",
+    "LoRA, new only": "LoRA, from new examples",
+    "all weights, new and old": "all weights, with as many old examples",
+    "LoRA, new and old": "LoRA, with as many old examples",
+    "NF4 + LoRA": "the same on four bits (QLoRA)",
+}
 
 
 def badges(url: str, notebook: str | None = None) -> str:
@@ -189,6 +198,21 @@ def distillation_table(results: Path) -> str:
     return f"{shown}\n\nThe taught student answers a question faster than its teacher: {faster}." if faster else shown
 
 
+def adapters_table(results: Path) -> str:
+    """What each of ADAPTERS learned of the new things, and forgot of the old."""
+    content, rows = load(results / "lora.json"), []
+    for name, called in ADAPTERS.items():
+        if row := content.get("variants", {}).get(name):
+            new, old = row["new"]["accuracy"], row["change"]
+            learned = f"{new['value']:.0%} [{100 * new['low']:.0f}, {100 * new['high']:.0f}]"
+            rows.append([called, learned, f"{old['points']:+.1f} [{old['low']:+.1f}, {old['high']:+.1f}]", str(old["n"])])
+    if not rows:
+        return "Not measured yet: `make results`."
+    first = content["variants"]["before"]["new"]["accuracy"]
+    new = f"of {first['n']} new questions, {first['value']:.0%} before"
+    return table(["two colours and two shapes, learned by", new, "points on old questions [95% interval]", "old"], rows)
+
+
 def bench_table(content: dict[str, Any]) -> str:
     """The real-size twin in every runtime: each row beside PyTorch's fp32, the first."""
     first, body = content["rows"][0], []
@@ -256,6 +280,7 @@ def expected(root: Path = ROOT) -> dict[Path, str]:
     tour = load(root / "results" / "tour.json")
     bench = load(root / "results" / "bench.json")
     regions = {
+        "adapters": adapters_table(root / "results"),
         "badges": badges(url, next(iter(titles), None)),
         "bench": bench_table(bench) if bench["rows"] else "Not measured yet: `make bench`.",
         "distillation": distillation_table(root / "results"),
