@@ -104,6 +104,7 @@ def run(work: Path = WORK, n: int | None = None, shrink: int = 1) -> dict:
     kept.row("times, towers", lambda: _towers(teacher))
     with tempfile.TemporaryDirectory() as folder:
         kept.row("runtime", lambda: _runtimes(whole, few, Path(folder)))
+        kept.row("runtime, OpenVINO", lambda: _openvino(whole, rows, Path(folder)))
     return _content(kept.rows, whole, work)
 
 
@@ -185,6 +186,24 @@ def _runtimes(whole: dict[str, nn.Module], rows: Dataset, folder: Path) -> dict:
     return found
 
 
+def _openvino(whole: dict[str, nn.Module], rows: Dataset, folder: Path) -> dict:
+    """OpenVINO, the language model in fp32: milliseconds a picture of each encoder by precision, and the answers in int8."""
+    pictures = [scenes.render(scenes.make_scene(s)) for s in scenes.SPLITS["calibration"][:64]]
+    loaded, runs, sizes = {}, {}, {}
+    for name, model in whole.items():
+        for vision in ("fp32", "bf16", "int8", "static"):
+            key, given = f"{name}, {vision}", pictures if vision == "static" else ()
+            at = export.export(
+                model, folder / f"openvino {key}", "openvino", {"vision": vision, "language": "fp32"}, pictures=given
+            )
+            loaded[key], sizes[key] = exported.load_exported(at), sum(f.stat().st_size for f in at.glob("vision*"))
+            runs[key] = partial(loaded[key].graphs.look, export.pixels(model, pictures[:1])[0])
+    found = {k: {"ms": ms, "bytes": sizes[k]} for k, ms in measure.wall(runs, repeats=51).items()}
+    for key in (k for k in found if k.endswith(("int8", "static"))):
+        found[key] |= answers(loaded[key], rows)
+    return found
+
+
 def _each(model: exported.Exported, asked: list) -> None:
     for picture, question in asked:
         model.generate(picture, question, 8)
@@ -207,11 +226,11 @@ def _content(rows: dict, whole: dict[str, nn.Module], work: Path) -> dict:
         last["against the step before"] = evaluate.paired(before, rows[f"{name}: all"]["right"][: len(before)])
         last["share"] = parameters[name] / parameters["teacher"]
         last["minutes in all"] = sum(r["minutes"] for n, r in variants.items() if n.startswith(f"{name}: "))
-    ran = {}
-    for name, row in rows["runtime"].items():
-        ran[name] = {k: v for k, v in row.items() if k not in ("right", "families")}
+    ran: dict[str, dict] = {"runtime": {}, "runtime, OpenVINO": {}}
+    for where, (name, row) in ((w, item) for w in ran for item in rows[w].items()):
+        ran[where][name] = {k: v for k, v in row.items() if k not in ("right", "families")}
         if "right" in row:
-            ran[name]["change"] = evaluate.paired(base[: len(row["right"])], row["right"])
+            ran[where][name]["change"] = evaluate.paired(base[: len(row["right"])], row["right"])
     logs = {}
     for name in (*FEATURES, SMALLER):
         at = work / name.split()[0].lower().strip(",")
@@ -221,7 +240,7 @@ def _content(rows: dict, whole: dict[str, nn.Module], work: Path) -> dict:
         "variants": variants,
         "matching": matching,
         "towers": rows["times, towers"],
-        "runtime": ran,
+        **ran,
         "parameters": parameters,
         "logs": logs,
     }

@@ -157,6 +157,20 @@ def test_some_convolutions_can_stay_in_float(shuffled, tmp_path):
     assert not (tmp_path / "none.onnx").exists()
 
 
+def test_openvino_takes_it_in_static_int8(shuffled, tmp_path):
+    pictures = [scenes.render(scenes.make_scene(s)) for s in scenes.SPLITS["calibration"][:4]]
+    asked = (pictures[0], "How many circles are there?")
+    found = {}
+    for vision, given in (("fp32", ()), ("static", pictures)):
+        widths = {"vision": vision, "language": "fp32"}
+        found[vision] = exported.load_exported(export.export(shuffled, tmp_path / vision, "openvino", widths, pictures=given))
+    assert found["fp32"].generate(*asked, 8) == models.ask(shuffled, *asked, 8)
+    logits = [m.prefill(m.inputs(*asked)) for m in found.values()]
+    assert 0 < np.abs(logits[0] - logits[1]).max() < 0.5 * np.abs(logits[0]).max()
+    sizes = [sum(f.stat().st_size for f in (tmp_path / v).glob("vision*")) for v in found]
+    assert sizes[1] < 0.5 * sizes[0]
+
+
 def test_what_does_not_fit_is_refused(house, foreign_vlm):
     with pytest.raises(UserError, match="expected an Idefics3"):
         swap.swap(models.load(foreign_vlm), swap.TOWERS["ShuffleNetV2 1.0x"])
