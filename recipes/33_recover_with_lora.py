@@ -1,0 +1,44 @@
+# How little must be trained to learn something new?
+# The recipe of https://github.com/mmrecipes/mmrecipes/blob/main/notebooks/33_recover_with_lora.ipynb
+# Extracted by tools/recipes.py; change the notebook instead. Licence: Apache-2.0.
+
+import os
+import tempfile
+
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolVLM-256M-Instruct")
+COLOURS = ("teal", "maroon", "olive", "navy")  # yours: a few hundred, mixed with as many of what it must not forget
+EXAMPLES = [(Image.new("RGB", (256, 256), c), "What colour is this?", c) for c in COLOURS]
+RANK, STEPS, RATE, OUT = 8, 60, 2e-3, os.environ.get("OUT", os.path.join(tempfile.mkdtemp(), "adapted"))
+
+processor = AutoProcessor.from_pretrained(MODEL)
+model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
+names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n]
+model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names))
+
+
+def as_batch(picture, question, answer):
+    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
+    tail = processor.tokenizer(f" {answer}{processor.tokenizer.eos_token}", add_special_tokens=False)["input_ids"]
+    batch = processor(images=[picture], text=[f"{prompt} {answer}{processor.tokenizer.eos_token}"], return_tensors="pt")
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[0, -len(tail) :] = batch["input_ids"][0, -len(tail) :]  # only the answer is learned
+    return {**batch, "labels": labels}
+
+
+batches = [as_batch(*e) for e in EXAMPLES]
+stepper, losses = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE), []
+for step in range(STEPS):
+    loss = model(**batches[step % len(batches)]).loss
+    losses.append(loss.item())
+    loss.backward()
+    stepper.step()
+    stepper.zero_grad()
+model.merge_and_unload().save_pretrained(OUT)
+processor.save_pretrained(OUT)
+print(f"adapters in {len(names)} layers; loss of the answers: {losses[0]:.2f} -> {losses[-1]:.2f} nats a token")
