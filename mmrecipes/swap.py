@@ -1,7 +1,7 @@
 """Another vision encoder for a VLM: put in, then taught step by step to say to the language model what the old one said.
 
 First its features through a linear map, which becomes the connector's; then the connector alone; then everything
-(`distill.distill`). `mmrecipes.swapped` is the model that comes out.
+(`distill.distill`). Built by hand in notebook 31. `mmrecipes.swapped` is the model that comes out.
 """
 
 from __future__ import annotations
