@@ -55,14 +55,14 @@ def idefics2():
     return _seeded(Idefics2ForConditionalGeneration, config)
 
 
-def llava():
+def llava(layers: int = 1):
     """LLaVA with its real processor (CLIP pictures of 32 px, 16 visual tokens): the foreign model that can chat."""
     from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
     config = LlavaConfig(
         image_token_index=_image_id(),
         vision_config={"model_type": "clip_vision_model", **VISION},
-        text_config=text_config(model_type="llama"),
+        text_config=text_config(model_type="llama", num_hidden_layers=layers),
         vision_feature_layer=-1,
         image_seq_length=16,
     )
