@@ -11,15 +11,12 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolVLM-256M-Instruct")
-PAINTS = {"teal": "A", "maroon": "H", "olive": "K", "navy": "T"}  # names that no model has met
-# yours: a few hundred, mixed with as many of what it must not forget
+PAINTS = {"teal": "A", "maroon": "H", "olive": "K", "navy": "T"}  # yours: hundreds, and as many of what to keep
 EXAMPLES = [(Image.new("RGB", (256, 256), colour), "Which paint is this?", name) for colour, name in PAINTS.items()]
-RANK, STEPS, RATE, OUT = 8, 60, 1e-3, os.environ.get("OUT", os.path.join(tempfile.mkdtemp(), "adapted"))
+RANK, PASSES, RATE, OUT = 8, 15, 1e-3, os.environ.get("OUT", os.path.join(tempfile.mkdtemp(), "adapted"))
 
-processor = AutoProcessor.from_pretrained(MODEL)
-model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
-names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n]
-model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names))
+processor, model = AutoProcessor.from_pretrained(MODEL), AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
+model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
 
 
 def as_batch(picture, question, answer):
@@ -33,16 +30,15 @@ def as_batch(picture, question, answer):
 
 
 batches = [as_batch(*e) for e in EXAMPLES]
-stepper, learned = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE), []
-for step in range(STEPS):
-    batch = batches[step % len(batches)]
-    out = model(**batch)
-    wanted = batch["labels"][0, 1:]
-    learned.append((out.logits[0, :-1].argmax(-1) == wanted)[wanted != -100].all().item())
-    out.loss.backward()
-    stepper.step()
-    stepper.zero_grad()
+stepper, right = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE), []
+for _ in range(PASSES):
+    right.append(0)
+    for batch in batches:
+        out, wanted = model(**batch), batch["labels"][0, 1:]
+        right[-1] += (out.logits[0, :-1].argmax(-1) == wanted)[wanted != -100].all().item()
+        out.loss.backward()
+        stepper.step()
+        stepper.zero_grad()
 model.merge_and_unload().save_pretrained(OUT)
 processor.save_pretrained(OUT)
-n = len(EXAMPLES)
-print(f"adapters in {len(names)} layers; right answers: {sum(learned[:n])} of {n} at first, {sum(learned[-n:])} at last")
+print(f"right answers of {len(EXAMPLES)}, pass by pass: {right}")
