@@ -237,6 +237,13 @@ def test_distillation_table_shows_what_was_measured(project):
     assert lines[2] == "| a student of `mini-vlm`, taught for 16 minutes | 27% | -0.7 [-1.2, -0.2] | 4200 |"
     assert lines[4].startswith("| a smaller `mini-siglip`") and "| 38% |" in lines[4]
     assert lines[-1].endswith("faster than its teacher: 2.1 times (ONNX Runtime fp32, 1 thread).")
+    eyes = {f"{eye}, static": {"ms": {"median": ms}} for eye, ms in (("ShuffleNetV2 1.0x", 2.04), ("teacher", 2.65))}
+    answers = {name: timed | {"change": {"points": -1.07}} for name, timed in eyes.items()}
+    swap = {"threads": 2, "OpenVINO, 1 thread": eyes, "runtime, OpenVINO": answers}
+    (project / "results" / "swap.json").write_text(json.dumps(swap))
+    last = readme.distillation_table(project / "results").splitlines()[-1]
+    both = "2.0 and 2.6 ms at -1.1 points"
+    assert last.endswith(f"in static int8, {both} (OpenVINO, 1 thread); {both} (OpenVINO, 2 threads).")
 
 
 def test_adapters_table_shows_what_was_learned_and_forgotten(project):

@@ -183,7 +183,7 @@ def pruning_table(results: Path) -> str:
 
 
 def distillation_table(results: Path) -> str:
-    """Size, and points against the teacher, a row for each of DISTILLATION that was measured; then what it gives in time."""
+    """Size, and points against the teacher, a row for each of DISTILLATION that was measured; then what they give in time."""
     rows, speed = [], load(results / "student.json").get("times faster", {})
     for file, name, called, what in DISTILLATION:
         content = load(results / file)
@@ -195,7 +195,24 @@ def distillation_table(results: Path) -> str:
         return "Not measured yet: `make results`."
     shown = table(["a smaller model", "of the parameters", "points against its teacher [95% interval]", "asked"], rows)
     faster = ", ".join(f"{v:.1f} times ({k.removeprefix('a question, ')})" for k, v in speed.items() if "ONNX" in k)
-    return f"{shown}\n\nThe taught student answers a question faster than its teacher: {faster}." if faster else shown
+    said = [f"The taught student answers a question faster than its teacher: {faster}."] if faster else []
+    return "\n\n".join([shown, *said, *swapped_eyes(load(results / "swap.json"))])
+
+
+def swapped_eyes(content: dict[str, Any]) -> list[str]:
+    """In one sentence: ms a picture of the ShuffleNetV2 eye and of the ViT, both in static int8; none if not measured."""
+    told = content.get("runtime, OpenVINO", {})  # answers do not depend on threads
+    wheres = {"OpenVINO, 1 thread": "OpenVINO, 1 thread", "runtime, OpenVINO": "OpenVINO", "runtime": "ONNX Runtime"}
+    parts = []
+    for key, name in wheres.items():
+        rows = content.get(key, {})
+        swapped, own = (rows.get(f"{eye}, static") for eye in ("ShuffleNetV2 1.0x", "teacher"))
+        if swapped and own:
+            points = (swapped if "change" in swapped else told["ShuffleNetV2 1.0x, static"])["change"]["points"]
+            threads = "" if "thread" in key else f", {content['threads']} threads"
+            both = f"{swapped['ms']['median']:.1f} and {own['ms']['median']:.1f} ms"
+            parts.append(f"{both} at {points:+.1f} points ({name}{threads})")
+    return [f"A picture takes the ShuffleNetV2 eye and the ViT, in static int8, {'; '.join(parts)}."] if parts else []
 
 
 def adapters_table(results: Path) -> str:
