@@ -242,8 +242,8 @@ def test_distillation_table_shows_what_was_measured(project):
     swap = {"threads": 2, "OpenVINO, 1 thread": eyes, "runtime, OpenVINO": answers}
     (project / "results" / "swap.json").write_text(json.dumps(swap))
     last = readme.distillation_table(project / "results").splitlines()[-1]
-    both = "2.0 and 2.6 ms at -1.1 points"
-    assert last.endswith(f"in static int8, {both} (OpenVINO, 1 thread); {both} (OpenVINO, 2 threads).")
+    both = "2.0 against 2.6 ms, -1.1 points"
+    assert last.endswith(f"in static int8: {both} (OpenVINO, 1 thread); {both} (OpenVINO, 2 threads).")
 
 
 def test_adapters_table_shows_what_was_learned_and_forgotten(project):

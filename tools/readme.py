@@ -210,9 +210,9 @@ def swapped_eyes(content: dict[str, Any]) -> list[str]:
         if swapped and own:
             points = (swapped if "change" in swapped else told["ShuffleNetV2 1.0x, static"])["change"]["points"]
             threads = "" if "thread" in key else f", {content['threads']} threads"
-            both = f"{swapped['ms']['median']:.1f} and {own['ms']['median']:.1f} ms"
-            parts.append(f"{both} at {points:+.1f} points ({name}{threads})")
-    return [f"A picture takes the ShuffleNetV2 eye and the ViT, in static int8, {'; '.join(parts)}."] if parts else []
+            ms = f"{swapped['ms']['median']:.1f} against {own['ms']['median']:.1f} ms"
+            parts.append(f"{ms}, {points:+.1f} points ({name}{threads})")
+    return [f"A picture, seen by the ShuffleNetV2 against the ViT in static int8: {'; '.join(parts)}."] if parts else []
 
 
 def adapters_table(results: Path) -> str:
