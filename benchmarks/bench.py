@@ -61,10 +61,12 @@ def applies(runtime: str, how: str) -> bool:
 
 def prepare(runtime: str, how: str) -> None:
     """Write the files of one variant, unless they are there."""
-    from mmrecipes import models, scenes
+    from mmrecipes import models
+    from mmrecipes.data import scenes
+    from mmrecipes.mini import model as mini_model
 
     if runtime == "torch":
-        models.save(twin := models.real_size(), twin.processor, folder("torch", ""), "bfloat16")
+        models.save(twin := mini_model.real_size(), twin.processor, folder("torch", ""), "bfloat16")
         scenes.render(scenes.make_scene(5), 512).save(WORK / "picture.png")
         return
     from mmrecipes import export
@@ -88,14 +90,16 @@ def _plain_onnx(model, how: str) -> None:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    from mmrecipes import export, packed, runtime
+    from mmrecipes.errors import library_logs
+    from mmrecipes.export import pipeline, wrappers
+    from mmrecipes.export.onnx import graphs as onnx_graphs
 
     out = folder("onnx", f"plain-{how}")
     out.mkdir()
-    tower, picture = export.vision(model)
-    module, example, axes = export.language(model)
+    tower, picture = wrappers.vision_wrapper(model)
+    module, example, axes = wrappers.language_wrapper(model)
     graphs = {"vision": out / "vision.onnx", "language": out / "language.onnx"}
-    with runtime.quiet(), torch.no_grad():
+    with library_logs(), torch.no_grad():
         torch.onnx.export(tower.eval(), (picture,), dynamo=True, verbose=False).save(graphs["vision"], external_data=False)
         config = OnnxConfig(dynamic_shapes=axes, prefer_deferred_runtime_asserts_over_guards=True)
         program = OnnxExporter().export(module, example, config).program
@@ -110,27 +114,28 @@ def _plain_onnx(model, how: str) -> None:
                 found.process()
                 found.model.save_model_to_file(str(graph))
     for graph in graphs.values():
-        packed.tidy(graph)
-    export._write_rest(model, out, "onnx", {"vision": how, "language": how})
+        onnx_graphs.strip_metadata(graph)
+    pipeline._write_rest(model, out, "onnx", {"vision": how, "language": how})
 
 
 def _plain_openvino(model, how: str) -> None:
     import nncf
     import openvino as ov
 
-    from mmrecipes import export, export_openvino
+    from mmrecipes import export
+    from mmrecipes.export import openvino, pipeline
 
     # from our graph, whose attention OpenVINO keeps whole: so weights alone are compared, and the peer is at its best
     mode = {"int8": {}, "int4": {"mode": nncf.CompressWeightsMode.INT4_SYM, "group_size": 64}}[how]  # 128 does not divide 576
     out = folder("openvino", f"nncf-{how}")
     out.mkdir()
-    export_openvino.write(model, out, {"vision": "fp32", "language": "fp32"}, [])
+    openvino.write_openvino(model, out, {"vision": "fp32", "language": "fp32"}, [])
     for part in export.PARTS:
         small = nncf.compress_weights(ov.Core().read_model(out / f"{part}.xml"), **mode)
         ov.save_model(small, out / "small.xml", compress_to_fp16=False)
         for ending in ("xml", "bin"):
             (out / f"small.{ending}").replace(out / f"{part}.{ending}")
-    export._write_rest(model, out, "openvino", {"vision": how, "language": how})
+    pipeline._write_rest(model, out, "openvino", {"vision": how, "language": how})
 
 
 # ---- one variant in this process
@@ -146,7 +151,7 @@ def run(runtime: str, how: str, forced: list[int] | None) -> dict:
         if runtime != "executorch":  # whose Python API takes PyTorch's tensors
             sys.modules.update(torch=None, torchao=None)  # as where only the runtime is installed: it needs no PyTorch
         look, step = _exported(runtime, how)
-    from mmrecipes import fresh
+    from mmrecipes import measure
 
     firsts, rates, logits = [], [], []
     for _ in range(1 + RUNS):  # the first run warms up: kernels are chosen, pages touched
@@ -161,7 +166,7 @@ def run(runtime: str, how: str, forced: list[int] | None) -> dict:
         rates.append((TOKENS - 1) / (time.perf_counter() - first))
         logits.append(found)
     files = [p for p in folder(runtime, how).iterdir() if p.name.startswith(("model", "vision", "language"))]
-    row = {"ttft_ms": statistics.median(firsts[1:]), "tokens_per_s": statistics.median(rates[1:]), "peak_mb": fresh.peak_mb()}
+    row = {"ttft_ms": statistics.median(firsts[1:]), "tokens_per_s": statistics.median(rates[1:]), "peak_mb": measure.peak_mb()}
     row |= {"disk_mb": sum(p.stat().st_size for p in files) / 1e6, "tokens": tokens}
     return row | {"logits": [np.asarray(each, np.float32).tolist() for each in logits]}
 
@@ -170,9 +175,9 @@ def _exported(runtime: str, how: str):
     import numpy as np
     from PIL import Image
 
-    from mmrecipes import exported
+    from mmrecipes import inference
 
-    loaded = exported.load_exported(folder(runtime, how), threads=THREADS)
+    loaded = inference.load_exported(folder(runtime, how), threads=THREADS)
     inputs = loaded.inputs(Image.open(WORK / "picture.png"), QUESTION)
     return lambda: loaded.prefill(inputs), lambda token: loaded.graphs.step(np.array([[token]]))
 
@@ -297,22 +302,22 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] == ["prepare"]:
         start = time.perf_counter()
         prepare(*VARIANTS[arguments[1]])
-        from mmrecipes import fresh, measure
+        from mmrecipes import measure
 
-        made = {"seconds": time.perf_counter() - start, "peak_mb": fresh.peak_mb(), "commit": measure.environment()["commit"]}
+        made = {"seconds": time.perf_counter() - start, "peak_mb": measure.peak_mb(), "commit": measure.environment()["commit"]}
         print("\n" + json.dumps(made))
     elif arguments[:1] == ["run"]:
         forced = json.loads(Path(arguments[2]).read_text()) if len(arguments) > 2 else None
         print("\n" + json.dumps(run(*VARIANTS[arguments[1]], forced)))
     else:
-        from mmrecipes import measure, report
+        from mmrecipes import measure, models
 
         found = everything(arguments)
         words = {"question": QUESTION, "tokens": TOKENS, "threads": THREADS, "rounds": ROUNDS}
         versions = {n: metadata.version(n) for n in ("onnxruntime", "openvino", "nncf", "torchao", "bitsandbytes", "executorch")}
         content = {"environment": measure.environment() | versions, **words, **found}
         if not arguments:  # a part of the table is for the eye alone
-            report.write_json(Path(__file__).resolve().parent.parent / "results" / "bench.json", content)
+            models.write_json(Path(__file__).resolve().parent.parent / "results" / "bench.json", content)
         show(found["rows"])
 
 

@@ -14,28 +14,32 @@ import torch
 from structured import Kept
 from torch import Tensor, nn
 
-from mmrecipes import dual, evaluate, fit, measure, models, quantize, retrieval
+from mmrecipes import distill, evaluate, measure, models, quantize, train
 
 WORK = Path(__file__).resolve().parent.parent / "runs" / "dual"
 LAYERS, COLUMNS = {"vision": (0, 2), "language": (0, 1)}, {"vision": 96, "language": 112}
 # the teacher's vectors first, then all lessons; and pairs alone for about as many minutes
-FIRST, TAUGHT, ALONE = fit.Course(300, 64, 0.003, 1e-3), fit.Course(500, 64, 0.003, 1e-3), fit.Course(1300, 64, 0.003, 1e-3)
-VECTORS = dual.Aims(contrast=0, affinity=0, interactive=0)
+FIRST, TAUGHT, ALONE = (
+    train.TrainConfig(300, 64, 0.003, 1e-3),
+    train.TrainConfig(500, 64, 0.003, 1e-3),
+    train.TrainConfig(1300, 64, 0.003, 1e-3),
+)
+VECTORS = distill.ContrastiveWeights(contrast=0, affinity=0, interactive=0)
 SCENES, HARDER = 4000, 1000  # test scenes; and pools of so many, beside those of 100
 
 
 def run(work: Path = WORK, n: int = SCENES, shrink: int = 1) -> dict:
     """Retrieval both ways, matching and telling apart of every variant, paired with the teacher's; time and bytes."""
-    teacher, kept, seen = models.load("mini-siglip"), Kept(work), retrieval.gallery(n=n)
-    index = [retrieval.embeddings(teacher, texts=t) for t in (seen.captions, seen.negatives)]  # as somebody embedded them once
-    student = dual.smaller(teacher, LAYERS, COLUMNS)
+    teacher, kept, seen = models.load("mini-siglip"), Kept(work), evaluate.gallery(n=n)
+    index = [evaluate.embeddings(teacher, texts=t) for t in (seen.captions, seen.negatives)]  # as somebody embedded them once
+    student = distill.make_dual_student(teacher, LAYERS, COLUMNS)
     kept.row("teacher", lambda: _found(teacher, seen, index))
     kept.row("cut, untrained", lambda: _found(student, seen, index))
-    first = dual.distill(student, teacher, _shorter(FIRST, shrink), VECTORS, work=work / "vectors")
+    first = distill.distill_dual(student, teacher, _shorter(FIRST, shrink), VECTORS, work=work / "vectors")
     kept.row("its vectors matched", lambda: _found(first, seen, index))
-    taught = dual.distill(first, teacher, _shorter(TAUGHT, shrink), work=work / "taught")
-    alone = dual.distill(student, None, _shorter(ALONE, shrink), work=work / "alone")
-    spent = {name: fit.log(work / name) for name in ("vectors", "taught", "alone")}
+    taught = distill.distill_dual(first, teacher, _shorter(TAUGHT, shrink), work=work / "taught")
+    alone = distill.distill_dual(student, None, _shorter(ALONE, shrink), work=work / "alone")
+    spent = {name: train.read_log(work / name) for name in ("vectors", "taught", "alone")}
     minutes = {name: log["seconds"][-1] / 60 for name, log in spent.items()}
     kept.row("taught", lambda: _found(taught, seen, index) | {"minutes": minutes["vectors"] + minutes["taught"]})
     kept.row("pairs alone", lambda: _found(alone, seen, index) | {"minutes": minutes["alone"]})
@@ -45,31 +49,31 @@ def run(work: Path = WORK, n: int = SCENES, shrink: int = 1) -> dict:
     return _content(kept.rows, parameters) | {"logs": logs}
 
 
-def _shorter(course: fit.Course, shrink: int) -> fit.Course:
+def _shorter(course: train.TrainConfig, shrink: int) -> train.TrainConfig:
     return replace(course, steps=max(2, course.steps // shrink))
 
 
-def _found(model: nn.Module, seen: retrieval.Gallery, index: list[Tensor]) -> dict:
-    easy, n = retrieval.retrieval(model, seen), len(seen.images)
-    hard = retrieval.retrieval(model, seen, min(n, HARDER))
+def _found(model: nn.Module, seen: evaluate.Gallery, index: list[Tensor]) -> dict:
+    easy, n = evaluate.retrieval_scores(model, seen), len(seen.images)
+    hard = evaluate.retrieval_scores(model, seen, min(n, HARDER))
     row = {k: asdict(getattr(easy, k)) for k in ("to_text", "to_image", "told_apart", "matching")}
     row |= {f"{k}, harder pool": asdict(getattr(hard, k)) for k in ("to_text", "to_image")}
-    image, text = retrieval.embeddings(model, seen.images), retrieval.embeddings(model, texts=seen.captions)
-    old, own = [], torch.arange(retrieval.POOL)
-    for i in range(0, n, retrieval.POOL):
-        part = slice(i, i + retrieval.POOL)
+    image, text = evaluate.embeddings(model, seen.images), evaluate.embeddings(model, texts=seen.captions)
+    old, own = [], torch.arange(evaluate.POOL)
+    for i in range(0, n, evaluate.POOL):
+        part = slice(i, i + evaluate.POOL)
         old += ((image[part] @ torch.cat([texts[part] for texts in index]).T).argmax(-1) == own).tolist()
     row["to_text, the teacher's texts"] = asdict(evaluate.wilson(sum(old), n))
     right = easy.right | {"harder": hard.right["to_text"], "old": old}
-    return row | {"gap": retrieval.modality_gap(image, text), "right": right}
+    return row | {"gap": evaluate.modality_gap(image, text), "right": right}
 
 
-def _times(variants: dict[str, nn.Module], seen: retrieval.Gallery) -> dict:
+def _times(variants: dict[str, nn.Module], seen: evaluate.Gallery) -> dict:
     """A picture and a caption, one at a time, in PyTorch, interleaved, processing and all; bytes on disk."""
     found = {"disk_mb": {k: measure.disk_bytes(quantize.bf16(m)) / 1e6 for k, m in variants.items()}}
     asked = {"picture": {"images": seen.images[:1]}, "caption": {"texts": seen.captions[:1]}}
     for what, given in asked.items():
-        runs = {k: partial(retrieval.embeddings, m, **given, progress=False) for k, m in variants.items()}
+        runs = {k: partial(evaluate.embeddings, m, **given, progress=False) for k, m in variants.items()}
         found[what] = measure.wall(runs, repeats=31)
     return found
 

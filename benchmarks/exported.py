@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from mmrecipes import data, evaluate, export, exported, models
+from mmrecipes import data, evaluate, export, inference, models
 
 WAYS = [(runtime, width) for runtime in ("onnx", "openvino", "executorch") for width in ("fp32", "int8", "int4")]
 
@@ -19,7 +19,7 @@ def run() -> dict:
     for runtime, width in WAYS:
         rows = data.test_split(FEWER if runtime == "executorch" else None)
         with tempfile.TemporaryDirectory() as folder:
-            loaded = exported.load_exported(export.export(model, Path(folder) / "mini-vlm", runtime, width))
+            loaded = inference.load_exported(export.export(model, Path(folder) / "mini-vlm", runtime, width))
             result = evaluate.vqa(loaded, rows)
             found[f"{runtime}, {width}"] = {
                 "accuracy": result.overall,

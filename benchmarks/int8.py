@@ -23,7 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmrecipes import data, evaluate, measure, models, quantize, report, runtime
+from mmrecipes import data, evaluate, inference, measure, models, quantize, report
+from mmrecipes.export import wrappers
+from mmrecipes.export.onnx import attached
+from mmrecipes.export.onnx import graphs as onnx_graphs
+from mmrecipes.export.onnx import quantize as onnx_quantize
+from mmrecipes.mini import model as mini_model
 
 WRONG = 0.2  # relative error from which an output is broken, not rounded
 PATIENCE = 30_000  # ms: a first call that took longer is not repeated, unless it compiled
@@ -41,8 +46,8 @@ def torchao_int8(model: nn.Module) -> nn.Module:
     """torchao: int8 weights, one scale a channel, and int8 activations, one scale a token. The tied head is left alone."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-    small = quantize.clone(model)
-    ours = {id(layer) for _, layer in quantize.linears(small)}
+    small = models.clone(model)
+    ours = {id(layer) for _, layer in models.linears(small)}
     quantize_(small, Int8DynamicActivationInt8WeightConfig(), lambda m, _: id(m) in ours)
     return small
 
@@ -55,7 +60,7 @@ def simulated_torchao_int8(model: nn.Module) -> nn.Module:
         return ((args[0] / scale).round() * scale, *args[1:])
 
     twin = quantize.simulate(model, 8)
-    for _, layer in quantize.linears(twin):
+    for _, layer in models.linears(twin):
         layer.register_forward_pre_hook(round_input)
     return twin
 
@@ -65,8 +70,8 @@ def llm_int8(model: nn.Module) -> nn.Module:
     import bitsandbytes as bnb
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says that it casts float32 inputs to float16
-    small = quantize.clone(model)
-    for name, layer in list(quantize.linears(small)):
+    small = models.clone(model)
+    for name, layer in list(models.linears(small)):
         twin = bnb.nn.Linear8bitLt(
             layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False, threshold=6.0
         )
@@ -91,7 +96,7 @@ def feeds(model: nn.Module, n: int = CALIBRATION) -> dict[str, list[dict[str, np
         core.vision_model.register_forward_pre_hook(note("vision"), with_kwargs=True),
         core.text_model.register_forward_pre_hook(note("language"), with_kwargs=True),
     ]
-    for inputs, _ in evaluate.teacher_forced(model, data.calibration(n), n):
+    for inputs, _ in models.teacher_forced(model, data.calibration(n), n):
         with torch.inference_mode():
             model(**inputs)
     for hook in hooks:
@@ -119,13 +124,13 @@ def accuracy(n: int | None = None) -> dict:
     add("torchao", simulated, f"simulated in fp32; its kernels differ from that by {error:.1e} (relative)")
     add("bitsandbytes LLM.int8", llm_int8(model), "inputs above 6 in floating point", AFEW)
     with tempfile.TemporaryDirectory() as folder:
-        whole, seen = runtime.export(model, folder), feeds(model)
+        whole, seen = attached.export_parts(model, folder), feeds(model)
 
         def small(name: str, make: Callable, note: str = "", most: int | None = None) -> None:
             graphs = {part: make(part, Path(folder) / f"{part}-{len(found)}.onnx") for part in whole}
-            add(name, runtime.attach(model, graphs), note, most)
+            add(name, attached.attach(model, graphs), note, most)
 
-        add("ONNX Runtime fp32", runtime.attach(model, whole), most=AFEW)
+        add("ONNX Runtime fp32", attached.attach(model, whole), most=AFEW)
         for kind, reduced, keep, most, note in (
             ("uint8", False, True, None, "down_proj in fp32"),
             ("uint8", False, False, None, "everything int8"),
@@ -134,13 +139,13 @@ def accuracy(n: int | None = None) -> dict:
         ):
 
             def dynamic(part: str, out: Path, kind=kind, reduced=reduced, keep=keep) -> Path:
-                return runtime.dynamic_int8(whole[part], out, kind, reduced, KEEP[part] if keep else ())
+                return onnx_quantize.dynamic_int8(whole[part], out, kind, reduced, KEEP[part] if keep else ())
 
             small(f"ONNX Runtime dynamic, {kind}, {'some kept' if keep else 'all'}", dynamic, note, most)
         for method in ("MinMax", "Percentile"):
 
             def static(part: str, out: Path, method=method) -> Path:
-                return runtime.static_int8(whole[part], seen[part], out, method, keep=KEEP[part])
+                return onnx_quantize.static_int8(whole[part], seen[part], out, method, keep=KEEP[part])
 
             small(f"ONNX Runtime static, {method}", static, f"7-bit weights, down_proj in fp32, {CALIBRATION} questions")
     return {"model": "mini-vlm, trained weights", "variants": found}
@@ -152,9 +157,9 @@ def accuracy(n: int | None = None) -> dict:
 def speed(repeats: int = 5, twin: nn.Module | None = None) -> dict:
     """Milliseconds and relative error of each variant on the real-size twin, or on `twin`, in three stages."""
     torch.manual_seed(0)
-    twin = twin or models.real_size("smolvlm-256m")
+    twin = twin or mini_model.real_size("smolvlm-256m")
     side = twin.config.vision_config.image_size
-    vision, language = runtime.Vision(twin).eval(), runtime.Language(twin).eval()
+    vision, language = wrappers.Idefics3Vision(twin).eval(), attached.LanguageWithoutCache(twin).eval()
     del twin
     width = language.decoder.config.hidden_size
     picture = {"pixel_values": torch.randn(1, 3, side, side)}
@@ -222,7 +227,7 @@ def _variants(part: str, module: nn.Module, example: dict, folder: Path) -> Iter
         return call
 
     def ort(graph: Path) -> Callable:
-        run = runtime.session(graph).run
+        run = inference.onnx_session(graph).run
         return lambda inputs: torch.from_numpy(run(None, {k: v.numpy() for k, v in inputs.items()})[0])
 
     yield "torch fp32", torch_(module)
@@ -231,11 +236,11 @@ def _variants(part: str, module: nn.Module, example: dict, folder: Path) -> Iter
     yield "torch fp32 compiled", torch_(torch.compile(module))
     yield "torch quantize_dynamic", torch_(quantize.dynamic_int8(module))
     yield "bitsandbytes LLM.int8", torch_(llm_int8(module))
-    graph = runtime.to_onnx(module, _doubled(example), folder / f"{part}.onnx", {k: FREE[k] for k in example})
+    graph = onnx_graphs.to_onnx(module, _doubled(example), folder / f"{part}.onnx", {k: FREE[k] for k in example})
     yield "ONNX Runtime fp32", ort(graph)
     for kind, reduced in (("uint8", False), ("int8", True), ("int8", False)):
         name = f"ONNX Runtime dynamic, {kind}{' reduced' if reduced else ''} weights"
-        yield name, ort(runtime.dynamic_int8(graph, folder / f"{part}-{kind}-{reduced}.onnx", kind, reduced))
+        yield name, ort(onnx_quantize.dynamic_int8(graph, folder / f"{part}-{kind}-{reduced}.onnx", kind, reduced))
     yield from _openvino(module, example)
     small = torchao_int8(module)
     yield "torchao", torch_(small)

@@ -20,31 +20,33 @@ from datasets import Dataset
 from structured import Kept, answers
 from torch import nn
 
-from mmrecipes import data, distill, evaluate, fit, lessons, lora, models, prune, quantize, recovery, scenes, shrink_torch
+from mmrecipes import data, distill, evaluate, models, prune, quantize, train
+from mmrecipes.data import scenes
+from mmrecipes.mini import batches
 
 WORK = Path(__file__).resolve().parent.parent / "runs" / "lora"
 NEW = 1200  # test questions about new things
 LIKE = {w: (*scenes.COLOURS,) if w in scenes.NEW_COLOURS else scenes.SHAPES for w in scenes.NEW_WORDS}  # as what they begin
 RANK = 16
 WAYS = tuple(f"{what}, {told}" for told in ("new only", "new and old") for what in ("all weights", "LoRA"))
-COURSE = fit.Course(600, 8, 0.0005, 2e-3)  # adapters and new words learn at adam_lr, whole matrices (Muon) at lr
+COURSE = train.TrainConfig(600, 8, 0.0005, 2e-3)  # adapters and new words learn at adam_lr, whole matrices (Muon) at lr
 ZEROS = 0.7  # a share at which the smallest weights are missed
-BACK = fit.Course(150, 8, 0.001, 1e-3)
+BACK = train.TrainConfig(150, 8, 0.001, 1e-3)
 FEWER = 1050  # questions for what is slow
 WHOLE = 1e-3  # adam_lr where all weights learn: embeddings and norms are in it then, and forget at the rate of adapters
 
 
 def trainings(work: Path = WORK, shrink: int = 1) -> dict[str, Callable[[], nn.Module]]:
     """Every model that is trained here, by name; each is trained when it is called, and taken up where it was left."""
-    house, words = lora.with_words(models.load("mini-vlm"), LIKE)
+    house, words = train.add_tokens(models.load("mini-vlm"), LIKE)
     course, back = (replace(c, steps=max(2, c.steps // shrink)) for c in (COURSE, BACK))
-    begin = distill.FIRST * 16 // course.batch
+    begin = data.STUDENT_FIRST * 16 // course.batch
 
-    def lessons_of(replay: bool) -> lessons.NovelBatches:
-        return lessons.NovelBatches(begin, begin + course.steps, course.batch, house.processor.tokenizer, replay)
+    def lessons_of(replay: bool) -> batches.NovelBatches:
+        return batches.NovelBatches(begin, begin + course.steps, course.batch, house.processor.tokenizer, replay)
 
     def adapters(base: nn.Module, name: str, replay: bool) -> nn.Module:
-        return lora.learn(lora.adapted(base, RANK, words=words), course, lessons_of(replay), work / _slug(name))
+        return train.train_lora(train.add_lora(base, RANK, words=words), course, lessons_of(replay), work / _slug(name))
 
     def whole(name: str, replay: bool) -> nn.Module:
         return distill.distill(house, None, replace(course, adam_lr=WHOLE), rows=lessons_of(replay), work=work / _slug(name))
@@ -54,18 +56,20 @@ def trainings(work: Path = WORK, shrink: int = 1) -> dict[str, Callable[[], nn.M
         found[f"all weights, {told}"] = partial(whole, f"all weights, {told}", replay)
         found[f"LoRA, {told}"] = partial(adapters, house, f"LoRA, {told}", replay)
     found["NF4 + LoRA"] = lambda: adapters(_four_bits(house), "NF4 + LoRA", True)
-    found["pruned + LoRA"] = lambda: lora.learn(lora.adapted(_thin(house), RANK), back, work=work / _slug("pruned + LoRA"))
-    slow = recovery.Course(back.steps, back.batch, back.lr, 3e-4)
+    found["pruned + LoRA"] = lambda: train.train_lora(
+        train.add_lora(_thin(house), RANK), back, work=work / _slug("pruned + LoRA")
+    )
+    slow = distill.Course(back.steps, back.batch, back.lr, 3e-4)
     kept = "pruned, all weights trained, zeros kept"
-    found[kept] = lambda: recovery.recover(_thin(house), slow, work=work / _slug(kept))
+    found[kept] = lambda: distill.recover(_thin(house), slow, work=work / _slug(kept))
     return found
 
 
 def run(work: Path = WORK, n: int | None = None, shrink: int = 1) -> dict:
     """Accuracy on old and on new questions of every way to learn, paired with the model before. Less with `n` and `shrink`."""
     kept, made = Kept(work), trainings(work, shrink)
-    house, _ = lora.with_words(models.load("mini-vlm"), LIKE)
-    old, new = data.test_split(n), data.questions("test", n or NEW, lessons.NEW, novel=True)
+    house, _ = train.add_tokens(models.load("mini-vlm"), LIKE)
+    old, new = data.test_split(n), data.questions("test", n or NEW, batches.NEW, novel=True)
     few = old.select(range(min(FEWER, len(old))))
     kept.row("before", lambda: _row(house, old, new))
     for name in WAYS:
@@ -73,13 +77,13 @@ def run(work: Path = WORK, n: int | None = None, shrink: int = 1) -> dict:
     kept.row("NF4, before", lambda: _row(_four_bits(house), few, new))
     four = made["NF4 + LoRA"]()
     kept.row("NF4 + LoRA", lambda: _row(four.get_base_model(), few, new) | _spent(work / _slug("NF4 + LoRA")))
-    kept.row("NF4 + LoRA, merged and rounded again", lambda: _row(lora.merged(four), few, new))
+    kept.row("NF4 + LoRA, merged and rounded again", lambda: _row(train.merge_lora(four), few, new))
     thin, taught = _thin(house), made["pruned + LoRA"]()
     kept.row("pruned", lambda: answers(thin, old) | {"zeros": _zeros(thin)})
     kept.row("pruned + LoRA", lambda: answers(taught.get_base_model(), old) | _spent(work / _slug("pruned + LoRA")))
-    full = lora.merged(taught)
+    full = train.merge_lora(taught)
     kept.row("pruned + LoRA, merged", lambda: answers(full, old) | {"zeros": _zeros(full)})
-    masked = _masked(lora.merged(taught), thin)
+    masked = _masked(train.merge_lora(taught), thin)
     kept.row("pruned + LoRA, merged, zeros kept", lambda: answers(masked, old) | {"zeros": _zeros(masked)})
     last = "pruned, all weights trained, zeros kept"
     kept.row(last, lambda: _pruned_whole(made[last](), old) | _spent(work / _slug(last)))
@@ -92,21 +96,21 @@ def _slug(name: str) -> str:
 
 def _four_bits(house: nn.Module) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
-        shrink_torch.write(house, shrink_torch.can(house), Path(folder) / "nf4")
-        return shrink_torch.load(Path(folder) / "nf4")
+        quantize.write_nf4(house, quantize.can_nf4(house), Path(folder) / "nf4")
+        return quantize.load_nf4(Path(folder) / "nf4")
 
 
 def _thin(house: nn.Module) -> nn.Module:
-    thin = quantize.clone(house)
+    thin = models.clone(house)
     with torch.no_grad():
-        for _, layer in quantize.linears(thin):
+        for _, layer in models.linears(thin):
             layer.weight.copy_(prune.magnitude_prune(layer.weight, ZEROS))
     return thin
 
 
 def _learned(model: nn.Module, old: Dataset, new: Dataset) -> dict:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return _row(lora.merged(model) if hasattr(model, "get_base_model") else model, old, new) | {"trained": trained}
+    return _row(train.merge_lora(model) if hasattr(model, "get_base_model") else model, old, new) | {"trained": trained}
 
 
 def _pruned_whole(model: nn.Module, old: Dataset) -> dict:
@@ -120,20 +124,20 @@ def _row(model: nn.Module, old: Dataset, new: Dataset) -> dict:
 
 def _spent(at: Path) -> dict:
     """By the median step, since a training may have waited for others."""
-    seconds = fit.log(at)["seconds"]
+    seconds = train.read_log(at)["seconds"]
     step = statistics.median(b - a for a, b in itertools.pairwise(seconds))
     return {"minutes": step * len(seconds) / 60, "seconds a step": step}
 
 
 def _masked(model: nn.Module, like: nn.Module) -> nn.Module:
     with torch.no_grad():
-        for (_, layer), (_, zeros) in zip(quantize.linears(model), quantize.linears(like), strict=True):
+        for (_, layer), (_, zeros) in zip(models.linears(model), models.linears(like), strict=True):
             layer.weight.mul_(zeros.weight != 0)
     return model
 
 
 def _zeros(model: nn.Module) -> float:
-    weights = [layer.weight for _, layer in quantize.linears(model)]
+    weights = [layer.weight for _, layer in models.linears(model)]
     return sum((w == 0).sum().item() for w in weights) / sum(w.numel() for w in weights)
 
 

@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import nn
 
-from mmrecipes import calibrated, data, evaluate, measure, models, prune, quantize, recovery, report
+from mmrecipes import data, distill, evaluate, measure, models, prune, quantize
 
 CALIBRATION = 64
-COURSE = recovery.Course(steps=170, lr=7e-4, adam_lr=2e-4)  # of each recovery: at most five minutes on two quiet cores
+COURSE = distill.Course(steps=170, lr=7e-4, adam_lr=2e-4)  # of each recovery: at most five minutes on two quiet cores
 
 
 def per_layer(weight, moments, sparsity, _):
@@ -37,7 +37,7 @@ def at_once(weight, moments, sparsity, _):
 
 def variants(model: nn.Module, seen: Any) -> dict[str, Callable[[], nn.Module]]:
     """Name -> a function that makes the pruned copy."""
-    every, part_of = [n for n, _ in quantize.linears(model)], models.part_of(model)
+    every, part_of = [n for n, _ in models.linears(model)], models.part_of(model)
     language = [n for n in every if part_of[f"{n}.weight"] == "language"]
     ways = {
         "magnitude": partial(prune.magnitude, model),
@@ -46,7 +46,7 @@ def variants(model: nn.Module, seen: Any) -> dict[str, Callable[[], nn.Module]]:
     }
     found = {f"{how}, {share:.0%}": partial(way, share) for share in (0.5, 0.7) for how, way in ways.items()}
     found |= {f"{how}, 2:4": partial(way, "2:4") for how, way in ways.items()}
-    half, round_all = dict.fromkeys(every, 0.5), partial(calibrated.calibrated, rows=seen)
+    half, round_all = dict.fromkeys(every, 0.5), partial(quantize.calibrate, rows=seen)
     found["Wanda, one ranking a layer, 50%"] = partial(round_all, model, bits=half, method=per_layer)
     found["magnitude, one ranking for the model, 50%"] = lambda: prune.magnitude(model, prune.global_shares(model, 0.5))
     for what in ("text", "picture", "both"):
@@ -61,7 +61,7 @@ def variants(model: nn.Module, seen: Any) -> dict[str, Callable[[], nn.Module]]:
     found["4 bits, then SparseGPT 50%"] = lambda: round_all(gptq(), bits=half, method=on_marks)
     found["SparseGPT 50% and 4 bits at once"] = partial(round_all, model, bits=half, method=at_once)
     for how in ("magnitude", "SparseGPT"):
-        found[f"{how}, 70%, recovered"] = lambda way=ways[how]: recovery.recover(way(0.7), COURSE)
+        found[f"{how}, 70%, recovered"] = lambda way=ways[how]: distill.recover(way(0.7), COURSE)
     return found
 
 
@@ -81,7 +81,7 @@ def run(n: int | None = None, kept: Path = Path("runs/pruned.json")) -> dict:
         row = {"accuracy": hurt.overall, "change": evaluate.paired(base.right, hurt.right), "families": hurt.families}
         row |= {"seconds": seconds, "zeros": zeros(small), "mb": megabytes(small, 4 if "bits" in name else 16)}
         found[name] = json.loads(json.dumps(row, default=dataclasses.asdict))
-        report.write_json(kept, {"stamp": stamp, "variants": found})
+        models.write_json(kept, {"stamp": stamp, "variants": found})
         print(f"{name:42s} {hurt.overall}  {row['change']}", flush=True)
     about = f"{CALIBRATION} pictures with question and answer; linear layers only; SparseGPT and Wanda block after block"
     trained = [row["seconds"] for name, row in found.items() if "recovered" in name]
@@ -93,7 +93,7 @@ def run(n: int | None = None, kept: Path = Path("runs/pruned.json")) -> dict:
 def zeros(model: nn.Module) -> dict[str, float]:
     """The share of zeros in the linear layers of each part."""
     part_of, count, gone = models.part_of(model), {}, {}
-    for name, layer in quantize.linears(model):
+    for name, layer in models.linears(model):
         part = part_of[f"{name}.weight"]
         count[part] = count.get(part, 0) + layer.weight.numel()
         gone[part] = gone.get(part, 0) + int((layer.weight == 0).sum())

@@ -30,7 +30,10 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from mmrecipes import calibrated, data, evaluate, measure, models, plan, prune, quantize, report, retrieval, scenes, tour
+from mmrecipes import data, evaluate, measure, models, prune, quantize
+from mmrecipes.data import scenes
+from mmrecipes.mini import model as mini_model
+from mmrecipes.report import tour
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 DAMAGE = {  # name -> what is done to a copy of the model
@@ -48,14 +51,14 @@ METHODS = {
     "round to nearest": lambda w, h, bits, group: quantize.round_to_nearest(
         w, bits, "group" if group else "channel", group or 32
     ),
-    "searched scale": lambda w, h, bits, group: calibrated.search_round(w, bits, group),
-    "AWQ": calibrated.awq_round,
-    "GPTQ": calibrated.gptq_round,
+    "searched scale": lambda w, h, bits, group: quantize.search_round(w, bits, group),
+    "AWQ": quantize.awq_round,
+    "GPTQ": quantize.gptq_round,
 }
 
 
 def write(name: str, content: dict) -> None:
-    report.write_json(RESULTS / name, {"environment": measure.environment(), **content})
+    models.write_json(RESULTS / name, {"environment": measure.environment(), **content})
     print("wrote", RESULTS.name + "/" + name, flush=True)
 
 
@@ -79,14 +82,14 @@ def accuracy() -> None:
 def the_plan() -> None:
     """Plans and uniform widths at the same bytes, all rounded by GPTQ; plans are made from validation questions."""
     rows, model, seen = data.test_split(), models.load("mini-vlm"), data.calibration(64)
-    probe, units = data.questions("validation", 140), list(plan.units(model))
+    probe, units = data.questions("validation", 140), list(quantize.units(model))
     base, reference = evaluate.vqa(model, rows), evaluate.answer_logits(model, probe)[0]
     found, whole = {}, measure.model_bytes(model)
-    costs = plan.sensitivity(model, probe, (8, 4, 3, 2), rounding=plan.gptq(model, seen))
-    no_data = plan.sensitivity(model, probe, (4, 3, 2))
+    costs = quantize.sensitivity(model, probe, (8, 4, 3, 2), rounding=quantize.gptq_rounding(model, seen))
+    no_data = quantize.sensitivity(model, probe, (4, 3, 2))
 
     def record(name: str, chosen: dict[str, int], group: int | None = None, seen: Dataset | None = seen) -> None:
-        small, size = plan.apply(model, chosen, group, seen), plan.packed_bytes(model, chosen, group)
+        small, size = quantize.apply_plan(model, chosen, group, seen), quantize.plan_bytes(model, chosen, group)
         hurt, moved = evaluate.vqa(small, rows), evaluate.divergence(reference, evaluate.answer_logits(small, probe)[0])
         found[name] = {
             **{"mb": size / 1e6, "times_smaller": whole / size, "divergence": moved, "bits": chosen, "group": group},
@@ -95,17 +98,17 @@ def the_plan() -> None:
         print(f"{name:36s} {size / 1e6:.2f} MB {moved:.4f} {hurt.overall} {found[name]['change']}", flush=True)
 
     def size(bits: int, group: int | None = None) -> int:
-        return plan.packed_bytes(model, dict.fromkeys(units, bits), group)
+        return quantize.plan_bytes(model, dict.fromkeys(units, bits), group)
 
     rest = size(8) - sum(c.bytes for c in costs if c.bits == 8)  # norms, biases, the patch convolution
     for bits, group in ((4, None), (3, None), (2, 32), (2, None)):
         record(f"uniform {bits} bits" + (f", groups of {group}" if group else ""), dict.fromkeys(units, bits), group)
-    record("plan, bytes of 2 bits in groups of 32", plan.knapsack(costs, size(2, 32) - rest))
-    record("greedy plan, the same bytes", plan.greedy(costs, size(2, 32) - rest))
-    record("plan, 7x smaller than fp32", plan.knapsack(costs, whole // 7 - rest))
-    record("plan, bytes of 3 bits", plan.knapsack(costs, size(3) - rest))
+    record("plan, bytes of 2 bits in groups of 32", quantize.knapsack(costs, size(2, 32) - rest))
+    record("greedy plan, the same bytes", quantize.greedy(costs, size(2, 32) - rest))
+    record("plan, 7x smaller than fp32", quantize.knapsack(costs, whole // 7 - rest))
+    record("plan, bytes of 3 bits", quantize.knapsack(costs, size(3) - rest))
     record("no data: uniform 3 bits", dict.fromkeys(units, 3), seen=None)
-    record("no data: plan, bytes of 3 bits", plan.knapsack(no_data, size(3) - rest), seen=None)
+    record("no data: plan, bytes of 3 bits", quantize.knapsack(no_data, size(3) - rest), seen=None)
     sweeps = {"GPTQ": [dataclasses.asdict(c) for c in costs], "no data": [dataclasses.asdict(c) for c in no_data]}
     write("plan.json", {"fp32": base.overall, "variants": found, "sweeps": sweeps})
 
@@ -116,7 +119,7 @@ def the_calibrated() -> None:
     base, found = evaluate.vqa(model, rows), {}
     for bits, group in ((3, None), (2, 32)):
         for how, method in METHODS.items():
-            hurt = evaluate.vqa(calibrated.calibrated(model, seen, bits, method, group), rows)
+            hurt = evaluate.vqa(quantize.calibrate(model, seen, bits, method, group), rows)
             name = f"{bits} bits, {f'groups of {group}' if group else 'a scale a channel'}: {how}"
             found[name] = {"accuracy": hurt.overall, "change": evaluate.paired(base.right, hurt.right)}
             print(f"{name:48s} {hurt.overall}  {found[name]['change']}", flush=True)
@@ -127,12 +130,12 @@ def the_calibrated() -> None:
 def the_modality() -> None:
     """On what should a VLM's language model be calibrated? It alone is rounded, to 2 bits in groups of 32."""
     rows, model, seen = data.test_split(), models.load("mini-vlm"), data.calibration(64)
-    language = {name: 2 for name, _ in quantize.linears(model) if "text_model" in name}
+    language = {name: 2 for name, _ in models.linears(model) if "text_model" in name}
     sets = {"pictures and text": (seen, False), "balanced": (seen, True), "text only": (seen.remove_columns("image"), False)}
     base, found = evaluate.vqa(model, rows), {}
     for how in ("AWQ", "GPTQ"):
         for name, (data_set, balance) in sets.items():
-            hurt = evaluate.vqa(calibrated.calibrated(model, data_set, language, METHODS[how], 32, balance), rows)
+            hurt = evaluate.vqa(quantize.calibrate(model, data_set, language, METHODS[how], 32, balance), rows)
             found[f"{how}, {name}"] = {"accuracy": hurt.overall, "change": evaluate.paired(base.right, hurt.right)}
             print(f"{how}, {name:20s} {hurt.overall}  {found[f'{how}, {name}']['change']}", flush=True)
     about = f"{len(seen)} pictures with question and answer; the language model's linear layers, 2 bits in groups of 32"
@@ -197,7 +200,9 @@ def the_tokens_speed() -> None:
 def the_siglip() -> None:
     """Whether picture and caption find each other, on the test split's scenes."""
     model = models.load("mini-siglip")
-    write("mini-siglip.json", {"parameters": sum(p.numel() for p in model.parameters()), **retrieval.report(model, 4000)})
+    write(
+        "mini-siglip.json", {"parameters": sum(p.numel() for p in model.parameters()), **evaluate.retrieval_report(model, 4000)}
+    )
 
 
 def the_student() -> None:
@@ -230,7 +235,7 @@ def the_lora() -> None:
 
 def real_size() -> None:
     """Where a real model's time goes; random weights, so time and memory only."""
-    twin = models.real_size("smolvlm-256m")
+    twin = mini_model.real_size("smolvlm-256m")
     inputs = models.chat(twin, scenes.render(scenes.make_scene(1), 512), "What colour is the large circle in this picture?")
     peaks = measure.machine_peaks()
     write(

@@ -13,8 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmrecipes import cnn, evaluate, measure, models, scenes, static_int8
+from mmrecipes import data, evaluate, inference, measure, models, quantize
+from mmrecipes.data import families, scenes
 from mmrecipes.errors import one_line
+from mmrecipes.export.onnx import quantize as onnx_quantize
+from mmrecipes.export.onnx import tensorrt
+from mmrecipes.mini import cnn
 
 PICTURES = 1000
 CALIBRATION = 64
@@ -23,7 +27,7 @@ CALIBRATION = 64
 def calibration_sets() -> dict[str, Tensor]:
     """Pixels (N, 3, 128, 128): the right pictures, too few of them, and wrong ones."""
     real, processor = cnn.pictures("calibration", CALIBRATION), cnn.make_image_processor()
-    clevr = [scenes.sort_of_clevr(seed)[0] for seed in range(CALIBRATION)]
+    clevr = [families.sort_of_clevr(seed)[0] for seed in range(CALIBRATION)]
     return {
         "real scenes": real,
         "two scenes": real[:2],
@@ -41,7 +45,7 @@ def run(n: int = PICTURES) -> dict:
 
     path = models.data_dir() / "models" / "mini-cnn"
     tower = AutoModelForSemanticSegmentation.from_pretrained(path, dtype=torch.float32).eval()
-    drawn, sets = [scenes.make_scene(s) for s in scenes.SPLITS["test"][:n]], calibration_sets()
+    drawn, sets = [scenes.make_scene(s) for s in data.SPLITS["test"][:n]], calibration_sets()
     real, rows, base = sets["real scenes"], [], []
 
     def score(variant: str, calibration: str, run: Callable[[Tensor], Tensor], **more) -> None:
@@ -51,36 +55,36 @@ def run(n: int = PICTURES) -> dict:
         rows.append(row | {"change": evaluate.paired(base, right)})
         print(f"{variant:34s} {calibration:16s} {rows[-1]['accuracy']}  {rows[-1]['change']}", flush=True)
 
-    folded = static_int8.fold_batch_norms(tower, real[:2])
-    score("fp32", "-", partial(static_int8.output, tower))
-    seen = {name: static_int8.histograms(folded, part) for name, part in sets.items()}
-    for observer in static_int8.OBSERVERS:  # by hand, simulated
-        small = static_int8.simulate(folded, static_int8.ranges(seen["real scenes"], observer))
-        score(f"simulated, {observer}", "real scenes", partial(static_int8.output, small))
-    chosen = static_int8.ranges(seen["real scenes"], "MSE")
+    folded = quantize.fold_batch_norms(tower, real[:2])
+    score("fp32", "-", partial(quantize.vision_output, tower))
+    seen = {name: quantize.histograms(folded, part) for name, part in sets.items()}
+    for observer in quantize.OBSERVERS:  # by hand, simulated
+        small = quantize.simulate_static(folded, quantize.ranges(seen["real scenes"], observer))
+        score(f"simulated, {observer}", "real scenes", partial(quantize.vision_output, small))
+    chosen = quantize.ranges(seen["real scenes"], "MSE")
     for name, small in {
-        "simulated, MSE, weights per tensor": static_int8.simulate(folded, chosen, "tensor"),
-        "simulated, MSE, symmetric": static_int8.simulate(folded, chosen, symmetric=True),
+        "simulated, MSE, weights per tensor": quantize.simulate_static(folded, chosen, "tensor"),
+        "simulated, MSE, symmetric": quantize.simulate_static(folded, chosen, symmetric=True),
     }.items():
-        score(name, "real scenes", partial(static_int8.output, small))
+        score(name, "real scenes", partial(quantize.vision_output, small))
     for name in list(sets)[1:]:
-        small = static_int8.simulate(folded, static_int8.ranges(seen[name], "MSE"))
-        score("simulated, MSE", name, partial(static_int8.output, small))
+        small = quantize.simulate_static(folded, quantize.ranges(seen[name], "MSE"))
+        score("simulated, MSE", name, partial(quantize.vision_output, small))
     for name in ("real scenes", "one scene", "uniform noise"):
-        score("PT2E", name, static_int8.pt2e(tower, sets[name]))
+        score("PT2E", name, quantize.pt2e(tower, sets[name]))
     with tempfile.TemporaryDirectory(prefix="mmrecipes-") as folder:
-        floats = static_int8.onnx(folded, real, Path(folder, "float.onnx"))
-        score("ONNX Runtime fp32", "-", static_int8.session(floats), bytes=floats.stat().st_size)
+        floats = onnx_quantize.vision_to_onnx(folded, real, Path(folder, "float.onnx"))
+        score("ONNX Runtime fp32", "-", inference.vision_session(floats), bytes=floats.stat().st_size)
         files = {}
         for explicit, kind in ((True, "explicit int8"), (False, "uint8, CPU")):
             for method in ("MinMax", "Percentile", "Entropy"):
                 for name in sets if method == "MinMax" else ("real scenes",):
                     out = Path(folder, f"{kind} {method} {name}.onnx")
-                    files[kind, method, name] = static_int8.qdq(floats, sets[name], out, method, explicit)
-                    score(f"ONNX Runtime {kind}, {method}", name, static_int8.session(out), bytes=out.stat().st_size)
-        as_written = static_int8.session(files["explicit int8", "MinMax", "real scenes"], as_written=True)
+                    files[kind, method, name] = onnx_quantize.qdq(floats, sets[name], out, method, explicit)
+                    score(f"ONNX Runtime {kind}, {method}", name, inference.vision_session(out), bytes=out.stat().st_size)
+        as_written = inference.vision_session(files["explicit int8", "MinMax", "real scenes"], as_written=True)
         score("the same explicit file, as written", "real scenes", as_written)
-        checked = static_int8.check_explicit_int8(files["explicit int8", "MinMax", "real scenes"])
+        checked = tensorrt.check_explicit_int8(files["explicit int8", "MinMax", "real scenes"])
         timed = times(tower, folded, real, floats, files)
     return {"objects": len(base), "pictures": n, "rows": rows, "explicit_int8": checked, "ms": timed}
 
@@ -93,13 +97,13 @@ def times(tower: torch.nn.Module, folded: torch.nn.Module, real: Tensor, floats:
     from torch._inductor import config
 
     runs = {
-        "torch fp32": partial(static_int8.output, tower),
-        "torch fp32, folded": partial(static_int8.output, folded),
-        "torch fp32, compiled": torch.compile(partial(static_int8.output, folded)),
-        "PT2E int8, compiled": torch.compile(static_int8.pt2e(tower, real)),
-        "ONNX Runtime fp32": static_int8.session(floats),
-        "ONNX Runtime explicit int8": static_int8.session(files["explicit int8", "MinMax", "real scenes"]),
-        "ONNX Runtime uint8, CPU": static_int8.session(files["uint8, CPU", "MinMax", "real scenes"]),
+        "torch fp32": partial(quantize.vision_output, tower),
+        "torch fp32, folded": partial(quantize.vision_output, folded),
+        "torch fp32, compiled": torch.compile(partial(quantize.vision_output, folded)),
+        "PT2E int8, compiled": torch.compile(quantize.pt2e(tower, real)),
+        "ONNX Runtime fp32": inference.vision_session(floats),
+        "ONNX Runtime explicit int8": inference.vision_session(files["explicit int8", "MinMax", "real scenes"]),
+        "ONNX Runtime uint8, CPU": inference.vision_session(files["uint8, CPU", "MinMax", "real scenes"]),
     }
     found, failed = {}, {}
     for size in (1, 16):

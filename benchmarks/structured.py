@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from mmrecipes import data, evaluate, export, exported, importance, measure, models, quantize, recovery, report, structured
+from mmrecipes import data, distill, evaluate, export, inference, measure, models, prune, quantize
 
 WORK = Path(__file__).resolve().parent.parent / "runs" / "structured"
 KEEP = {"vision": 384, "language": 128}  # columns of each FFN that stay, of 1,024 and 512
@@ -24,18 +24,18 @@ DEEPER = {"vision": 256, "language": 128}
 SAME = {"vision": {"vision": 448}, "language": {"language": 128}}  # as many parameters gone from either side
 CALIBRATION = 64
 # the smaller cut has little to learn anew: half the rates. The deeper one was not tried with these at full length
-GENTLE = recovery.Course(steps=420, lr=5e-4, adam_lr=1.5e-4)
-ALONE, TAUGHT = recovery.Course(steps=560), recovery.Course(steps=420)  # about as many minutes: a parent takes its share
-SHORT = recovery.Course(steps=80, lr=5e-4, adam_lr=1.5e-4)
+GENTLE = distill.Course(steps=420, lr=5e-4, adam_lr=1.5e-4)
+ALONE, TAUGHT = distill.Course(steps=560), distill.Course(steps=420)  # about as many minutes: a parent takes its share
+SHORT = distill.Course(steps=80, lr=5e-4, adam_lr=1.5e-4)
 FEWER = 1050  # questions for what answers one at a time, or is a step on the way
 
 
 def cut(model: nn.Module, keep: dict[str, int], seen: Dataset) -> nn.Module:
     """By magnitude; the vision tower's FFNs fitted anew, the language model's not, where that costs answers (notebook 21)."""
-    scores = importance.magnitude(model)
+    scores = prune.magnitude_importance(model)
     for part, n in keep.items():
-        columns = {part: importance.strongest(scores[part]["columns"], n)}
-        model = structured.keep_columns(model, columns, seen if part == "vision" else None)
+        columns = {part: prune.strongest(scores[part]["columns"], n)}
+        model = prune.keep_ffn_neurons(model, columns, seen if part == "vision" else None)
     return model
 
 
@@ -82,12 +82,12 @@ class Kept:
     def row(self, name: str, make: Callable[[], dict]) -> None:
         if name not in self.rows:
             self.rows[name] = make()
-            report.write_json(self.path, self.rows)
+            models.write_json(self.path, self.rows)
         shown = self.rows[name].get("accuracy")
         print(f"{name:36s} {evaluate.Share(**shown) if isinstance(shown, dict) else shown or ''}", flush=True)
 
 
-def answers(model: nn.Module | exported.Exported, rows: Dataset) -> dict:
+def answers(model: nn.Module | inference.Exported, rows: Dataset) -> dict:
     found = evaluate.vqa(model, rows)
     row = {"accuracy": vars(found.overall), "families": {f: vars(s) for f, s in found.families.items()}, "right": found.right}
     if isinstance(model, nn.Module) and not any("quantized" in type(m).__module__ for m in model.modules()):
@@ -97,16 +97,16 @@ def answers(model: nn.Module | exported.Exported, rows: Dataset) -> dict:
 
 def _exported(model: nn.Module, rows: Dataset, precision: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        loaded = exported.load_exported(export.export(model, Path(folder) / "cut", "onnx", precision))
+        loaded = inference.load_exported(export.export(model, Path(folder) / "cut", "onnx", precision))
         return answers(loaded, rows) | {"mb": sum(loaded.manifest["bytes"].values()) / 1e6}
 
 
-def _shorter(course: recovery.Course, shrink: int) -> recovery.Course:
-    return recovery.Course(max(2, course.steps // shrink), course.batch, course.lr, course.adam_lr)
+def _shorter(course: distill.Course, shrink: int) -> distill.Course:
+    return distill.Course(max(2, course.steps // shrink), course.batch, course.lr, course.adam_lr)
 
 
-def _recover(thin: nn.Module, course: recovery.Course, parent: nn.Module | None, at: Path) -> nn.Module:
-    return recovery.recover(thin, course, parent, work=at)
+def _recover(thin: nn.Module, course: distill.Course, parent: nn.Module | None, at: Path) -> nn.Module:
+    return distill.recover(thin, course, parent, work=at)
 
 
 def _log(at: Path) -> dict:
@@ -128,7 +128,7 @@ def _times(variants: dict[str, nn.Module], rows: Dataset) -> dict:
     found["peak"] = {k: measure.peak_memory(m, inputs) for k, m in variants.items()}
     found["disk_mb"] = {k: measure.disk_bytes(quantize.bf16(m)) / 1e6 for k, m in variants.items()}
     with tempfile.TemporaryDirectory() as folder:
-        loaded = {k: exported.load_exported(export.export(m, Path(folder) / k, "onnx")) for k, m in variants.items()}
+        loaded = {k: inference.load_exported(export.export(m, Path(folder) / k, "onnx")) for k, m in variants.items()}
         runs = {k: lambda e=e: [e.generate(p, q, 8) for p, q in asked] for k, e in loaded.items()}
         found["five questions, ONNX Runtime"] = measure.wall(runs, repeats=15)
     return found

@@ -19,17 +19,18 @@ from datasets import Dataset
 from structured import Kept, answers
 from torch import nn
 
-from mmrecipes import data, distill, evaluate, export, exported, fit, measure, models, quantize, slicing, train
+from mmrecipes import data, distill, evaluate, export, inference, measure, models, prune, quantize, train
+from mmrecipes.mini import vlm
 
 WORK = Path(__file__).resolve().parent.parent / "runs" / "student"
 # all layers stay, and all heads: notebook 21 found none to spare. Width and columns go
-SIZES = {"language": distill.Size((0, 1, 2, 3), 128, 192), "vision": distill.Size((0, 1, 2, 3), 160, 192)}
+SIZES = {"language": distill.StudentSize((0, 1, 2, 3), 128, 192), "vision": distill.StudentSize((0, 1, 2, 3), 160, 192)}
 CALIBRATION = 64
-EYE = fit.Course(500, 64, 0.002, 5e-4)  # vision tower and connector first, on pictures alone
-TAUGHT = fit.Course(750, 16, 0.0007, 2e-4)
-LABELS = fit.Course(1600, 16, 0.0007, 2e-4)  # as many minutes: without a teacher a step takes less
+EYE = train.TrainConfig(500, 64, 0.002, 5e-4)  # vision tower and connector first, on pictures alone
+TAUGHT = train.TrainConfig(750, 16, 0.0007, 2e-4)
+LABELS = train.TrainConfig(1600, 16, 0.0007, 2e-4)  # as many minutes: without a teacher a step takes less
 SHORT = {"vision": 150, "reading": 450, "align": 700, "joint": 320}  # steps: as many minutes again, from nothing
-AIMS = distill.Aims()
+AIMS = distill.LossWeights()
 FEWER = 1050  # questions for what answers one at a time
 
 
@@ -39,20 +40,20 @@ def run(work: Path = WORK, n: int | None = None, shrink: int = 1) -> dict:
     few = rows.select(range(min(FEWER, len(rows))))
     kept.row("teacher", lambda: answers(teacher, rows))
     seen = data.calibration(CALIBRATION)
-    student = distill.smaller(teacher, SIZES, seen)
+    student = distill.make_student(teacher, SIZES, seen)
     kept.row("cut, untrained", lambda: answers(student, few))
-    narrow = slicing.slice_language(teacher, SIZES["language"].width, seen)  # the teacher's eye, in the student's words
-    sees = distill.match_eye(student, narrow, _shorter(EYE, shrink), work / "eye")
+    narrow = prune.slice_language(teacher, SIZES["language"].width, seen)  # the teacher's eye, in the student's words
+    sees = distill.match_vision_encoder(student, narrow, _shorter(EYE, shrink), work / "eye")
     kept.row("its eye matched", lambda: answers(sees, few))
     taught = distill.distill(sees, teacher, _shorter(TAUGHT, shrink), AIMS, work=work / "taught")
-    spent = {name: fit.log(work / name) for name in ("eye", "taught")}
+    spent = {name: train.read_log(work / name) for name in ("eye", "taught")}
     kept.row("taught", lambda: answers(taught, rows) | {"minutes": sum(s["seconds"][-1] for s in spent.values()) / 60})
     alone = distill.distill(student, None, _shorter(LABELS, shrink), work=work / "labels")
-    spent["labels"] = fit.log(work / "labels")
+    spent["labels"] = train.read_log(work / "labels")
     kept.row("labels alone", lambda: answers(alone, rows) | {"minutes": spent["labels"]["seconds"][-1] / 60})
-    stages = tuple(replace(s, steps=max(2, SHORT[s.name] // shrink)) for s in train.STAGES)
-    blank = distill.smaller(teacher, SIZES, seen, inherit=False)
-    untaught = models.load(train.train_mini_vlm(work / "nothing" / "model", work / "nothing", stages, model=blank))
+    stages = tuple(replace(s, steps=max(2, SHORT[s.name] // shrink)) for s in vlm.STAGES)
+    blank = distill.make_student(teacher, SIZES, seen, inherit=False)
+    untaught = models.load(vlm.train_mini_vlm(work / "nothing" / "model", work / "nothing", stages, model=blank))
     nothing = _log(untaught)
     kept.row("labels alone, from nothing", lambda: answers(untaught, rows) | {"minutes": nothing["seconds"][-1] / 60})
     kept.row("taught, int8 (ONNX Runtime)", lambda: _exported(taught, few))
@@ -63,14 +64,14 @@ def run(work: Path = WORK, n: int | None = None, shrink: int = 1) -> dict:
     return _content(kept.rows, parameters) | {"logs": logs}
 
 
-def _shorter(course: fit.Course, shrink: int) -> fit.Course:
+def _shorter(course: train.TrainConfig, shrink: int) -> train.TrainConfig:
     return replace(course, steps=max(2, course.steps // shrink))
 
 
 def _log(model: nn.Module) -> dict[str, list]:
     """What `train` logged of the stages with questions, their seconds after those of the stages before."""
     rows, before, found = json.loads((Path(model.name_or_path) / "training.json").read_text()), 0.0, []
-    for stage in train.STAGES:
+    for stage in vlm.STAGES:
         own = [r for r in rows if r["stage"] == stage.name]
         found += [r | {"seconds": before + r["seconds"]} for r in own if "answer" in r]
         before += own[-1]["seconds"]
@@ -79,7 +80,7 @@ def _log(model: nn.Module) -> dict[str, list]:
 
 def _exported(model: nn.Module, rows: Dataset) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        loaded = exported.load_exported(export.export(model, Path(folder) / "small", "onnx", "int8"))
+        loaded = inference.load_exported(export.export(model, Path(folder) / "small", "onnx", "int8"))
         return answers(loaded, rows) | {"mb": sum(loaded.manifest["bytes"].values()) / 1e6}
 
 
@@ -101,7 +102,7 @@ def _times(variants: dict[str, nn.Module], rows: Dataset) -> dict:
         for precision in ("fp32", "int8"):
             at = {k: export.export(m, Path(folder) / f"{k} {precision}", "onnx", precision) for k, m in variants.items()}
             for threads in dict.fromkeys((1, torch.get_num_threads())):  # one for each question at a time, or all for one
-                loaded = {k: exported.load_exported(path, threads) for k, path in at.items()}
+                loaded = {k: inference.load_exported(path, threads) for k, path in at.items()}
                 runs = {k: partial(each, lambda p, q, e=e: e.generate(p, q, 8)) for k, e in loaded.items()}
                 shown = f"{threads} thread{'s' * (threads > 1)}"
                 found[f"five questions, ONNX Runtime {precision}, {shown}"] = measure.wall(runs, repeats=15)

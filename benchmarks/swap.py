@@ -21,36 +21,25 @@ from datasets import Dataset
 from structured import Kept, answers
 from torch import nn
 
-from mmrecipes import (
-    cnn,
-    data,
-    distill,
-    evaluate,
-    export,
-    exported,
-    fit,
-    measure,
-    models,
-    quantize,
-    retrieval,
-    runtime,
-    scenes,
-    static_int8,
-    swap,
-    swapped,
-)
+from mmrecipes import data, distill, evaluate, export, inference, measure, models, train
+from mmrecipes.data import scenes
+from mmrecipes.distill.encoders import swapped
+from mmrecipes.export import wrappers
+from mmrecipes.export.onnx import graphs
+from mmrecipes.export.onnx import quantize as onnx_quantize
+from mmrecipes.mini import cnn
 
 WORK = Path(__file__).resolve().parent.parent / "runs" / "swap"
 FEATURES = {  # from nothing, and from the weights of mini-cnn, which names what lies in each place (notebook 12)
-    "ShuffleNetV2 1.0x": fit.Course(2400, 32, 0.02, 4e-3),
-    "MobileNetV2 0.5": fit.Course(1600, 32, 0.01, 2e-3),
+    "ShuffleNetV2 1.0x": train.TrainConfig(2400, 32, 0.02, 4e-3),
+    "MobileNetV2 0.5": train.TrainConfig(1600, 32, 0.01, 2e-3),
 }
 CALIBRATION = 512  # pictures for the linear map that the second one begins with; of these 64 for int8
-CONNECTOR = fit.Course(60, 16, 0.004, 1e-3)
-ALL = fit.Course(200, 16, 0.001, 3e-4)
+CONNECTOR = train.TrainConfig(60, 16, 0.004, 1e-3)
+ALL = train.TrainConfig(200, 16, 0.001, 3e-4)
 SMALLER, SEEN = "ViT, smaller", 64  # the house's own, turned and cut (notebook 30), on so many pictures
-SIZE = {"vision": distill.Size((0, 1, 2, 3), 128, 192)}
-EYE, AFTER = fit.Course(600, 32, 0.002, 5e-4), fit.Course(100, 16, 0.0007, 2e-4)
+SIZE = {"vision": distill.StudentSize((0, 1, 2, 3), 128, 192)}
+EYE, AFTER = train.TrainConfig(600, 32, 0.002, 5e-4), train.TrainConfig(100, 16, 0.0007, 2e-4)
 LAST = {"ShuffleNetV2 1.0x": ("stages.2", "backbone.top")}  # where rounding costs most: few places, many channels
 FEWER = 1050  # questions for what is on its way, and for what answers one at a time
 PICTURES = (96, 224, 512)  # px
@@ -60,15 +49,15 @@ def stages(name: str, work: Path = WORK, shrink: int = 1) -> dict[str, nn.Module
     """The model after each stage of its training with the encoder `name`."""
     teacher, at = models.load("mini-vlm"), work / name.split()[0].lower().strip(",")
     if name == SMALLER:
-        student = distill.smaller(teacher, SIZE, data.calibration(SEEN))
-        sees = distill.match_eye(student, teacher, _shorter(EYE, shrink), at / "features")
+        student = distill.make_student(teacher, SIZE, data.calibration(SEEN))
+        sees = distill.match_vision_encoder(student, teacher, _shorter(EYE, shrink), at / "features")
         return {"features": sees, "all": distill.distill(sees, teacher, _shorter(AFTER, shrink), work=at / "all")}
     start, pictures = None, None
     if name == "MobileNetV2 0.5":
         start, pictures = house_cnn().mobilenet_v2, cnn.pictures("calibration", CALIBRATION // shrink)
-    blank = swap.swap(teacher, swap.TOWERS[name], start)
-    first = swap.match_features(blank, teacher, _shorter(FEATURES[name], shrink), at / "features", pictures)
-    second = swap.align_connector(first, teacher, _shorter(CONNECTOR, shrink), at / "connector")
+    blank = distill.swap_vision_encoder(teacher, distill.ENCODERS[name], start)
+    first = distill.match_features(blank, teacher, _shorter(FEATURES[name], shrink), at / "features", pictures)
+    second = distill.align_connector(first, teacher, _shorter(CONNECTOR, shrink), at / "connector")
     third = distill.distill(second, teacher, _shorter(ALL, shrink), work=at / "all")
     return {"features": first, "connector": second, "all": third}
 
@@ -81,7 +70,7 @@ def house_cnn() -> nn.Module:
     return AutoModelForSemanticSegmentation.from_pretrained(path, dtype=torch.float32).eval()
 
 
-def _shorter(course: fit.Course, shrink: int) -> fit.Course:
+def _shorter(course: train.TrainConfig, shrink: int) -> train.TrainConfig:
     return replace(course, steps=max(2, course.steps // shrink))
 
 
@@ -94,7 +83,7 @@ def run(work: Path = WORK, n: int | None = None, shrink: int = 1) -> dict:
     for name in (*FEATURES, SMALLER):
         at = work / name.split()[0].lower().strip(",")
         for stage, model in stages(name, work, shrink).items():
-            spent = fit.log(at / stage)["seconds"][-1] / 60
+            spent = train.read_log(at / stage)["seconds"][-1] / 60
             kept.row(
                 f"{name}: {stage}", lambda m=model, s=stage, t=spent: _answers(m, rows if s == "all" else few) | {"minutes": t}
             )
@@ -115,7 +104,7 @@ def _answers(model: nn.Module, rows: Dataset) -> dict:
 
 
 def _matching(model: nn.Module, n: int) -> dict:
-    yes, both, right = retrieval.asked(model, n=n)
+    yes, both, right = evaluate.image_text_matching(model, n=n)
     return {"yes or no": asdict(yes), "told apart": asdict(both), "right": right}
 
 
@@ -135,11 +124,11 @@ def _towers(teacher: nn.Module) -> dict:
         own = type(teacher.config.vision_config)(**teacher.config.vision_config.to_dict() | {"image_size": side})
         base = SiglipVisionModel(SiglipVisionConfig(image_size=side, vision_use_head=False))
         towers = {"mini-vlm's ViT": Idefics3VisionTransformer(own), "SigLIP-base": base}
-        towers |= {name: swapped.Tower(kind, side, side // 16) for name, kind in swap.TOWERS.items()}
+        towers |= {name: swapped.Tower(kind, side, side // 16) for name, kind in distill.ENCODERS.items()}
         runs = {}
         for key, dtype in dtypes.items():
             picture = torch.rand(1, 3, side, side, dtype=dtype)
-            runs |= {(name, key): partial(quantize.clone(tower).to(dtype).eval(), picture) for name, tower in towers.items()}
+            runs |= {(name, key): partial(models.clone(tower).to(dtype).eval(), picture) for name, tower in towers.items()}
         with torch.inference_mode():
             for (name, key), ms in measure.wall(runs, repeats=9).items():
                 row = found.setdefault(name, {"parameters": sum(p.numel() for p in towers[name].parameters())})
@@ -152,7 +141,7 @@ def _runtimes(whole: dict[str, nn.Module], rows: Dataset, folder: Path) -> dict:
 
     Milliseconds a picture and for five whole questions, bytes, and the answers in int8.
     """
-    pictures = [scenes.render(scenes.make_scene(s)) for s in scenes.SPLITS["calibration"][:64]]
+    pictures = [scenes.render(scenes.make_scene(s)) for s in data.SPLITS["calibration"][:64]]
     runs: dict[str, Callable] = {}
     loaded, sizes = {}, {}
     for name, model in whole.items():
@@ -161,22 +150,24 @@ def _runtimes(whole: dict[str, nn.Module], rows: Dataset, folder: Path) -> dict:
             widths = {"vision": vision, "language": "fp32" if vision == "fp32" else "int8"}
             given, key = pictures if vision == "static" else (), f"{name}, {vision}"
             at = export.export(model, folder / key, "onnx", widths, pictures=given)
-            loaded[key] = exported.load_exported(at)
+            loaded[key] = inference.load_exported(at)
             sizes[key] = sum(f.stat().st_size for f in at.glob("vision.onnx*"))
-            runs[key] = partial(loaded[key].graphs.look, export.pixels(model, pictures[:1])[0])
+            runs[key] = partial(loaded[key].graphs.look, wrappers.calibration_pixels(model, pictures[:1])[0])
             if convolutions and vision == "static" and (kept := LAST.get(name)):  # the same, its last convolutions in float
                 key = f"{key} but for its last stage"
                 other = folder / key
                 shutil.copytree(at, other)
                 for graph in other.glob("vision.onnx*"):
                     graph.unlink()
-                seen = torch.from_numpy(np.concatenate(export.pixels(model, pictures)))
-                eye, picture = export.vision(model)  # once more: `export` leaves out of its graphs which module a node is of
-                floats = runtime.to_onnx(eye, {"pixel_values": picture}, folder / "floats.onnx", {})
-                static_int8.qdq(floats, seen, other / "vision.onnx", explicit=False, batch=1, keep=kept)
-                loaded[key] = exported.load_exported(other, check=False)  # its checksums are those of the other graph
+                seen = torch.from_numpy(np.concatenate(wrappers.calibration_pixels(model, pictures)))
+                eye, picture = wrappers.vision_wrapper(
+                    model
+                )  # once more: `export` leaves out of its graphs which module a node is of
+                floats = graphs.to_onnx(eye, {"pixel_values": picture}, folder / "floats.onnx", {})
+                onnx_quantize.qdq(floats, seen, other / "vision.onnx", explicit=False, batch=1, keep=kept)
+                loaded[key] = inference.load_exported(other, check=False)  # its checksums are those of the other graph
                 sizes[key] = sum(f.stat().st_size for f in other.glob("vision.onnx*"))
-                runs[key] = partial(loaded[key].graphs.look, export.pixels(model, pictures[:1])[0])
+                runs[key] = partial(loaded[key].graphs.look, wrappers.calibration_pixels(model, pictures[:1])[0])
     asked = [(r["image"], r["question"]) for r in rows.select(range(5))]
     questions = {k: partial(_each, e, asked) for k, e in loaded.items()}
     eyes, five = measure.wall(runs, repeats=51), measure.wall(questions, repeats=11)
@@ -192,7 +183,7 @@ def _openvino(whole: dict[str, nn.Module], rows: Dataset | None, folder: Path, t
 
     Without `rows` no answers; with `threads`, on so many.
     """
-    pictures = [scenes.render(scenes.make_scene(s)) for s in scenes.SPLITS["calibration"][:64]]
+    pictures = [scenes.render(scenes.make_scene(s)) for s in data.SPLITS["calibration"][:64]]
     loaded, runs, sizes = {}, {}, {}
     for name, model in whole.items():
         for vision in ("fp32", "bf16", "int8", "static"):
@@ -200,15 +191,15 @@ def _openvino(whole: dict[str, nn.Module], rows: Dataset | None, folder: Path, t
             at = folder / f"openvino {key}"
             if not at.exists():
                 export.export(model, at, "openvino", {"vision": vision, "language": "fp32"}, pictures=given)
-            loaded[key], sizes[key] = exported.load_exported(at, threads), sum(f.stat().st_size for f in at.glob("vision*"))
-            runs[key] = partial(loaded[key].graphs.look, export.pixels(model, pictures[:1])[0])
+            loaded[key], sizes[key] = inference.load_exported(at, threads), sum(f.stat().st_size for f in at.glob("vision*"))
+            runs[key] = partial(loaded[key].graphs.look, wrappers.calibration_pixels(model, pictures[:1])[0])
     found = {k: {"ms": ms, "bytes": sizes[k]} for k, ms in measure.wall(runs, repeats=51).items()}
     for key in (k for k in found if rows and k.endswith(("int8", "static"))):
         found[key] |= answers(loaded[key], rows)
     return found
 
 
-def _each(model: exported.Exported, asked: list) -> None:
+def _each(model: inference.Exported, asked: list) -> None:
     for picture, question in asked:
         model.generate(picture, question, 8)
 
@@ -238,7 +229,7 @@ def _content(rows: dict, whole: dict[str, nn.Module], work: Path) -> dict:
     logs = {}
     for name in (*FEATURES, SMALLER):
         at = work / name.split()[0].lower().strip(",")
-        logs[name] = {p.name: {k: v[::20] for k, v in fit.log(p).items()} for p in sorted(at.iterdir()) if p.is_dir()}
+        logs[name] = {p.name: {k: v[::20] for k, v in train.read_log(p).items()} for p in sorted(at.iterdir()) if p.is_dir()}
     return {
         "threads": torch.get_num_threads(),
         "variants": variants,

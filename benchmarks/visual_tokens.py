@@ -23,7 +23,11 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from mmrecipes import data, evaluate, fresh, measure, merging, models, report, scenes, tokens
+from mmrecipes import data, evaluate, measure, models
+from mmrecipes.data import families as data_families
+from mmrecipes.data import scenes
+from mmrecipes.mini import model as mini_model
+from mmrecipes.prune import token_dropping, token_merging
 
 WORK = Path(__file__).resolve().parent.parent / "runs" / "tokens"
 SECONDS = 360  # of training for the larger pixel shuffle
@@ -41,7 +45,7 @@ def counting(question: str) -> float:
     return 1.0 if question.startswith("How many") else 0.25
 
 
-# name -> options of tokens.prefill
+# name -> options of prune.token_dropping.prefill
 DROPPED = {
     f"{how}, layer {layer}, keep {keep:.0%}": {"how": how, "layer": layer, "keep": keep}
     for layer, hows, shares in (
@@ -81,7 +85,7 @@ def accuracy(n: int | None = None, seconds: float = SECONDS, work: Path = WORK) 
         if name not in done["right"]:
             done["right"][name] = evaluate.score(run(), rows["answer"][:], families, {}).right
             done["commits"][name] = commit
-            report.write_json(kept, done)
+            models.write_json(kept, done)
         right = done["right"][name]
         base[:] = base or right
         per = {f: [i for i, g in enumerate(families) if g == f] for f in sorted(set(families))}
@@ -97,12 +101,14 @@ def accuracy(n: int | None = None, seconds: float = SECONDS, work: Path = WORK) 
     def dropped(keep: float | Callable[[str], float], **options) -> list[str]:
         said = [""] * len(rows)
         if not prepared:
-            for at, inputs in tokens.prompts(model, rows["image"][:], rows["question"][:], [budget(q) for q in rows["question"]]):
+            for at, inputs in token_dropping.prompts(
+                model, rows["image"][:], rows["question"][:], [budget(q) for q in rows["question"]]
+            ):
                 with torch.inference_mode():
-                    prepared.append((at, *tokens.embed(model, inputs)))
+                    prepared.append((at, *token_dropping.embed(model, inputs)))
         for at, x, visual in prepared:
             share = keep(rows[at[0]]["question"]) if callable(keep) else keep
-            ids = tokens.decode(model, tokens.read(model, x, visual, share, **options))
+            ids = token_dropping.decode(model, token_dropping.read(model, x, visual, share, **options))
             for i, text in zip(at, model.processor.batch_decode(ids, skip_special_tokens=True), strict=True):
                 said[i] = text.strip()
         return said
@@ -119,9 +125,9 @@ def accuracy(n: int | None = None, seconds: float = SECONDS, work: Path = WORK) 
         mean = sum(map(share, rows["question"])) / len(rows)
         record(name, partial(dropped, share, **options), keep=mean, **options)
     for name, options in MERGED.items():
-        record(name, partial(tokens.answers, model, rows["image"][:], rows["question"][:], **options), **options)
-    coarse = merging.coarser(model)
-    ask = partial(tokens.answers, images=rows["image"][:], questions=rows["question"][:], keep=1.0)
+        record(name, partial(token_dropping.answers, model, rows["image"][:], rows["question"][:], **options), **options)
+    coarse = token_merging.coarser(model)
+    ask = partial(token_dropping.answers, images=rows["image"][:], questions=rows["question"][:], keep=1.0)
     record("pixel shuffle 2, untrained", partial(ask, coarse), keep=0.25)
     about = train(coarse, seconds, work) if "pixel shuffle 2, trained" not in done["right"] else done.get("training", {})
     done["training"] = about
@@ -152,7 +158,7 @@ def train(model: nn.Module, seconds: float, work: Path, batch: int = 64) -> dict
         part = rows.select(range(batch * (steps % 8), batch * (steps % 8 + 1)))
         for group in stepper.param_groups:
             group["lr"] = 5e-4 * min(1, steps / 20, 1.05 - spent / seconds)
-        ((inputs, lengths),) = evaluate.teacher_forced(model, part, batch)
+        ((inputs, lengths),) = models.teacher_forced(model, part, batch)
         logits = model(**inputs, logits_to_keep=max(lengths) + 1).logits
         loss = sum(
             nn.functional.cross_entropy(logits[i, -k - 1 : -1], inputs["input_ids"][i, -k:]) for i, k in enumerate(lengths)
@@ -173,8 +179,8 @@ def _questions(part: int, n: int) -> Dataset:
     """`n` training questions, of every family, from scenes of their own for each `part`."""
     asked = []
     for seed in range(part * 4 * n, (part + 1) * 4 * n):
-        scene = scenes.make_scene(scenes.SPLITS["train"][seed])
-        found = [q for f in scenes.FAMILIES if (q := scenes.ask(scene, f))]
+        scene = scenes.make_scene(data.SPLITS["train"][seed])
+        found = [q for f in data_families.FAMILIES if (q := data_families.ask(scene, f))]
         if len(asked) < n:
             asked.append((scene, found[seed % len(found)]))
     return Dataset.from_dict(
@@ -191,7 +197,7 @@ def _questions(part: int, n: int) -> Dataset:
 
 def twin() -> tuple[nn.Module, dict]:
     """The real-size twin and a picture of 1,024 px: four tiles of 512 px and their overview, 320 visual tokens."""
-    model = models.real_size("smolvlm-256m")
+    model = mini_model.real_size("smolvlm-256m")
     model.processor.image_processor.size = {"longest_edge": 1024}
     picture = scenes.render(scenes.make_scene(1), 1024)
     return model, dict(models.chat(model, picture, QUESTION))
@@ -212,18 +218,18 @@ def speed(repeats: int = 7, peaks: bool = True) -> dict:
     model, inputs = twin()
     found: dict[str, dict] = {}
     with torch.inference_mode():
-        x, visual = tokens.embed(model, inputs)
-    runs = {"keep 100%": partial(tokens.read, model, x, visual, 1.0)}
+        x, visual = token_dropping.embed(model, inputs)
+    runs = {"keep 100%": partial(token_dropping.read, model, x, visual, 1.0)}
     for how, layer, shares in (("attention", 2, (0.75, 0.5, 0.25, 0.1)), ("question", 2, (0.25,)), ("words", 0, (0.5, 0.25))):
         for keep in shares:
             name = f"keep {keep:.0%}, {how}, layer {layer}"
-            runs[name] = partial(tokens.read, model, x, visual, keep=keep, layer=layer, how=how)
+            runs[name] = partial(token_dropping.read, model, x, visual, keep=keep, layer=layer, how=how)
     found["prefill"] = _timed(runs, repeats)
     for name, run in runs.items():
         cache = run().cache
         found["prefill"][name]["cache_mb"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / 1e6
         del cache
-    first = partial(tokens.prefill, model, inputs)
+    first = partial(token_dropping.prefill, model, inputs)
     runs = {"nothing merged or dropped": partial(first, keep=1.0)}
     runs |= {f"merge {m:.0%}": partial(first, keep=1.0, merge=m) for m in (0.25, 0.5, 0.75)}
     runs["keep 25%"] = partial(first, keep=0.25)
@@ -273,8 +279,8 @@ def _peak(keep: float, merge: float) -> float:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["peak"]:
         vlm, prompt = twin()
-        tokens.prefill(vlm, prompt, keep=float(sys.argv[2]), merge=float(sys.argv[3]))
-        print(fresh.peak_mb())
+        token_dropping.prefill(vlm, prompt, keep=float(sys.argv[2]), merge=float(sys.argv[3]))
+        print(measure.peak_mb())
     else:
         jobs = {"accuracy": accuracy, "speed": speed}
         for job in sys.argv[1:] or jobs:

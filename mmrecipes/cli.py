@@ -28,9 +28,9 @@ def tour(
     n: Annotated[int, typer.Option(help="questions from the test split", min=1)] = 600,
 ) -> None:
     """Meet a model, see where its time goes, shrink it three ways, and read what that cost."""
-    from mmrecipes import tour as room
+    from mmrecipes.report import tour as report_tour
 
-    room.run(model, images, question, out, n)
+    report_tour.run(model, images, question, out, n)
 
 
 @app.command()
@@ -39,12 +39,13 @@ def doctor(
     picture: Annotated[Path | None, typer.Option(help="a picture of the size you use; default: a drawn scene, 512 px")] = None,
 ) -> None:
     """What will break or not pay off on this model and this machine, before you compress anything."""
-    from mmrecipes import doctor as room
-    from mmrecipes import models, scenes
+    from mmrecipes.data import scenes
+    from mmrecipes.models import loading, prompts
+    from mmrecipes.report import doctor as report_doctor
 
-    loaded = models.load(model)
+    loaded = loading.load(model)
     shown = scenes.render(scenes.make_scene(1), 512) if picture is None else picture
-    room.show(room.examine(loaded, models.chat(loaded, shown, "What is in this picture?")))
+    report_doctor.show(report_doctor.examine(loaded, prompts.chat(loaded, shown, "What is in this picture?")))
 
 
 @app.command()
@@ -64,9 +65,9 @@ def shrink(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and the predicted size, write nothing")] = False,
 ) -> None:
     """Make your own model smaller, check on your pictures what that costs, and get a report and code to run it."""
-    from mmrecipes import shrink as room
+    from mmrecipes.shrink import pipeline, request
 
-    room.run(room.Request(model, out, runtime, budget, max_loss, calib, images, n), dry_run)
+    pipeline.run(request.Request(model, out, runtime, budget, max_loss, calib, images, n), dry_run)
 
 
 @app.command()
@@ -80,15 +81,15 @@ def train(
     """Train a house model from nothing. Interrupted, it resumes from its last checkpoint (mini-cnn does not)."""
     out, work = out or Path("data/models") / name, work or Path("runs") / name
     if name == "mini-vlm":
-        from mmrecipes.train import train_mini_vlm
+        from mmrecipes.mini.vlm import train_mini_vlm
 
         typer.echo(f"wrote {train_mini_vlm(out, work, device=device)}")
     elif name == "mini-siglip":
-        from mmrecipes.siglip import train_mini_siglip
+        from mmrecipes.mini.siglip import train_mini_siglip
 
         typer.echo(f"wrote {train_mini_siglip(out, work, device=device)}")
     elif name == "mini-cnn":
-        from mmrecipes.cnn import train_mini_cnn
+        from mmrecipes.mini.cnn import train_mini_cnn
 
         typer.echo(f"wrote {train_mini_cnn(out, steps, device=device)}")
     else:
@@ -102,24 +103,26 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="a JSON file to write the result to")] = None,
 ) -> None:
     """Accuracy of one model on the committed test split, per family, beside the majority floor; of a dual encoder, retrieval."""
-    from mmrecipes import data, measure, models, report, retrieval
-    from mmrecipes import evaluate as room
+    from mmrecipes.data import datasets
+    from mmrecipes.evaluate import generation, retrieval
+    from mmrecipes.measure import machine
+    from mmrecipes.models import loading, saving
 
-    loaded = models.load(model)
+    loaded = loading.load(model)
     if hasattr(loaded, "logit_scale"):  # SigLIP, CLIP: it compares pictures with texts
-        found = retrieval.report(loaded, n or 1000)
+        found = retrieval.retrieval_report(loaded, n or 1000)
         for what, share in found.items():
             typer.echo(f"{what:28s} {share}")
         if out:
-            report.write_json(out, {"environment": measure.environment(), "model": model, **found})
+            saving.write_json(out, {"environment": machine.environment(), "model": model, **found})
         return
-    rows = data.test_split(n)
-    result = room.vqa(loaded, rows)
+    rows = datasets.test_split(n)
+    result = generation.vqa(loaded, rows)
     for family, share in [*result.families.items(), ("overall", result.overall)]:
         typer.echo(f"{family:10s} {share!s:36s} floor {100 * result.floors[family]:.1f}%")
     if out:
         content = {"model": model, "overall": result.overall, "families": result.families, "floors": result.floors}
-        report.write_json(out, {"environment": measure.environment(), **content})
+        saving.write_json(out, {"environment": machine.environment(), **content})
 
 
 def main() -> None:

@@ -1,5 +1,12 @@
 """Errors that a user can act on."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
 
 class UserError(Exception):
     """One line: what was given, what was expected, what to do. The command line prints it and exits with 1."""
@@ -13,3 +20,14 @@ def one_line(e: BaseException, most: int = 200) -> str:
     """The message of `e` on one line of at most `most` characters."""
     text = " ".join(str(e).split()) or type(e).__name__
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+# ---- small print
+
+
+def require(*names: str) -> None:
+    """ImportError that names the extra where one of these packages is missing."""
+    import importlib.util
+
+    if missing := [n for n in names if importlib.util.find_spec(n) is None]:
+        raise ImportError(f"{missing[0]} is not installed; get it with: pip install 'mmrecipes[deploy]'")

@@ -15,8 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tiny
-from mmrecipes import checks, models, pictures
+from mmrecipes import models
 from mmrecipes.errors import UserError
+from mmrecipes.mini import model as mini_model
 
 
 def refused(*mentions: object, call: Callable[[], object]) -> str:
@@ -199,7 +200,7 @@ def test_processor_files_that_are_broken(path, broken):
 
 
 def test_too_little_memory(path):
-    free = checks.free_memory()
+    free = models.free_memory()
     size = 2 * free // 4 * 4
     header = json.dumps({"huge": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
     with (path / "model.safetensors").open("wb") as f:  # sparse: it takes no room on the disk
@@ -217,7 +218,7 @@ def test_unknown_dtype_device_and_twin(path):
         refused("dtype", dtype, "bfloat16", call=lambda d=dtype: models.load(path, dtype=d))
     for device in ("abacus", "cuda:99"):
         refused("device", device, "cpu", call=lambda d=device: models.load(path, device=d))
-    refused("smolvlm-256b", "smolvlm-256m", call=lambda: models.real_size("smolvlm-256b"))
+    refused("smolvlm-256b", "smolvlm-256m", call=lambda: mini_model.real_size("smolvlm-256b"))
 
 
 # ---- where models are written
@@ -237,7 +238,7 @@ def test_places_where_no_model_is_written(tmp_path):
     (cloned / ".git").mkdir()
     before = sorted(tmp_path.rglob("*"))
     for out in (file, busy, project, cloned, file / "below" / "it"):
-        refused(out, "give a", call=lambda out=out: checks.check_replaceable(out))
+        refused(out, "give a", call=lambda out=out: models.check_replaceable(out))
         refused(out, "give a", call=lambda out=out: models.save(model, model.processor, out))
     assert sorted(tmp_path.rglob("*")) == before
     assert (file.read_text(), (busy / "thesis.txt").read_text()) == ("precious", "precious")
@@ -246,7 +247,7 @@ def test_places_where_no_model_is_written(tmp_path):
 def test_places_where_a_model_may_be_written(intact, tmp_path):
     (tmp_path / "empty").mkdir()
     for out in (tmp_path / "empty", tmp_path / "new", tmp_path / "new" / "deep", intact):
-        checks.check_replaceable(out)
+        models.check_replaceable(out)
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]  # asking leaves nothing behind
 
 
@@ -264,17 +265,17 @@ def png_header(width: int, height: int) -> bytes:
 def test_picture_that_is_too_large(tmp_path, width, height):
     bomb = tmp_path / "bomb.png"
     bomb.write_bytes(png_header(width, height))
-    refused(bomb, "100 megapixels", "scale it down", call=lambda: pictures.image(bomb))
+    refused(bomb, "100 megapixels", "scale it down", call=lambda: models.load_image(bomb))
 
 
 def test_pictures_that_are_none(tmp_path):
     text, nothing = tmp_path / "text.png", tmp_path / "nothing.jpg"
     text.write_text("This is not a picture.")
     nothing.write_bytes(b"")
-    refused(text, "not a picture", "PNG", call=lambda: pictures.image(text))
-    refused(nothing, "not a picture", call=lambda: pictures.image(nothing))
-    refused(tmp_path / "absent.png", "no such picture", call=lambda: pictures.image(tmp_path / "absent.png"))
-    refused(tmp_path, "directory", call=lambda: pictures.image(str(tmp_path)))
+    refused(text, "not a picture", "PNG", call=lambda: models.load_image(text))
+    refused(nothing, "not a picture", call=lambda: models.load_image(nothing))
+    refused(tmp_path / "absent.png", "no such picture", call=lambda: models.load_image(tmp_path / "absent.png"))
+    refused(tmp_path, "directory", call=lambda: models.load_image(str(tmp_path)))
 
 
 @pytest.mark.parametrize("name", ["cut.png", "cut.jpg", "cut.webp", "cut.gif", "cut.bmp", "cut.tif"])
@@ -282,18 +283,18 @@ def test_pictures_that_are_none(tmp_path):
 def test_truncated_pictures(tmp_path, name, keep):
     whole = Image.effect_noise((64, 64), 80).convert("RGB")
     whole.save(tmp_path / name)
-    assert pictures.image(tmp_path / name).size == (64, 64)
+    assert models.load_image(tmp_path / name).size == (64, 64)
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(data[: int(keep * len(data))])
-    refused(tmp_path / name, call=lambda: pictures.image(tmp_path / name))
+    refused(tmp_path / name, call=lambda: models.load_image(tmp_path / name))
 
 
 def test_folders_without_good_pictures(tmp_path):
-    refused(tmp_path / "absent", "no such folder", call=lambda: pictures.images(tmp_path / "absent"))
-    refused(tmp_path, "no pictures", call=lambda: pictures.images(tmp_path))
+    refused(tmp_path / "absent", "no such folder", call=lambda: models.load_images(tmp_path / "absent"))
+    refused(tmp_path, "no pictures", call=lambda: models.load_images(tmp_path))
     (tmp_path / "bad.png").write_text("This is not a picture.")
-    refused(tmp_path / "bad.png", "not a picture", call=lambda: pictures.images(tmp_path))
-    refused(tmp_path / "bad.png", "not a folder", call=lambda: pictures.images(tmp_path / "bad.png"))
+    refused(tmp_path / "bad.png", "not a picture", call=lambda: models.load_images(tmp_path))
+    refused(tmp_path / "bad.png", "not a folder", call=lambda: models.load_images(tmp_path / "bad.png"))
 
 
 # ---- questions to models that do not answer

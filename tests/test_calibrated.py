@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from mmrecipes import calibrated, data, quantize
+from mmrecipes import data, models, quantize
 from mmrecipes.errors import UserError
 
 METHODS = {
-    "search": lambda w, h, bits, group: calibrated.search_round(w, bits, group, h.diagonal()),
-    "gptq": calibrated.gptq_round,
-    "awq": calibrated.awq_round,
+    "search": lambda w, h, bits, group: quantize.search_round(w, bits, group, h.diagonal()),
+    "gptq": quantize.gptq_round,
+    "awq": quantize.awq_round,
 }
 SEEDS, BITS, GROUP = st.integers(0, 10**6), st.integers(2, 8), st.sampled_from([None, 16])
 
@@ -35,15 +35,15 @@ def test_every_method_leaves_few_values_a_row_and_beats_plain_rounding_on_the_ou
     assert torch.isfinite(rounded).all() and rounded.shape == w.shape and rounded.dtype == w.dtype
     if method != "awq":  # which scales inputs, so that a row has more values once the scales are folded back
         assert max(len(row.unique()) for row in rounded.reshape(-1, group or 32)) <= 2**bits
-    assert calibrated.output_error(w, rounded, h) <= 1.02 * calibrated.output_error(w, plain, h) + 1e-9
+    assert quantize.output_error(w, rounded, h) <= 1.02 * quantize.output_error(w, plain, h) + 1e-9
 
 
 @given(SEEDS, st.integers(2, 4))
 @settings(max_examples=20, deadline=None)
 def test_gptq_makes_up_for_errors_that_hang_together(seed, bits):
     w, h = made(seed)
-    by_search = calibrated.output_error(w, METHODS["search"](w, h, bits, None), h)
-    assert calibrated.output_error(w, calibrated.gptq_round(w, h, bits), h) < by_search
+    by_search = quantize.output_error(w, METHODS["search"](w, h, bits, None), h)
+    assert quantize.output_error(w, quantize.gptq_round(w, h, bits), h) < by_search
 
 
 def test_the_output_error_is_the_mean_square_that_it_says():
@@ -51,15 +51,15 @@ def test_the_output_error_is_the_mean_square_that_it_says():
     x = torch.randn(500, 32)
     rounded = quantize.round_to_nearest(w, 3)
     want = (x @ (w - rounded).T).square().sum(1).mean().item()
-    assert calibrated.output_error(w, rounded, x.T @ x / len(x)) == pytest.approx(want, rel=1e-4)
+    assert quantize.output_error(w, rounded, x.T @ x / len(x)) == pytest.approx(want, rel=1e-4)
 
 
 @given(SEEDS, BITS, GROUP, st.floats(1e-3, 1e3))
 @settings(max_examples=30, deadline=None)
 def test_rounding_scales_along_with_the_weight(seed, bits, group, factor):
     w, _ = made(seed)
-    rounded = calibrated.search_round(w, bits, group)
-    assert torch.allclose(calibrated.search_round(w * factor, bits, group), rounded * factor, rtol=1e-3, atol=1e-5 * factor)
+    rounded = quantize.search_round(w, bits, group)
+    assert torch.allclose(quantize.search_round(w * factor, bits, group), rounded * factor, rtol=1e-3, atol=1e-5 * factor)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -84,31 +84,31 @@ def test_bad_requests_say_what_to_do(method):
 
 def test_moments_of_no_rows_are_refused():
     model = tiny.house()
-    name = next(n for n, _ in quantize.linears(model))
+    name = next(n for n, _ in models.linears(model))
     with pytest.raises(UserError, match="nothing flowed through"):
-        calibrated.moments(model, data.calibration(1).select([]), [name])
+        quantize.input_hessians(model, data.calibration(1).select([]), [name])
 
 
 def test_gptq_refuses_moments_of_another_layer():
     w, _ = made(0)
     for h in (torch.eye(16), torch.full((32, 32), float("inf"))):
         with pytest.raises(UserError, match=r"expected finite \(32, 32\)"):
-            calibrated.gptq_round(w, h, 4)
+            quantize.gptq_round(w, h, 4)
 
 
 @pytest.mark.parametrize("make", [tiny.house, tiny.llava], ids=["idefics3", "llava"])
 def test_moments_are_those_of_the_real_tokens(make):
     model, rows, seen = make(), data.calibration(6), []
-    name = next(n for n, _ in quantize.linears(model) if "q_proj" in n and ("text" in n or "language" in n))
+    name = next(n for n, _ in models.linears(model) if "q_proj" in n and ("text" in n or "language" in n))
     hook = dict(model.named_modules())[name].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    found = calibrated.moments(model, rows, [name], batch_size=6)[name]
+    found = quantize.input_hessians(model, rows, [name], batch_size=6)[name]
     hook.remove()
-    from mmrecipes.evaluate import teacher_forced
+    from mmrecipes.models.prompts import teacher_forced
 
     inputs, _ = next(teacher_forced(model, rows, 6))
     real = seen[0][inputs["attention_mask"].bool()]
     assert torch.allclose(found, real.T @ real / len(real), rtol=1e-3, atol=1e-4)
-    balanced = calibrated.moments(model, rows, [name], balance=True, batch_size=6)[name]
+    balanced = quantize.input_hessians(model, rows, [name], balance=True, batch_size=6)[name]
     picture = (inputs["input_ids"] == model.config.image_token_id)[inputs["attention_mask"].bool()]
     halves = [part.T @ part / len(part) for part in (real[picture], real[~picture])]
     assert torch.allclose(balanced, sum(halves) / 2, rtol=1e-3, atol=1e-4)
@@ -118,27 +118,27 @@ def test_moments_are_those_of_the_real_tokens(make):
 def test_a_calibrated_copy_of_any_vlm_is_rounded_everywhere_and_leaves_its_parent_alone(make):
     model, rows = make(), data.calibration(4)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    small = calibrated.calibrated(model, rows, 3)
-    for _, layer in quantize.linears(small):
+    small = quantize.calibrate(model, rows, 3)
+    for _, layer in models.linears(small):
         assert max(len(row.unique()) for row in layer.weight) <= 8
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_layers_of_one_block_are_calibrated_together():
-    assert calibrated.block_of("model.text_model.layers.3.mlp.up_proj") == "model.text_model.layers.3"
-    assert calibrated.block_of("model.connector.proj") == "model.connector.proj"
+    assert models.block_of("model.text_model.layers.3.mlp.up_proj") == "model.text_model.layers.3"
+    assert models.block_of("model.connector.proj") == "model.connector.proj"
 
 
 @pytest.mark.parametrize("make", [tiny.house, tiny.llava], ids=["idefics3", "llava"])
 def test_rows_without_pictures_calibrate_the_language_model_alone(make):
     model, rows = make(), data.calibration(4).remove_columns("image")
-    from mmrecipes.evaluate import teacher_forced
+    from mmrecipes.models.prompts import teacher_forced
 
     inputs, _ = next(teacher_forced(model, rows))
     assert "pixel_values" not in inputs and model.config.image_token_id not in inputs["input_ids"]
-    language = {n: 3 for n, _ in quantize.linears(model) if "text_model" in n or "language_model" in n}
-    small = calibrated.calibrated(model, rows, language)
-    for name, layer in quantize.linears(small):
+    language = {n: 3 for n, _ in models.linears(model) if "text_model" in n or "language_model" in n}
+    small = quantize.calibrate(model, rows, language)
+    for name, layer in models.linears(small):
         assert (max(len(row.unique()) for row in layer.weight) <= 8) == (name in language), name
     with pytest.raises(UserError, match="nothing flowed through"):
-        calibrated.calibrated(model, rows, 3)
+        quantize.calibrate(model, rows, 3)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mmrecipes import models, scenes
+from mmrecipes import models
+from mmrecipes.data import families, scenes
 
 HOUSE = models.data_dir() / "models" / "mini-vlm"
 
@@ -86,7 +87,7 @@ def test_evaluate_tells_how_well_pictures_and_captions_find_each_other(tmp_path)
 def test_evaluate_prints_families_with_floors(tmp_path):
     done = run("evaluate", "mini-vlm", "--n", 70, "--out", "r.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert all(f in done.stdout for f in scenes.FAMILIES) and "floor" in done.stdout
+    assert all(f in done.stdout for f in families.FAMILIES) and "floor" in done.stdout
     assert json.loads((tmp_path / "r.json").read_text())["overall"]["n"] == 70
 
 

@@ -4,14 +4,16 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-from mmrecipes import cnn, lessons, models, scenes
+from mmrecipes import models
+from mmrecipes.data import scenes
 from mmrecipes.errors import UserError
+from mmrecipes.mini import batches, cnn
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_cells_name_the_object_that_covers_them(seed):
     scene = scenes.make_scene(seed)
-    classes = cnn.cells(lessons.patch_labels(scene)[0])
+    classes = cnn.cells(batches.patch_labels(scene)[0])
     assert classes.shape == (8, 8) and classes.min() >= 0 and classes.max() < len(cnn.CLASSES)
     found = {cnn.CLASSES[c] for c in classes.flatten()} - {"nothing"}
     assert found <= {t.name for t in scene.things}
@@ -23,7 +25,7 @@ def test_naming_is_scored_by_the_objects():
     drawn = [scenes.make_scene(s) for s in range(8)]
 
     def perfect(pixels):
-        classes = torch.stack([torch.from_numpy(cnn.cells(lessons.patch_labels(s)[0])) for s in drawn])
+        classes = torch.stack([torch.from_numpy(cnn.cells(batches.patch_labels(s)[0])) for s in drawn])
         return torch.nn.functional.one_hot(classes, len(cnn.CLASSES)).permute(0, 3, 1, 2).float()
 
     assert all(cnn.named(perfect, drawn)) and len(cnn.named(perfect, drawn)) == sum(len(s.things) for s in drawn)
@@ -33,7 +35,7 @@ def test_naming_is_scored_by_the_objects():
 def test_the_image_processor_makes_the_pixels_of_training():
     scene = scenes.make_scene(3)
     made = cnn.make_image_processor()(scenes.render(scene), return_tensors="pt")["pixel_values"][0]
-    assert torch.allclose(made, torch.from_numpy(lessons.pixels(scene)), atol=1e-5)
+    assert torch.allclose(made, torch.from_numpy(batches.pixels(scene)), atol=1e-5)
 
 
 def test_the_committed_model_names_nearly_every_object():

@@ -5,9 +5,10 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from mmrecipes import data, models, scenes
+from mmrecipes import data, models
+from mmrecipes.data import families, scenes
+from mmrecipes.data.families import FAMILIES
 from mmrecipes.errors import UserError
-from mmrecipes.scenes import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +31,8 @@ def test_the_committed_split_is_what_the_code_makes(split):
         scene = scenes.make_scene(row["seed"])
         twin = split[stored[row["seed"]]]
         assert twin["image"].tobytes() == scenes.render(scene, 128).tobytes() == row["image"].tobytes()
-        assert scenes.ask(scene, twin["family"]).text == twin["question"]
-        assert scenes.ask(scene, twin["family"]).answer == twin["answer"]
+        assert families.ask(scene, twin["family"]).text == twin["question"]
+        assert families.ask(scene, twin["family"]).answer == twin["answer"]
 
 
 def test_majority_floors_are_measured_and_low(split):
@@ -45,7 +46,7 @@ def test_majority_floors_are_measured_and_low(split):
 
 def test_calibration_never_meets_training_or_test():
     seeds = data.calibration(40)["seed"][:]
-    assert all(s in scenes.SPLITS["calibration"] for s in seeds)
+    assert all(s in data.SPLITS["calibration"] for s in seeds)
 
 
 def test_questions_are_a_pure_function_of_their_arguments():
@@ -63,7 +64,7 @@ def test_captions_and_sort_of_clevr():
 
 
 def test_pictures_carry_the_users_question():
-    rows = data.pictures([("a.png", Image.new("RGB", (30, 20), "red"))], "What is this?")
+    rows = data.image_rows([("a.png", Image.new("RGB", (30, 20), "red"))], "What is this?")
     assert rows[0]["question"] == "What is this?" and rows[0]["image"].size == (30, 20) and "answer" not in rows.column_names
 
 

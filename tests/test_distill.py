@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 
 import tiny
-from mmrecipes import data, distill, evaluate, fit, models, structured
-from mmrecipes.distill import Aims, Size
+from mmrecipes import data, distill, evaluate, models, train
+from mmrecipes.distill.kd import LossWeights
+from mmrecipes.distill.students import StudentSize
 from mmrecipes.errors import UserError
 
-SIZES = {"vision": Size((0,), 64, 100), "language": Size((1,), 64, 60)}
-COURSE = fit.Course(16, 4, 0.003, 1e-3)
+SIZES = {"vision": StudentSize((0,), 64, 100), "language": StudentSize((1,), 64, 60)}
+COURSE = train.TrainConfig(16, 4, 0.003, 1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +27,17 @@ def rows():
 def test_soft_loss_is_kullback_leibler_both_ways():
     own, wanted = torch.randn(5, 7), torch.randn(5, 7)
     p, q = wanted.softmax(-1), own.softmax(-1)
-    assert distill.soft_loss(own, wanted).item() == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
-    back = distill.soft_loss(own, wanted, reverse=True).item()
+    assert distill.kl_loss(own, wanted).item() == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
+    back = distill.kl_loss(own, wanted, reverse=True).item()
     assert back == pytest.approx((q * (q / p).log()).sum(-1).mean().item(), rel=1e-5)
-    assert distill.soft_loss(wanted, wanted, 4.0).item() == pytest.approx(0, abs=1e-6)
+    assert distill.kl_loss(wanted, wanted, 4.0).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_temperature_keeps_the_size_of_the_gradient():
     own, wanted = torch.randn(50, 30, requires_grad=True), torch.randn(50, 30)
     sizes = []
     for temperature in (1.0, 8.0, 64.0):
-        (slope,) = torch.autograd.grad(distill.soft_loss(own, wanted, temperature), own)
+        (slope,) = torch.autograd.grad(distill.kl_loss(own, wanted, temperature), own)
         sizes.append(slope.norm().item())
     assert 0.5 < sizes[1] / sizes[0] < 2 and sizes[2] == pytest.approx(sizes[1], rel=0.2)
 
@@ -62,9 +63,9 @@ def test_relation_loss_does_not_care_for_width_or_rotation():
 def test_a_student_has_the_sizes_that_were_asked_for_and_is_a_plain_checkpoint(inherit, rows, tmp_path):
     teacher = tiny.house(layers=2)
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    student = distill.smaller(teacher, SIZES, rows, inherit)
+    student = distill.make_student(teacher, SIZES, rows, inherit)
     for part, size in SIZES.items():
-        own = structured.config_of(student, part)
+        own = models.config_of(student, part)
         assert (own.num_hidden_layers, own.hidden_size, own.intermediate_size) == (len(size.layers), size.width, size.columns)
     models.save(student, teacher.processor, tmp_path / "student", dtype="auto")
     again = models.load(tmp_path / "student")
@@ -75,9 +76,12 @@ def test_a_student_has_the_sizes_that_were_asked_for_and_is_a_plain_checkpoint(i
 
 def test_a_student_as_large_as_its_teacher_answers_as_it_does(rows):
     teacher = tiny.house(layers=2)
-    vision, language = (structured.config_of(teacher, p) for p in structured.PARTS)
-    whole = {"vision": Size((0, 1), 128, vision.intermediate_size), "language": Size((0, 1), 128, language.intermediate_size)}
-    same = distill.smaller(teacher, whole, rows)
+    vision, language = (models.config_of(teacher, p) for p in models.TOWERS)
+    whole = {
+        "vision": StudentSize((0, 1), 128, vision.intermediate_size),
+        "language": StudentSize((0, 1), 128, language.intermediate_size),
+    }
+    same = distill.make_student(teacher, whole, rows)
     logits = [evaluate.answer_logits(m, rows)[0] for m in (teacher, same)]
     assert torch.allclose(*logits, atol=1e-3)
 
@@ -85,38 +89,40 @@ def test_a_student_as_large_as_its_teacher_answers_as_it_does(rows):
 @pytest.mark.parametrize(
     ("part", "size", "message"),
     [
-        ("vision", Size((0,), 63, 60), "width 63; expected a multiple of 2 up to 128"),
-        ("language", Size((0,), 256, 60), "width 256; expected a multiple of 2 up to 128"),
-        ("vision", Size((0,), 64, 10_000), "10000 columns in the vision FFNs; expected 1 to 512"),
-        ("language", Size((0, 5), 64, 60), "give rising indices"),
+        ("vision", StudentSize((0,), 63, 60), "width 63; expected a multiple of 2 up to 128"),
+        ("language", StudentSize((0,), 256, 60), "width 256; expected a multiple of 2 up to 128"),
+        ("vision", StudentSize((0,), 64, 10_000), "10000 columns in the vision FFNs; expected 1 to 512"),
+        ("language", StudentSize((0, 5), 64, 60), "give rising indices"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(part, size, message, rows):
     with pytest.raises(UserError, match=message):
-        distill.smaller(tiny.house(), {part: size}, rows)
+        distill.make_student(tiny.house(), {part: size}, rows)
 
 
 def test_a_llava_gets_a_smaller_language_model(rows):
-    student = distill.smaller(tiny.llava(), {"language": Size((0,), 16, 30)}, rows)
+    student = distill.make_student(tiny.llava(), {"language": StudentSize((0,), 16, 30)}, rows)
     assert student.config.text_config.hidden_size == 16
     assert torch.isfinite(evaluate.answer_logits(student, rows)[0]).all()
     with pytest.raises(UserError, match="expected SigLIP's tower"):
-        distill.smaller(tiny.llava(), {"vision": Size((0,), 16, 30)}, rows)
+        distill.make_student(tiny.llava(), {"vision": StudentSize((0,), 16, 30)}, rows)
 
 
 # ---- training
 
 
 @pytest.mark.parametrize("make", [lambda: tiny.house(layers=2), tiny.llava], ids=["house", "llava"])
-@pytest.mark.parametrize("aims", [Aims(answers=0), Aims(0, attention=1.0, reverse=True, temperature=2.0), distill.LABELS])
+@pytest.mark.parametrize(
+    "aims", [LossWeights(answers=0), LossWeights(0, attention=1.0, reverse=True, temperature=2.0), distill.LABELS_ONLY]
+)
 def test_every_aim_is_learned_from_rows(make, aims, rows, tmp_path):
     teacher = make()
     torch.manual_seed(1)
     student = type(teacher)(teacher.config).eval()
     student.processor = teacher.processor
     before = [p.clone() for p in student.parameters()]
-    small = distill.distill(student, None if aims == distill.LABELS else teacher, COURSE, aims, rows, tmp_path)
-    found = fit.log(tmp_path)
+    small = distill.distill(student, None if aims == distill.LABELS_ONLY else teacher, COURSE, aims, rows, tmp_path)
+    found = train.read_log(tmp_path)
     learned = "logits" if aims.logits else "answers"
     assert found[learned][-1] < found[learned][0] and "answers" in found
     assert {k for k in ("logits", "hidden", "vision", "attention") if k in found} == {
@@ -131,14 +137,14 @@ def test_every_aim_is_learned_from_rows(make, aims, rows, tmp_path):
 
 def test_maps_begin_as_the_best_linear_ones(rows):
     teacher = tiny.house(layers=2)
-    student = distill.smaller(teacher, SIZES, rows)
-    pupil, batch = distill.Pupil(student, teacher), distill.RowBatches(teacher, rows, COURSE)[0]
-    lesson = distill.lesson(teacher, Aims(0, 0), lambda m, b: distill.right_answers(m, b, None))
+    student = distill.make_student(teacher, SIZES, rows)
+    pupil, batch = distill.StudentWithProjections(student, teacher), train.RowBatches(teacher, rows, COURSE)[0]
+    lesson = distill.distillation_loss(teacher, LossWeights(0, 0), lambda m, b: train.answer_loss(m, b, None))
     with torch.no_grad():
         before = lesson(pupil, batch)[1]
-        with distill.watched(student) as own, distill.watched(teacher) as wanted:
+        with train.captured_with_attention(student) as own, train.captured_with_attention(teacher) as wanted:
             for m in (student, teacher):
-                distill.right_answers(m, batch, None)
+                train.answer_loss(m, batch, None)
         pupil.fit_maps_(own, wanted)
         after = lesson(pupil, batch)[1]
     assert after["vision"] < 0.5 * before["vision"] and after["hidden"] < 0.5 * before["hidden"] and after["hidden"] < 1
@@ -146,8 +152,8 @@ def test_maps_begin_as_the_best_linear_ones(rows):
 
 def test_text_alone_never_reaches_the_vision_tower(rows, tmp_path):
     teacher, student = tiny.house(layers=2), tiny.house(seed=1)
-    small = distill.distill(student, teacher, COURSE, Aims(answers=0, vision=0), rows.remove_columns("image"), tmp_path)
-    assert fit.log(tmp_path)["logits"][-1] < fit.log(tmp_path)["logits"][0]
+    small = distill.distill(student, teacher, COURSE, LossWeights(answers=0, vision=0), rows.remove_columns("image"), tmp_path)
+    assert train.read_log(tmp_path)["logits"][-1] < train.read_log(tmp_path)["logits"][0]
     seen, words = (models.parts(m) for m in (student, small))
     assert all(torch.equal(a, b) for a, b in zip(seen["vision"].parameters(), words["vision"].parameters(), strict=True))
     moved = zip(seen["language"].parameters(), words["language"].parameters(), strict=True)
@@ -155,33 +161,35 @@ def test_text_alone_never_reaches_the_vision_tower(rows, tmp_path):
 
 
 def test_lessons_log_the_families(tmp_path):
-    distill.distill(tiny.house(), tiny.house(layers=2), fit.Course(2, 2), work=tmp_path)
-    found = fit.log(tmp_path)
+    distill.distill(tiny.house(), tiny.house(layers=2), train.TrainConfig(2, 2), work=tmp_path)
+    found = train.read_log(tmp_path)
     assert {"answers", "logits", "hidden", "vision", "colour", "reading"} <= set(found) and len(found["loss"]) == 2
 
 
 def test_an_eye_learns_its_teachers_visual_tokens(tmp_path):
     teacher, student = tiny.house(layers=2), tiny.house(seed=1)
-    small = distill.match_eye(student, teacher, fit.Course(20, 4, 0.005, 1e-3), tmp_path)
-    found = fit.log(tmp_path)["tokens"]
+    small = distill.match_vision_encoder(student, teacher, train.TrainConfig(20, 4, 0.005, 1e-3), tmp_path)
+    found = train.read_log(tmp_path)["tokens"]
     assert found[-1] < 0.8 * found[0]
     language = zip(models.parts(student)["language"].parameters(), models.parts(small)["language"].parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in language)
     with pytest.raises(UserError, match="visual tokens of 128 and 256 channels"):
-        distill.match_eye(student, tiny.house(width=256), COURSE)
+        distill.match_vision_encoder(student, tiny.house(width=256), COURSE)
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_its_logits(rows):
     model = tiny.house(layers=2)
-    pupil, batch = distill.Pupil(model, model), distill.RowBatches(model, rows, COURSE)[0]
-    lesson = distill.lesson(model, Aims(answers=0, hidden=0, vision=0), lambda m, b: distill.right_answers(m, b, None))
+    pupil, batch = distill.StudentWithProjections(model, model), train.RowBatches(model, rows, COURSE)[0]
+    lesson = distill.distillation_loss(
+        model, LossWeights(answers=0, hidden=0, vision=0), lambda m, b: train.answer_loss(m, b, None)
+    )
     assert lesson(pupil, batch)[0].item() == pytest.approx(0, abs=1e-6)
 
 
 def test_the_answers_loss_of_rows_is_cross_entropy(rows):
     model = tiny.llava()
-    batches = distill.RowBatches(model, rows, fit.Course(9, 16))
-    loss, tokens, _ = distill.right_answers(model, batches[0], None)
+    batches = train.RowBatches(model, rows, train.TrainConfig(9, 16))
+    loss, tokens, _ = train.answer_loss(model, batches[0], None)
     logits, wanted = evaluate.answer_logits(model, rows)
     assert tokens == len(wanted) and loss.item() == pytest.approx(F.cross_entropy(logits, wanted).item(), rel=1e-4)
     assert len(batches) == 9 and torch.equal(batches[8]["input_ids"], batches[0]["input_ids"]), "over and over"
@@ -189,6 +197,6 @@ def test_the_answers_loss_of_rows_is_cross_entropy(rows):
 
 def test_what_cannot_be_taught_is_refused(rows):
     with pytest.raises(UserError, match="needs a teacher"):
-        distill.distill(tiny.house(), None, COURSE, Aims(), rows)
+        distill.distill(tiny.house(), None, COURSE, LossWeights(), rows)
     with pytest.raises(UserError, match="16 rows for batches of 32"):
-        distill.distill(tiny.house(), None, fit.Course(1, 32), rows=rows)
+        distill.distill(tiny.house(), None, train.TrainConfig(1, 32), rows=rows)

@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 import tiny
-from mmrecipes import doctor, models, scenes
+from mmrecipes import models
+from mmrecipes.data import scenes
 from mmrecipes.errors import UserError
+from mmrecipes.report import doctor
 
 
 @torch.library.custom_op("mmrecipes_test::swirl", mutates_args=())

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from transformers import AutoModel
 
 import tiny
-from mmrecipes import data, dual, fit, models, siglip
+from mmrecipes import data, distill, models, train
 from mmrecipes.errors import UserError
+from mmrecipes.mini import siglip
 
-COURSE = fit.Course(6, 4, 0.003, 1e-3)
+COURSE = train.TrainConfig(6, 4, 0.003, 1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def vectors(seed: int, n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_a_student_inherits_layers_and_the_strongest_columns(tmp_path):
     teacher = two_layers()
-    student = dual.smaller(teacher, {"vision": (1,), "language": (0,)}, {"vision": 100, "language": 30})
+    student = distill.make_dual_student(teacher, {"vision": (1,), "language": (0,)}, {"vision": 100, "language": 30})
     models.save(student, teacher.processor, tmp_path / "s", dtype="auto")
     again, info = AutoModel.from_pretrained(tmp_path / "s", output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"]
@@ -45,15 +46,15 @@ def test_a_student_inherits_layers_and_the_strongest_columns(tmp_path):
     assert torch.equal(mine.mlp.fc1.weight, theirs.mlp.fc1.weight[kept])
     assert torch.equal(mine.mlp.fc2.weight, theirs.mlp.fc2.weight[:, kept])
     with pytest.raises(UserError, match="10000 columns in the vision FFNs"):
-        dual.smaller(teacher, {}, {"vision": 10_000})
+        distill.make_dual_student(teacher, {}, {"vision": 10_000})
 
 
 def test_losses_are_nothing_for_a_student_that_is_its_teacher():
     own = vectors(0)
-    assert dual.affinity_loss(own, own, 10.0).item() == pytest.approx(0, abs=1e-6)
-    assert dual.feature_loss(own, own).item() == pytest.approx(0, abs=1e-6)
+    assert distill.affinity_loss(own, own, 10.0).item() == pytest.approx(0, abs=1e-6)
+    assert distill.embedding_loss(own, own).item() == pytest.approx(0, abs=1e-6)
     model = tiny.siglip_128()
-    assert dual.interactive_loss(model, own, own).item() == pytest.approx(dual.pair_loss(model, *own).item(), rel=1e-5)
+    assert distill.interactive_loss(model, own, own).item() == pytest.approx(distill.pair_loss(model, *own).item(), rel=1e-5)
 
 
 def test_affinity_is_kullback_leibler_over_texts_and_over_pictures():
@@ -61,12 +62,12 @@ def test_affinity_is_kullback_leibler_over_texts_and_over_pictures():
     p, q = ((5 * F.normalize(i, dim=-1) @ F.normalize(t, dim=-1).T) for i, t in (wanted, own))
     to_text = (p.softmax(1) * (p.log_softmax(1) - q.log_softmax(1))).sum(1).mean()
     back = (p[:, :4].softmax(0) * (p[:, :4].log_softmax(0) - q[:, :4].log_softmax(0))).sum(0).mean()
-    assert dual.affinity_loss(own, wanted, 5.0).item() == pytest.approx(((to_text + back) / 2).item(), rel=1e-4)
+    assert distill.affinity_loss(own, wanted, 5.0).item() == pytest.approx(((to_text + back) / 2).item(), rel=1e-4)
 
 
 def test_feature_loss_of_opposite_vectors_is_two():
     own = vectors(0)
-    assert dual.feature_loss(own, (-own[0], -own[1])).item() == pytest.approx(2, rel=1e-5)
+    assert distill.embedding_loss(own, (-own[0], -own[1])).item() == pytest.approx(2, rel=1e-5)
 
 
 def test_clips_loss_is_the_librarys(rows):
@@ -74,28 +75,28 @@ def test_clips_loss_is_the_librarys(rows):
     inputs = model.processor(text=rows["caption"][:], images=rows["image"][:], padding=True, return_tensors="pt")
     with torch.no_grad():
         wanted = model(**inputs, return_loss=True).loss
-        own = siglip.embed(model, inputs["pixel_values"]), siglip.embed(model, ids=inputs["input_ids"])
-        assert dual.pair_loss(model, *own).item() == pytest.approx(wanted.item(), rel=1e-4)
+        own = distill.embed(model, inputs["pixel_values"]), distill.embed(model, ids=inputs["input_ids"])
+        assert distill.pair_loss(model, *own).item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("make", [tiny.siglip_128, tiny.clip_128], ids=["siglip", "clip"])
-@pytest.mark.parametrize("aims", [dual.Aims(), dual.ALONE], ids=["taught", "alone"])
+@pytest.mark.parametrize("aims", [distill.ContrastiveWeights(), distill.CONTRAST_ONLY], ids=["taught", "alone"])
 def test_a_student_learns_from_rows(make, aims, rows, tmp_path):
     teacher, student = make(), make()
     torch.manual_seed(1)
     with torch.no_grad():
         for p in models.parts(student)["vision"].parameters():
             p.add_(0.02 * torch.randn_like(p))
-    small = dual.distill(student, None if aims == dual.ALONE else teacher, COURSE, aims, rows, tmp_path)
-    found = fit.log(tmp_path)
+    small = distill.distill_dual(student, None if aims == distill.CONTRAST_ONLY else teacher, COURSE, aims, rows, tmp_path)
+    found = train.read_log(tmp_path)
     assert found["loss"][-1] < found["loss"][0]
-    assert ("affinity" in found) == (aims != dual.ALONE)
+    assert ("affinity" in found) == (aims != distill.CONTRAST_ONLY)
     assert not all(torch.equal(a, b) for a, b in zip(small.parameters(), student.parameters(), strict=True))
 
 
 def test_what_was_rounded_or_zeroed_stays_so(tmp_path):
     model = tiny.siglip_128()
-    trained = dual.distill(model, None, COURSE, trained={"vision": "small", "language": "nothing"})
+    trained = distill.distill_dual(model, None, COURSE, trained={"vision": "small", "language": "nothing"})
     before, after = (dict(models.parts(m)["vision"].named_parameters()) for m in (model, trained))
     same = {name: torch.equal(p, after[name]) for name, p in before.items()}
     assert all(same[name] == (p.ndim >= 2) for name, p in before.items() if "k_proj.bias" not in name)
@@ -106,12 +107,12 @@ def test_what_was_rounded_or_zeroed_stays_so(tmp_path):
 def test_what_cannot_be_taught_is_refused(rows):
     model = tiny.siglip_128()
     with pytest.raises(UserError, match="needs a teacher"):
-        dual.distill(model, None, COURSE, dual.Aims())
+        distill.distill_dual(model, None, COURSE, distill.ContrastiveWeights())
     with pytest.raises(UserError, match="'most' of 'vision' is to be trained; expected all, small, nothing"):
-        dual.distill(model, None, COURSE, trained={"vision": "most"})
+        distill.distill_dual(model, None, COURSE, trained={"vision": "most"})
     with pytest.raises(UserError, match="8 rows for batches of 16"):
-        dual.distill(model, None, fit.Course(1, 16), rows=rows)
+        distill.distill_dual(model, None, train.TrainConfig(1, 16), rows=rows)
     with pytest.raises(UserError, match="no column negative"):
-        dual.distill(model, None, COURSE, rows=rows.remove_columns("negative"))
+        distill.distill_dual(model, None, COURSE, rows=rows.remove_columns("negative"))
     with pytest.raises(UserError, match="this model takes 32"):
-        dual.distill(tiny.clip_128(), None, COURSE)
+        distill.distill_dual(tiny.clip_128(), None, COURSE)

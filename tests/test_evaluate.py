@@ -9,8 +9,8 @@ from scipy import stats
 
 from mmrecipes import data, evaluate, models
 from mmrecipes.errors import ParityError, UserError
-from mmrecipes.quantize import clone
-from mmrecipes.train import make_model, make_processor
+from mmrecipes.mini.model import make_model, make_processor
+from mmrecipes.models.modules import clone
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import tiny
-from mmrecipes import data, export, exported, models, plan, scenes
+from mmrecipes import data, export, inference, models, quantize
+from mmrecipes.data import scenes
 from mmrecipes.errors import ParityError, UserError
 
 # the largest relative error of logits seen is a half or less of these
@@ -37,14 +38,14 @@ def way(request):
 @pytest.fixture(scope="module")
 def loaded(vlm, way, tmp_path_factory):
     out = export.export(vlm, tmp_path_factory.mktemp("exported") / "mini", *way)
-    return exported.load_exported(out)
+    return inference.load_exported(out)
 
 
 @pytest.fixture(scope="module")
 def plain(vlm, tmp_path_factory):
     """The fp32 export for ONNX Runtime, and where it is."""
     out = export.export(vlm, tmp_path_factory.mktemp("plain") / "mini")
-    return exported.load_exported(out)
+    return inference.load_exported(out)
 
 
 def test_answers_like_its_source(vlm, loaded, way, rows):
@@ -55,7 +56,7 @@ def test_answers_like_its_source(vlm, loaded, way, rows):
 
 def test_a_foreign_model(way, tmp_path):
     llava = tiny.llava()
-    loaded = exported.load_exported(export.export(llava, tmp_path / "llava", *way))
+    loaded = inference.load_exported(export.export(llava, tmp_path / "llava", *way))
     assert max(export.parity(llava, loaded, CLOSE[way[1]]).values()) <= CLOSE[way[1]]
     if way[1] == "fp32":
         picture = scenes.render(scenes.make_scene(3), 64)
@@ -147,10 +148,10 @@ def test_no_pytorch_is_needed(plain):
 @pytest.mark.parametrize("runtime", ["onnx", "openvino"])
 def test_weights_rounded_before_keep_their_grid(vlm, runtime, tmp_path):
     """Half of the units in 4 bits by GPTQ, the rest in 8: the file is smaller than int8, its errors are those of int8."""
-    half = {unit: 4 for i, unit in enumerate(plan.units(vlm)) if i % 2}
-    small = plan.apply(vlm, half, 32, data.calibration(8))
-    whole = exported.load_exported(export.export(small, tmp_path / "int8", runtime, "int8"))
-    mixed = exported.load_exported(export.export(small, tmp_path / "mixed", runtime, dict.fromkeys(export.PARTS, "mixed")))
+    half = {unit: 4 for i, unit in enumerate(quantize.units(vlm)) if i % 2}
+    small = quantize.apply_plan(vlm, half, 32, data.calibration(8))
+    whole = inference.load_exported(export.export(small, tmp_path / "int8", runtime, "int8"))
+    mixed = inference.load_exported(export.export(small, tmp_path / "mixed", runtime, dict.fromkeys(export.PARTS, "mixed")))
     assert max(export.parity(small, mixed, CLOSE["int8"]).values()) <= CLOSE["int8"]
     sizes = [sum(each.manifest["bytes"].values()) for each in (mixed, whole)]
     assert sizes[0] < 0.85 * sizes[1]
@@ -160,7 +161,7 @@ def test_weights_rounded_before_keep_their_grid(vlm, runtime, tmp_path):
 def test_ranges_fixed_on_pictures(vlm, rows, runtime, tmp_path):
     seen = data.calibration(12)["image"]
     out = export.export(vlm, tmp_path / "static", runtime, {"vision": "static", "language": "fp32"}, pictures=seen)
-    loaded = exported.load_exported(out)
+    loaded = inference.load_exported(out)
     assert max(export.parity(vlm, loaded, 0.15).values()) > 1e-5
     tower = sum(p.numel() for p in vlm.model.vision_model.parameters())
     assert sum(size for name, size in loaded.manifest["bytes"].items() if "vision" in name) < 1.5 * tower + 500_000
@@ -171,7 +172,7 @@ def test_ranges_fixed_on_pictures(vlm, rows, runtime, tmp_path):
 
 def test_openvino_keeps_attention_whole(vlm, tmp_path):
     """Grouped heads, too; else the plugin takes it apart, and finds a word in twice the time."""
-    loaded = exported.load_exported(export.export(vlm, tmp_path / "whole", "openvino"))
+    loaded = inference.load_exported(export.export(vlm, tmp_path / "whole", "openvino"))
     executed = loaded.graphs.language.get_compiled_model().get_runtime_model().get_ops()
     kinds = [op.get_rt_info()["layerType"].astype(str) for op in executed]
     assert kinds.count("ScaledDotProductAttention") == vlm.config.text_config.num_hidden_layers
@@ -202,20 +203,20 @@ def test_a_changed_file_is_refused(plain, tmp_path, name):
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=f"{name}: not the file that was exported"):
-        exported.load_exported(folder)
+        inference.load_exported(folder)
     if "onnx" in name:
         with pytest.raises(UserError, match="cannot load it"):
-            exported.load_exported(folder, check=False)
+            inference.load_exported(folder, check=False)
     (folder / name).unlink()
     with pytest.raises(UserError, match=f"{name}: missing"):
-        exported.load_exported(folder)
+        inference.load_exported(folder)
 
 
 def test_a_foreign_directory_is_refused(house_vlm, plain, tmp_path):
     with pytest.raises(UserError, match=r"no export\.json"):
-        exported.load_exported(house_vlm)
+        inference.load_exported(house_vlm)
     with pytest.raises(UserError, match="no such directory"):
-        exported.load_exported(tmp_path / "nowhere")
+        inference.load_exported(tmp_path / "nowhere")
     folder = copied(plain, tmp_path)
     manifest = json.loads((folder / "export.json").read_text())
     for change, said in (
@@ -227,10 +228,10 @@ def test_a_foreign_directory_is_refused(house_vlm, plain, tmp_path):
     ):
         (folder / "export.json").write_text(json.dumps({k: v for k, v in (manifest | change).items() if v is not None}))
         with pytest.raises(UserError, match=said or "not readable"):
-            exported.load_exported(folder)
+            inference.load_exported(folder)
     (folder / "export.json").write_text("{")
     with pytest.raises(UserError, match="not readable"):
-        exported.load_exported(folder)
+        inference.load_exported(folder)
 
 
 def test_bad_requests(vlm, tmp_path):
@@ -264,7 +265,7 @@ def test_what_is_broken_is_not_kept(tmp_path):
     out = tmp_path / "llava"
     good = tiny.llava()
     export.export(good, out)
-    kept = exported.load_exported(out).manifest
+    kept = inference.load_exported(out).manifest
     wild = tiny.llava()
     with torch.no_grad():  # one weight in each group so large that the others round to nothing, on an input that is always zero
         wild.model.language_model.norm.weight[::32] = 0
@@ -272,7 +273,7 @@ def test_what_is_broken_is_not_kept(tmp_path):
     export.export(wild, tmp_path / "whole")
     with pytest.raises(ParityError, match="it is broken, and was not kept"):
         export.export(wild, out, "onnx", "int4")
-    assert exported.load_exported(out).manifest == kept
+    assert inference.load_exported(out).manifest == kept
     assert sorted(p.name for p in tmp_path.iterdir()) == ["llava", "whole"]
 
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import tiny
-from mmrecipes import data, export, export_executorch, exported, fresh, models, plan, scenes
+from mmrecipes import data, export, inference, measure, models, quantize
+from mmrecipes.data import scenes
 from mmrecipes.errors import UserError
+from mmrecipes.export import executorch
 
 # the largest relative error of logits seen is a half or less of these; XNNPACK's GELU is an approximation
 CLOSE = {"fp32": 1e-3, "int8": 0.1, "int4": 0.4}
@@ -20,14 +22,16 @@ def vlm(house_vlm):
 def loaded(vlm, tmp_path_factory):
     """The fp32 export; results/exported.json has the other precisions of this model, which take minutes to write."""
     out = export.export(vlm, tmp_path_factory.mktemp("exported") / "mini", "executorch")
-    return exported.load_exported(out, threads=1)
+    return inference.load_exported(out, threads=1)
 
 
 def test_answers_like_its_source(vlm, loaded):
     rows = data.test_split(14)
     assert max(export.parity(vlm, loaded, CLOSE["fp32"]).values()) <= CLOSE["fp32"]
     assert all(loaded.generate(r["image"], r["question"]) == models.ask(vlm, r["image"], r["question"]) for r in rows)
-    assert fresh.run(loaded.folder, rows[0]["image"], rows[0]["question"])["tokens_per_s"] > 0, "alone in a process, too"
+    assert measure.profile_exported(loaded.folder, rows[0]["image"], rows[0]["question"])["tokens_per_s"] > 0, (
+        "alone in a process, too"
+    )
 
 
 def test_conversations(vlm, loaded):
@@ -44,7 +48,7 @@ def test_conversations(vlm, loaded):
 @pytest.mark.parametrize("way", CLOSE)
 def test_a_foreign_model_and_a_damaged_file(way, tmp_path):
     llava = tiny.llava()
-    loaded = exported.load_exported(export.export(llava, tmp_path / "llava", "executorch", way))
+    loaded = inference.load_exported(export.export(llava, tmp_path / "llava", "executorch", way))
     assert max(export.parity(llava, loaded, CLOSE[way]).values()) <= CLOSE[way]
     if way == "fp32":
         picture = scenes.render(scenes.make_scene(3), 64)
@@ -52,19 +56,19 @@ def test_a_foreign_model_and_a_damaged_file(way, tmp_path):
         whole = (tmp_path / "llava" / "language.pte").read_bytes()
         (tmp_path / "llava" / "language.pte").write_bytes(whole[:1000])
         with pytest.raises(UserError, match=r"language\.pte: not the file"):
-            exported.load_exported(tmp_path / "llava")
+            inference.load_exported(tmp_path / "llava")
         with pytest.raises(UserError, match="cannot load it"):
-            exported.load_exported(tmp_path / "llava", check=False)
+            inference.load_exported(tmp_path / "llava", check=False)
 
 
 def test_weights_rounded_before_are_not_rounded_again(vlm):
     """Half of the layers are on a grid of 4 bits: a layer of the program has their very numbers."""
-    width = dict.fromkeys(list(plan.units(vlm))[:2], 4)
-    small = plan.apply(vlm, width, 32, data.calibration(8))
-    layer = small.get_submodule(next(iter(plan.widths(small, width))))
+    width = dict.fromkeys(list(quantize.units(vlm))[:2], 4)
+    small = quantize.apply_plan(vlm, width, 32, data.calibration(8))
+    layer = small.get_submodule(next(iter(quantize.bits_by_module(small, width))))
     before = layer.weight.detach().clone()
     holder = torch.nn.Sequential(layer)
-    export_executorch._round(holder, "mixed")
+    executorch._round(holder, "mixed")
     found = holder[0](torch.eye(before.shape[1]))  # activations are rounded, too: 1 to itself
     bias = 0 if layer.bias is None else layer.bias
     off = ((found - bias).T - before).norm() / before.norm()

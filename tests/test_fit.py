@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from mmrecipes import fit, models, siglip
+from mmrecipes import models, train
 from mmrecipes.errors import UserError
+from mmrecipes.mini import batches as mini_batches
+from mmrecipes.mini import siglip
 
 RUN = """
 import sys; sys.path.insert(0, "tests")
@@ -28,8 +30,8 @@ def contrast(work: Path, steps: int = 4) -> nn.Module:
     """A tiny SigLIP learns from pairs; its weights go to `work`/weights.pt."""
     processor = siglip.make_processor()
     model = siglip.make_siglip(len(processor.tokenizer), 64, 1, 1)
-    batches = siglip.CaptionBatches(0, steps, 4, processor.tokenizer)
-    fit.fit(siglip.Dual(model, 64), batches, siglip.dual_loss, fit.Course(steps, 4, 0.01, 1e-3), work, every=2)
+    batches = mini_batches.CaptionBatches(0, steps, 4, processor.tokenizer)
+    train.fit(siglip.Dual(model, 64), batches, siglip.dual_loss, train.TrainConfig(steps, 4, 0.01, 1e-3), work, every=2)
     torch.save(model.state_dict(), work / "weights.pt")
     return model
 
@@ -44,7 +46,7 @@ def answers(work: Path) -> None:
     import tiny
     from mmrecipes import distill
 
-    course, aims = fit.Course(3, 4, 0.01, 1e-3), distill.Aims(attention=1.0)
+    course, aims = train.TrainConfig(3, 4, 0.01, 1e-3), distill.LossWeights(attention=1.0)
     small = distill.distill(tiny.house(1), tiny.house(0, layers=2), course, aims, work=work)
     torch.save(small.state_dict(), work / "weights.pt")
 
@@ -66,7 +68,7 @@ def run(what: str, work: Path, processes: int = 1) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("what", ["contrast", "answers"])
 def test_two_processes_learn_what_one_learns_from_the_same_batch(what, tmp_path):
     one, two = run(what, tmp_path / "one"), run(what, tmp_path / "two", processes=2)
-    losses = [fit.log(tmp_path / name)["loss"] for name in ("one", "two")]
+    losses = [train.read_log(tmp_path / name)["loss"] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)
     assert losses[0][-1] != losses[0][0]
     for name, weight in one.items():
@@ -88,7 +90,7 @@ def test_a_killed_run_goes_on_to_the_weights_of_one_never_killed(tmp_path):
     subprocess.run(command, env=env, check=True, timeout=300)
     after = torch.load(killed / "weights.pt", weights_only=True)
     assert all(torch.equal(whole[k], after[k]) for k in whole)
-    assert fit.log(killed)["step"] == list(range(40)), "every step is logged once"
+    assert train.read_log(killed)["step"] == list(range(40)), "every step is logged once"
 
 
 # ---- a model of one matrix, whose loss is a mean over rows
@@ -108,7 +110,7 @@ def test_a_batch_in_parts_is_the_same_batch():
     trained = []
     for accumulate in (1, 4):
         model, batches = task()
-        trained.append(fit.fit(model, batches, squares, fit.Course(6, 8, 0.1, 0.1, accumulate)).weight)
+        trained.append(train.fit(model, batches, squares, train.TrainConfig(6, 8, 0.1, 0.1, accumulate)).weight)
     assert torch.allclose(*trained, atol=1e-5)
 
 
@@ -116,46 +118,47 @@ def test_frozen_weights_stay_and_the_loss_falls(tmp_path):
     model, batches = task(steps=100)
     model.bias.requires_grad_(False)
     before = model.bias.clone()
-    fit.fit(model, batches, squares, fit.Course(100, 8, 0.1, 0.1), tmp_path)
-    losses = fit.log(tmp_path)["loss"]
+    train.fit(model, batches, squares, train.TrainConfig(100, 8, 0.1, 0.1), tmp_path)
+    losses = train.read_log(tmp_path)["loss"]
     assert torch.equal(model.bias, before) and losses[-1] < 0.5 * losses[0]
     assert not model.training and all(p.requires_grad == (n != "bias") for n, p in model.named_parameters())
 
 
 @pytest.mark.parametrize(
-    "course", [fit.Course(0), fit.Course(1, 0), fit.Course(1, 8, accumulate=3), fit.Course(1, 8, accumulate=0)]
+    "course",
+    [train.TrainConfig(0), train.TrainConfig(1, 0), train.TrainConfig(1, 8, accumulate=3), train.TrainConfig(1, 8, accumulate=0)],
 )
 def test_a_course_that_does_not_divide_is_refused(course):
     with pytest.raises(UserError, match="a batch that 1 processes"):
-        fit.fit(*task(), squares, course)
+        train.fit(*task(), squares, course)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     model, batches = task()
     with pytest.raises(UserError, match=r"step 0 is nan; lower the course's lr"):
-        fit.fit(model, batches, lambda m, b: (m(b).sum() * float("nan"), {}), fit.Course(6, 8), tmp_path)
+        train.fit(model, batches, lambda m, b: (m(b).sum() * float("nan"), {}), train.TrainConfig(6, 8), tmp_path)
     assert not (tmp_path / "checkpoint").exists()
 
 
 def test_foreign_and_damaged_checkpoints_are_refused_and_kept(tmp_path):
     model, batches = task()
-    fit.fit(model, batches, squares, fit.Course(6, 8), tmp_path)
+    train.fit(model, batches, squares, train.TrainConfig(6, 8), tmp_path)
     with pytest.raises(UserError, match="another course"):
-        fit.fit(*task(), squares, fit.Course(5, 8), tmp_path)
+        train.fit(*task(), squares, train.TrainConfig(5, 8), tmp_path)
     (tmp_path / "checkpoint" / "pytorch_model.bin").write_bytes(b"not weights")
     with pytest.raises(UserError, match="cannot be resumed"):
-        fit.fit(*task(), squares, fit.Course(6, 8), tmp_path)
+        train.fit(*task(), squares, train.TrainConfig(6, 8), tmp_path)
     assert (tmp_path / "checkpoint" / "pytorch_model.bin").read_bytes() == b"not weights"
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
-        fit.fit(*task(), squares, fit.Course(6, 8), tmp_path / "file")
+        train.fit(*task(), squares, train.TrainConfig(6, 8), tmp_path / "file")
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):
     model, batches = task()
-    fit.fit(model, batches, squares, fit.Course(6, 8), tmp_path)
+    train.fit(model, batches, squares, train.TrainConfig(6, 8), tmp_path)
     again, _ = task()
-    fit.fit(again, [], squares, fit.Course(6, 8), tmp_path)  # it would need a batch
+    train.fit(again, [], squares, train.TrainConfig(6, 8), tmp_path)  # it would need a batch
     assert torch.equal(again.weight, model.weight)
 
 
@@ -168,13 +171,13 @@ def test_the_library_loads_what_was_trained(tmp_path):
 def test_devices_and_ragged_batches_are_refused(tmp_path):
     for device in ("banana", "cuda:7"):
         with pytest.raises(UserError, match=f"device '{device}' cannot be used here"):
-            fit.fit(*task(), squares, fit.Course(6, 8), device=device)
+            train.fit(*task(), squares, train.TrainConfig(6, 8), device=device)
     ragged = [(torch.randn(8, 3), torch.randn(20, 3))]
     with pytest.raises(UserError, match=r"tensors of \[8, 20\] rows; to cut it in 2 parts all must have 8"):
-        fit.fit(nn.Linear(3, 2), ragged, squares, fit.Course(1, 8, accumulate=2))
+        train.fit(nn.Linear(3, 2), ragged, squares, train.TrainConfig(1, 8, accumulate=2))
 
 
 def test_a_run_with_other_aims_is_not_resumed(tmp_path):
-    fit.fit(*task(), squares, fit.Course(6, 8), tmp_path, about="these aims")
+    train.fit(*task(), squares, train.TrainConfig(6, 8), tmp_path, about="these aims")
     with pytest.raises(UserError, match="by another course or with other aims"):
-        fit.fit(*task(), squares, fit.Course(6, 8), tmp_path, about="those aims")
+        train.fit(*task(), squares, train.TrainConfig(6, 8), tmp_path, about="those aims")

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from conftest import ROOT
-from mmrecipes import data, evaluate, measure, models, prune, quantize, scenes
+from mmrecipes import data, evaluate, measure, models, prune, quantize
+from mmrecipes.data import families, scenes
 
 SMALLER = 1000  # questions for damage of five points and more; the whole split elsewhere
 
@@ -35,7 +36,7 @@ def test_it_is_the_librarys_own_class_of_the_promised_size(model):
 
 
 def test_it_answers_with_transformers_alone():
-    scene = next(s for s in map(scenes.make_scene, scenes.SPLITS["test"]) if len(s.things) == 3)
+    scene = next(s for s in map(scenes.make_scene, data.SPLITS["test"]) if len(s.things) == 3)
     code = f"""
 import sys; sys.modules["mmrecipes"] = None
 import io
@@ -50,7 +51,7 @@ inputs = processor(images=[picture], text=[prompt], return_tensors="pt").to(mode
 out = model.generate(**inputs)
 print(processor.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip())
 """
-    png = data._png(scenes.render(scene))["bytes"]
+    png = data.encode_png(scenes.render(scene))["bytes"]
     done = subprocess.run([sys.executable, "-c", code], input=png, capture_output=True, check=True)
     assert done.stdout.decode().strip() == "3"
 
@@ -64,7 +65,7 @@ def test_overall_accuracy_is_what_results_say(base):
     assert base.overall.value == pytest.approx(said["overall"]["value"], abs=0.005)
 
 
-@pytest.mark.parametrize("family", scenes.FAMILIES)
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_each_family_reaches_its_aim_and_its_majority_floor_by_far(base, family):
     share = base.families[family]
     print(family, share, "floor", base.floors[family])

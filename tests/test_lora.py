@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import tiny
-from mmrecipes import data, evaluate, fit, lora, models, prune, quantize, shrink_torch
+from mmrecipes import data, evaluate, models, prune, quantize, train
 from mmrecipes.errors import ParityError, UserError
 
-COURSE = fit.Course(6, 4, 0.001, 5e-3)
+COURSE = train.TrainConfig(6, 4, 0.001, 5e-3)
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +24,15 @@ def logits(model, rows):
 @pytest.mark.parametrize("make", [tiny.house, tiny.llava])
 def test_adapters_begin_as_nothing_and_learn_alone(make, rows):
     base = make()
-    model = lora.adapted(base, 4)
+    model = train.add_lora(base, 4)
     assert torch.allclose(logits(model.get_base_model(), rows), logits(base, rows), atol=1e-5)
     assert all("lora_" in n for n, p in model.named_parameters() if p.requires_grad)
     before = {n: p.clone() for n, p in model.named_parameters()}
-    model = lora.learn(model, COURSE, rows)
+    model = train.train_lora(model, COURSE, rows)
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved and all("lora_" in n for n in moved)
     assert all(torch.equal(p, q) for p, q in zip(base.parameters(), make().parameters(), strict=True)), "a copy is adapted"
-    merged = lora.merged(model)
+    merged = train.merge_lora(model)
     assert type(merged) is type(base) and not any("lora" in n for n, _ in merged.named_parameters())
     assert torch.allclose(logits(merged, rows), logits(model.get_base_model(), rows), atol=1e-4)
     assert not torch.allclose(logits(merged, rows), logits(base, rows), atol=1e-4)
@@ -45,26 +45,26 @@ def test_the_loss_of_its_rows_falls(rows):
         return torch.nn.functional.cross_entropy(found, wanted).item()
 
     base = tiny.house()
-    taught = lora.merged(lora.learn(lora.adapted(base, 4), fit.Course(20, 4, 0.001, 1e-2), rows))
+    taught = train.merge_lora(train.train_lora(train.add_lora(base, 4), train.TrainConfig(20, 4, 0.001, 1e-2), rows))
     assert loss(taught) < loss(base) - 0.3
 
 
 def test_house_lessons_are_the_default_and_parts_can_be_chosen(house_vlm, tmp_path):
-    model = lora.adapted(models.load(house_vlm), 2, parts=("language",))
+    model = train.add_lora(models.load(house_vlm), 2, parts=("language",))
     assert not any("vision" in n for n, p in model.named_parameters() if p.requires_grad)
-    lora.learn(model, fit.Course(2, 4, 0.001, 1e-3), work=tmp_path)
-    assert "reading" in fit.log(tmp_path), "lessons log what is right, by family"
+    train.train_lora(model, train.TrainConfig(2, 4, 0.001, 1e-3), work=tmp_path)
+    assert "reading" in train.read_log(tmp_path), "lessons log what is right, by family"
 
 
 def test_house_lessons_reach_every_adapter(house_vlm):
-    model = lora.learn(lora.adapted(models.load(house_vlm), 2), fit.Course(2, 4, 0.001, 1e-3))
+    model = train.train_lora(train.add_lora(models.load(house_vlm), 2), train.TrainConfig(2, 4, 0.001, 1e-3))
     assert all(p.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
 
 
 def test_a_training_is_taken_up_where_it_was_left(rows, tmp_path):
-    whole = lora.learn(lora.adapted(tiny.house(), 2), COURSE, rows)
-    lora.learn(lora.adapted(tiny.house(), 2), COURSE, rows, tmp_path)
-    again = lora.learn(lora.adapted(tiny.house(), 2), COURSE, rows, tmp_path)  # its last checkpoint is the end
+    whole = train.train_lora(train.add_lora(tiny.house(), 2), COURSE, rows)
+    train.train_lora(train.add_lora(tiny.house(), 2), COURSE, rows, tmp_path)
+    again = train.train_lora(train.add_lora(tiny.house(), 2), COURSE, rows, tmp_path)  # its last checkpoint is the end
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
 
@@ -72,40 +72,40 @@ def test_a_training_is_taken_up_where_it_was_left(rows, tmp_path):
 def test_merging_fills_zeros_and_adapters_beside_keep_them(rows):
     sparse = tiny.house()
     with torch.no_grad():
-        for _, layer in quantize.linears(sparse):
+        for _, layer in models.linears(sparse):
             layer.weight.copy_(prune.magnitude_prune(layer.weight, 0.5))
-    model = lora.learn(lora.adapted(sparse, 4), COURSE, rows)
+    model = train.train_lora(train.add_lora(sparse, 4), COURSE, rows)
 
     def zeros(m):
         return {n.replace(".base_layer", "").replace("base_model.model.", ""): (p == 0).float().mean().item()
                 for n, p in m.named_parameters() if p.ndim == 2 and "lora_" not in n}  # fmt: skip
 
-    name = next(n for n, _ in quantize.linears(sparse)) + ".weight"
+    name = next(n for n, _ in models.linears(sparse)) + ".weight"
     assert zeros(model)[name] == zeros(sparse)[name] >= 0.49
-    assert zeros(lora.merged(model))[name] < 0.01
+    assert zeros(train.merge_lora(model))[name] < 0.01
 
 
 def test_four_bit_matrices_are_adapted_too(house_vlm, rows, tmp_path):
     house = models.load(house_vlm)
-    shrink_torch.write(house, shrink_torch.can(house), tmp_path / "nf4")
-    four = shrink_torch.load(tmp_path / "nf4")
+    quantize.write_nf4(house, quantize.can_nf4(house), tmp_path / "nf4")
+    four = quantize.load_nf4(tmp_path / "nf4")
     for p in four.parameters():  # as it is loaded where the CPU has bf16
         p.data = p.data.bfloat16() if p.is_floating_point() else p.data
     before = logits(four, rows).float()  # an answer may turn its weights round, where nothing could be trained or merged
-    model = lora.adapted(four, 4)
-    lessons = fit.Course(1, 4, 0.001, 0.0)  # the house model's own are in floats
-    lora.learn(model, lessons, work=tmp_path / "w")
-    lora.learn(lora.adapted(four, 4), lessons, work=tmp_path / "w")  # nothing left to do, but to read what was written
+    model = train.add_lora(four, 4)
+    lessons = train.TrainConfig(1, 4, 0.001, 0.0)  # the house model's own are in floats
+    train.train_lora(model, lessons, work=tmp_path / "w")
+    train.train_lora(train.add_lora(four, 4), lessons, work=tmp_path / "w")  # nothing left to do, but to read what was written
     packed = {n: p.clone() for n, p in model.named_parameters() if p.dtype == torch.uint8}
     assert packed, "the matrices are packed"
-    model = lora.learn(model, COURSE, rows)
+    model = train.train_lora(model, COURSE, rows)
     assert all(torch.equal(p, packed[n]) for n, p in model.named_parameters() if n in packed)
     found = logits(model.get_base_model(), rows)
     assert torch.isfinite(found).all() and not torch.allclose(found, before, atol=1e-3)
     first = models.parts(model.get_base_model())["vision"].encoder.layers[0].self_attn.k_proj
     assert first.lora_B["default"].weight.abs().sum() > 0, "a gradient came through all the layers above"
-    again = lora.merged(model)
-    same = logits(lora.merged(lora.adapted(four, 4)), rows).float()
+    again = train.merge_lora(model)
+    same = logits(train.merge_lora(train.add_lora(four, 4)), rows).float()
     assert (same - before).norm() < 0.2 * before.norm(), "nothing was added: rounded twice"
     assert any(p.dtype == torch.uint8 for p in again.parameters()), "rounded to four bits again"
     assert torch.isfinite(logits(again, rows)).all()
@@ -113,22 +113,22 @@ def test_four_bit_matrices_are_adapted_too(house_vlm, rows, tmp_path):
 
 def test_bad_input_is_refused(rows):
     with pytest.raises(UserError, match="rank 0 in vision, connector, language; expected 1 or more"):
-        lora.adapted(tiny.house(), 0)
+        train.add_lora(tiny.house(), 0)
     with pytest.raises(UserError, match="in wings; expected 1 or more, in vision"):
-        lora.adapted(tiny.house(), 2, parts=("wings",))
+        train.add_lora(tiny.house(), 2, parts=("wings",))
     with pytest.raises(UserError, match="8 rows for batches of 16"):
-        lora.learn(lora.adapted(tiny.house(), 2), fit.Course(1, 16), rows)
-    broken = lora.adapted(tiny.house(), 2)
+        train.train_lora(train.add_lora(tiny.house(), 2), train.TrainConfig(1, 16), rows)
+    broken = train.add_lora(tiny.house(), 2)
     with torch.no_grad():
         next(p for n, p in broken.named_parameters() if "lora_B" in n).fill_(float("inf"))
     with pytest.raises(ParityError, match="not finite; train with a lower rate"):
-        lora.merged(broken)
+        train.merge_lora(broken)
 
 
 @pytest.mark.parametrize("make", [tiny.house, tiny.llava])
 def test_new_words_are_tokens_that_learn(make, tmp_path):
     base = make()
-    grown, ids = lora.with_words(base, {"pinkish": ["red", "blue"], "heartlike": ["star"]})
+    grown, ids = train.add_tokens(base, {"pinkish": ["red", "blue"], "heartlike": ["star"]})
     tokenizer = grown.processor.tokenizer
     assert tokenizer.encode("a pinkish heartlike", add_special_tokens=False)[-2:] == ids
     assert tokenizer.decode(ids).split() == ["pinkish", "heartlike"]
@@ -137,8 +137,8 @@ def test_new_words_are_tokens_that_learn(make, tmp_path):
     assert torch.allclose(table[ids[0]], base.get_input_embeddings().weight[old].mean(0), atol=1e-6)
     rows = data.questions("train", 8)
     rows = rows.map(lambda r: {"answer": "pinkish", "question": "Is it heartlike?"})
-    model = lora.learn(lora.adapted(grown, 4, words=ids), fit.Course(20, 4, 0.001, 1e-2), rows)
-    merged = lora.merged(model)
+    model = train.train_lora(train.add_lora(grown, 4, words=ids), train.TrainConfig(20, 4, 0.001, 1e-2), rows)
+    merged = train.merge_lora(model)
     merged.processor = grown.processor
     assert torch.allclose(logits(merged, rows), logits(model.get_base_model(), rows), atol=1e-4)
     assert not torch.equal(merged.get_input_embeddings().weight[ids], table[ids])
@@ -153,18 +153,19 @@ def test_new_words_are_tokens_that_learn(make, tmp_path):
 def test_words_that_cannot_be_added_are_refused(house_vlm):
     house = models.load(house_vlm)
     with pytest.raises(UserError, match="of 479; give those"):
-        lora.adapted(house, 2, words=[479])
+        train.add_lora(house, 2, words=[479])
     for words in ({"red": ["blue"]}, {"pink": []}, {}, {"pink": "red"}):
         with pytest.raises(UserError, match="give new words"):
-            lora.with_words(house, words)
+            train.add_tokens(house, words)
 
 
 def test_lessons_of_what_no_other_lesson_shows(house_vlm):
-    from mmrecipes import distill, lessons, scenes
+    from mmrecipes.data import scenes
+    from mmrecipes.mini import batches, curriculum
 
     house = models.load(house_vlm)
     tokenizer = house.processor.tokenizer
-    novel, mixed = (lessons.NovelBatches(0, 8, 3, tokenizer, replay=r) for r in (False, True))
+    novel, mixed = (batches.NovelBatches(0, 8, 3, tokenizer, replay=r) for r in (False, True))
 
     def new(batch):
         texts = [tokenizer.decode(row.where(row != tokenizer.pad_token_id, 0)) for row in batch.ids]
@@ -172,7 +173,7 @@ def test_lessons_of_what_no_other_lesson_shows(house_vlm):
 
     assert all(count >= 12 for i in range(2) for count in new(novel[i])), "every question is about the new thing"
     assert [min(new(mixed[i])) > 0 for i in range(4)] == [True, False, False, True]
-    plain = lessons.ChatBatches(0, 8, 3, tokenizer)
+    plain = batches.ChatBatches(0, 8, 3, tokenizer)
     assert all(torch.equal(a, b) for a, b in zip(plain[1], mixed[1], strict=True)), "the others are the ordinary ones"
-    assert distill.material(house, COURSE, novel)[0] is novel
+    assert curriculum.training_batches(house, COURSE, novel)[0] is novel
     assert int(novel[0].labels[..., 1].max()) < len(scenes.COLOURS) and (novel[0].labels[..., 0] == 1).any()

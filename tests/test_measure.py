@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tiny
 from mmrecipes import measure, models, quantize
 from mmrecipes.errors import UserError
+from mmrecipes.measure import machine, timing
 
 PEAKS = {"fp32": 100.0, "bf16": 200.0, "int8": 400.0, "bandwidth": 10.0}
 
@@ -47,8 +48,8 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    monkeypatch.setattr(measure, "_clock", Clock())
-    return measure._clock
+    monkeypatch.setattr(timing, "clock", Clock())
+    return measure.clock
 
 
 def chat(model):
@@ -80,8 +81,8 @@ def nf4(model):
     """A copy with every linear layer in bitsandbytes' 4 bits."""
     import bitsandbytes as bnb
 
-    small = quantize.clone(model)
-    for name, layer in list(quantize.linears(small)):
+    small = models.clone(model)
+    for name, layer in list(models.linears(small)):
         four = bnb.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, torch.float32, quant_type="nf4")
         four.load_state_dict(layer.state_dict())
         small.set_submodule(name, four.to("cpu"))
@@ -109,8 +110,8 @@ def test_environment_says_what_matters_and_not_where():
 
 
 def test_commit_is_of_the_repository_that_tracks_the_package(tmp_path, monkeypatch):
-    file = shutil.copy(measure.__file__, tmp_path)
-    monkeypatch.setattr(measure, "__file__", str(file))
+    file = shutil.copy(machine.__file__, tmp_path)
+    monkeypatch.setattr(machine, "__file__", str(file))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
 
     def git(*words):
@@ -170,7 +171,7 @@ def test_parameters_sees_two_names_of_one_memory_once(house):
 @pytest.mark.parametrize(("shrink", "dtype", "least", "most"), [(quantize.dynamic_int8, "int8", 8, 9.5), (nf4, "nf4", 4, 5)])
 def test_parameters_sees_into_quantized_layers(house, shrink, dtype, least, most):
     small = shrink(house)
-    weights = sum(layer.weight.numel() for _, layer in quantize.linears(house))
+    weights = sum(layer.weight.numel() for _, layer in models.linears(house))
     rows = measure.parameters(small)
     packed = [r for r in rows if r["dtype"] == dtype]
     assert {r["part"] for r in packed} == {"vision", "connector", "language"}

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 import tiny
-from mmrecipes import checks, house, models, pictures
+from mmrecipes import models
 from mmrecipes.errors import UserError
+from mmrecipes.mini import model as mini_model
 
 RED = Image.new("RGB", (160, 120), "red")
 QUESTION = "What colour is the circle?"
@@ -145,7 +146,7 @@ for revision in (None, "v2"):
 for absent, revision in (("someone/other-vlm", None), ("someone/small-vlm", "v3")):
     try:
         models.load(absent, revision=revision)
-    except models.UserError as e:
+    except errors.UserError as e:
         print(e)
 """
     first, second, absent, old = run(code, HF_HOME=str(tmp_path), PYTHONPATH=str(ROOT)).splitlines()
@@ -186,7 +187,7 @@ def _video_model(kind: str, out: Path) -> Path:
         config["vision_config"]["model_type"] = "smolvlm_vision"
         config = t.SmolVLMConfig(**{k: v for k, v in config.items() if k not in ("model_type", "architectures")})
         model = t.SmolVLMForConditionalGeneration(config)
-        tile = {"longest_edge": house.IMAGE_SIZE}
+        tile = {"longest_edge": mini_model.IMAGE_SIZE}
         images = t.SmolVLMImageProcessorPil(size=tile, max_image_size=tile)
     elif kind == "minicpm":
         model, images = tiny.minicpm(), t.MiniCPMV4_6ImageProcessorPil(patch_size=8, scale_resolution=32, max_slice_nums=1)
@@ -195,9 +196,9 @@ def _video_model(kind: str, out: Path) -> Path:
         model, images = getattr(tiny, kind)(), t.Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, size=size)
     for part in (model, images, tokenizer):
         part.save_pretrained(out)
-    (out / "chat_template.jinja").write_text(house.CHAT_TEMPLATE)
+    (out / "chat_template.jinja").write_text(mini_model.CHAT_TEMPLATE)
     if kind == "smolvlm":
-        settings = {"image_seq_len": house.VISUAL_TOKENS, "processor_class": "SmolVLMProcessor"}
+        settings = {"image_seq_len": mini_model.VISUAL_TOKENS, "processor_class": "SmolVLMProcessor"}
         (out / "processor_config.json").write_text(json.dumps(settings))
     return out
 
@@ -216,14 +217,14 @@ def test_processor_does_without_its_video_half(kind, tmp_path):
 
 
 def test_free_memory_respects_the_container(tmp_path):
-    machine = checks.free_memory(cgroup=tmp_path)
+    machine = models.free_memory(cgroup=tmp_path)
     assert machine > 10**8
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("1000\n")
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 600\n")
-    assert checks.free_memory(cgroup=tmp_path) > 10**8
+    assert models.free_memory(cgroup=tmp_path) > 10**8
     (tmp_path / "memory.max").write_text("5000\n")
-    assert checks.free_memory(cgroup=tmp_path) == 5000 - 1000 + 600
+    assert models.free_memory(cgroup=tmp_path) == 5000 - 1000 + 600
 
 
 # ---- parts
@@ -302,7 +303,7 @@ def test_text_models_have_no_parts(kind):
 
 
 def test_real_size_has_the_published_dimensions():
-    model = models.real_size(dtype="bfloat16")
+    model = mini_model.real_size(dtype="bfloat16")
     assert sum(p.numel() for p in model.parameters()) == 256_484_928
     assert model.config.text_config.vocab_size == 49280
     assert not model.training
@@ -347,9 +348,9 @@ def test_pictures_of_every_kind_become_rgb(tmp_path):
     }
     for name, (picture, want) in cases.items():
         picture.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
-        assert pixel(pictures.image(tmp_path / name)) == want, name
+        assert pixel(models.load_image(tmp_path / name)) == want, name
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "print.jpg", quality=95)
-    red, green, blue = pixel(pictures.image(tmp_path / "print.jpg"))
+    red, green, blue = pixel(models.load_image(tmp_path / "print.jpg"))
     assert red > 240 and green < 15 and blue < 15
 
 
@@ -358,12 +359,12 @@ def test_pictures_are_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned by a quarter
     picture.save(tmp_path / "turned.jpg", exif=exif)
-    assert pictures.image(tmp_path / "turned.jpg").size == (10, 20)
+    assert models.load_image(tmp_path / "turned.jpg").size == (10, 20)
 
 
 def test_image_takes_a_picture_and_leaves_it_alone():
     given = Image.new("RGB", (4, 4), "red")
-    got = pictures.image(given)
+    got = models.load_image(given)
     got.putpixel((0, 0), (0, 0, 0))
     assert pixel(given) == (255, 0, 0)
 
@@ -371,7 +372,7 @@ def test_image_takes_a_picture_and_leaves_it_alone():
 def test_images_are_sorted_and_only_pictures(tmp_path):
     for name in ("b.PNG", "a.jpg", "._a.jpg", "notes.txt"):
         RED.save(tmp_path / name, format="PNG")
-    assert [(name, picture.size) for name, picture in pictures.images(tmp_path)] == [("a.jpg", RED.size), ("b.PNG", RED.size)]
+    assert [(name, picture.size) for name, picture in models.load_images(tmp_path)] == [("a.jpg", RED.size), ("b.PNG", RED.size)]
 
 
 def test_chat_takes_several_pictures_paths_and_dtypes(tmp_path):

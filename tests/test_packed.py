@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmrecipes import calibrated, packed, quantize
+from mmrecipes import quantize
 from mmrecipes.errors import UserError
 
 
@@ -20,29 +20,29 @@ def test_a_grid_that_is_there_already_is_kept():
         marks = torch.randint(-top, min(top, 7) + 1, (40, 4, 32), generator=noise).float()
         marks[:, :, 0] = -top
         weight = (marks * (0.01 + torch.rand(40, 4, 1, generator=noise))).flatten(1)
-        assert torch.allclose(unpacked(*packed.pack(weight, 4), 4, 128), weight, atol=1e-6)
+        assert torch.allclose(unpacked(*quantize.pack(weight, 4), 4, 128), weight, atol=1e-6)
 
 
 def test_what_was_rounded_to_four_bits_is_told_from_the_rest():
     weight = torch.randn(24, 96, generator=torch.Generator().manual_seed(2))
-    rounded = calibrated.search_round(weight, 4, 32)
-    assert packed.on_grid(rounded)
-    assert torch.allclose(unpacked(*packed.pack(rounded, 4), 4, 96), rounded, atol=1e-6)
-    assert not packed.on_grid(weight)
-    assert not packed.on_grid(calibrated.search_round(weight, 6, 32))
+    rounded = quantize.search_round(weight, 4, 32)
+    assert quantize.on_grid(rounded)
+    assert torch.allclose(unpacked(*quantize.pack(rounded, 4), 4, 96), rounded, atol=1e-6)
+    assert not quantize.on_grid(weight)
+    assert not quantize.on_grid(quantize.search_round(weight, 6, 32))
 
 
 @pytest.mark.parametrize(("bits", "wide"), [(4, 64), (4, 40), (8, 64), (8, 40)])
 def test_the_error_is_no_larger_than_rounding_leaves(bits, wide):
     weight = torch.randn(24, wide, generator=torch.Generator().manual_seed(1))
-    off = (unpacked(*packed.pack(weight, bits), bits, wide) - weight).norm()
+    off = (unpacked(*quantize.pack(weight, bits), bits, wide) - weight).norm()
     padded = torch.nn.functional.pad(weight, (0, -wide % 32))
     assert off <= 1.001 * (quantize.round_to_nearest(padded, bits, "group", 32)[:, :wide] - weight).norm()
     if bits == 4:
-        assert off <= 1.001 * (calibrated.search_round(padded, bits, 32)[:, :wide] - weight).norm()
+        assert off <= 1.001 * (quantize.search_round(padded, bits, 32)[:, :wide] - weight).norm()
 
 
 def test_zeros_stay_zero_and_other_widths_are_refused():
-    assert not unpacked(*packed.pack(torch.zeros(3, 32), 4), 4, 32).any()
+    assert not unpacked(*quantize.pack(torch.zeros(3, 32), 4), 4, 32).any()
     with pytest.raises(UserError, match="have 4 and 8"):
-        packed.pack(torch.zeros(3, 32), 3)
+        quantize.pack(torch.zeros(3, 32), 3)

@@ -9,18 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from mmrecipes import data, plan, quantize
+from mmrecipes import data, models, quantize
 from mmrecipes.errors import UserError
 
 
-def made(seed: int, units: int = 5) -> list[plan.Cost]:
+def made(seed: int, units: int = 5) -> list[quantize.Cost]:
     rng = random.Random(seed)
     costs = []
     for u in range(units):
         size, loss = rng.randint(500, 5000), 0.0
         for bits in (8, 4, 3, 2):
             loss += rng.random() ** 3
-            costs.append(plan.Cost(f"u{u}", "vision", bits, size * bits, loss))
+            costs.append(quantize.Cost(f"u{u}", "vision", bits, size * bits, loss))
     return costs
 
 
@@ -34,7 +34,7 @@ def total(costs, chosen) -> tuple[int, float]:
 def test_both_keep_the_budget_and_the_knapsack_is_as_good_as_trying_everything(seed, share):
     costs = made(seed)
     budget = int(share * sum(c.bytes for c in costs if c.bits == 8))
-    by_step, exact = plan.greedy(costs, budget), plan.knapsack(costs, budget)
+    by_step, exact = quantize.greedy(costs, budget), quantize.knapsack(costs, budget)
     assert list(by_step) == list(exact) == [f"u{i}" for i in range(5)]
     for chosen in (by_step, exact):
         assert total(costs, chosen)[0] <= budget
@@ -44,7 +44,7 @@ def test_both_keep_the_budget_and_the_knapsack_is_as_good_as_trying_everything(s
     assert total(costs, exact)[1] <= best + 1e-6
 
 
-@pytest.mark.parametrize("solve", [plan.greedy, plan.knapsack])
+@pytest.mark.parametrize("solve", [quantize.greedy, quantize.knapsack])
 def test_a_budget_that_is_too_small_is_refused(solve):
     costs = made(0)
     least = sum(c.bytes for c in costs if c.bits == 2)
@@ -55,48 +55,48 @@ def test_a_budget_that_is_too_small_is_refused(solve):
 @pytest.mark.parametrize("make", [tiny.house, tiny.llava, tiny.qwen2_5_vl], ids=["idefics3", "llava", "qwen2.5-vl"])
 def test_units_hold_every_linear_layer_and_the_embeddings_once(make):
     model = make()
-    members = [n for names in plan.units(model).values() for n in names]
+    members = [n for names in quantize.units(model).values() for n in names]
     modules = dict(model.named_modules())
-    assert len(members) == len(set(members)) == len(dict(quantize.linears(model))) + 1
+    assert len(members) == len(set(members)) == len(dict(models.linears(model))) + 1
     assert modules[members[-1]] is model.get_input_embeddings()
 
 
 @pytest.mark.parametrize("group_size", [None, 32])
 def test_packed_bytes_add_up(group_size):
     model = tiny.house()
-    eight, two = ({u: b for u in plan.units(model)} for b in (8, 2))
-    planned = sum(model.get_submodule(n).weight.numel() for names in plan.units(model).values() for n in names)
-    assert plan.packed_bytes(model, eight, group_size) - plan.packed_bytes(model, two, group_size) == planned * 6 // 8
+    eight, two = ({u: b for u in quantize.units(model)} for b in (8, 2))
+    planned = sum(model.get_submodule(n).weight.numel() for names in quantize.units(model).values() for n in names)
+    assert quantize.plan_bytes(model, eight, group_size) - quantize.plan_bytes(model, two, group_size) == planned * 6 // 8
 
 
 @pytest.mark.parametrize("make", [tiny.house, tiny.llava], ids=["idefics3", "llava"])
 def test_sensitivity_hurts_one_unit_at_a_time_and_a_plan_is_applied_as_said(make):
     model, rows = make(), data.calibration(4)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    costs = plan.sensitivity(model, rows, bits=(8, 2))
+    costs = quantize.sensitivity(model, rows, bits=(8, 2))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert [(c.unit, c.bits) for c in costs] == [(u, b) for u in plan.units(model) for b in (8, 2)]
+    assert [(c.unit, c.bits) for c in costs] == [(u, b) for u in quantize.units(model) for b in (8, 2)]
     assert all(c.loss >= -1e-5 for c in costs)
     mild, rough = (sum(c.loss for c in costs if c.bits == b) for b in (8, 2))
     assert rough > 10 * mild
     assert {"vision", "connector", "language"} <= {c.part for c in costs}
-    chosen = plan.knapsack(costs, sum(c.bytes for c in costs if c.bits == 8) // 2)
-    small = plan.apply(model, chosen)
+    chosen = quantize.knapsack(costs, sum(c.bytes for c in costs if c.bits == 8) // 2)
+    small = quantize.apply_plan(model, chosen)
     for unit, bits in chosen.items():
-        for name in plan.units(model)[unit]:
+        for name in quantize.units(model)[unit]:
             assert len(small.get_submodule(name).weight[0].unique()) <= 2**bits
     with pytest.raises(UserError, match=r"'model\.nothing', which the model does not have"):
-        plan.apply(model, {"model.nothing": 4})
+        quantize.apply_plan(model, {"model.nothing": 4})
 
 
 @pytest.mark.parametrize("make", [tiny.house, tiny.llava], ids=["idefics3", "llava"])
 def test_plans_are_rounded_by_gptq_behind_one_another_when_there_is_data(make):
     model, rows = make(), data.calibration(4)
-    chosen = {u: 3 if i % 2 else 2 for i, u in enumerate(plan.units(model))}
-    small = plan.apply(model, chosen, rows=rows)
-    for name, bits in plan.widths(model, chosen).items():
+    chosen = {u: 3 if i % 2 else 2 for i, u in enumerate(quantize.units(model))}
+    small = quantize.apply_plan(model, chosen, rows=rows)
+    for name, bits in quantize.bits_by_module(model, chosen).items():
         assert max(len(row.unique()) for row in small.get_submodule(name).weight) <= 2**bits
-    rounding, name = plan.gptq(model, rows), next(n for n, _ in quantize.linears(model))
+    rounding, name = quantize.gptq_rounding(model, rows), next(n for n, _ in models.linears(model))
     weight = model.get_submodule(name).weight
     assert torch.equal(rounding(name, weight, 2, None), small.get_submodule(name).weight), "the first layer has nothing before it"
-    assert torch.equal(rounding("embeddings", weight, 3, None), plan.searched("", weight, 3, None))
+    assert torch.equal(rounding("embeddings", weight, 3, None), quantize.search_rounding("", weight, 3, None))

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from mmrecipes import calibrated, data, evaluate, export, exported, models, packed, prune, quantize, recovery
+from mmrecipes import data, distill, evaluate, export, inference, models, prune, quantize
+from mmrecipes.distill import recovery
 from mmrecipes.errors import UserError
 from test_calibrated import made
 
@@ -39,7 +40,7 @@ def few_causes(seed: int, outputs: int = 12, inputs: int = 32) -> tuple[torch.Te
 
 def language(model) -> list[str]:
     part_of = models.part_of(model)
-    return [n for n, _ in quantize.linears(model) if part_of[f"{n}.weight"] == "language"]
+    return [n for n, _ in models.linears(model) if part_of[f"{n}.weight"] == "language"]
 
 
 # ---- one weight
@@ -68,10 +69,10 @@ def test_what_looks_at_data_beats_what_does_not_on_the_output(sparsity):
     for seed in range(25):
         w, h = made(seed)  # inputs of very different size
         by_size, by_wanda = prune.magnitude_prune(w, sparsity), prune.wanda_prune(w, h, sparsity)
-        wanda.append(calibrated.output_error(w, by_wanda, h) / calibrated.output_error(w, by_size, h))
+        wanda.append(quantize.output_error(w, by_wanda, h) / quantize.output_error(w, by_size, h))
         w, h = few_causes(seed)
         by_wanda, made_up = prune.wanda_prune(w, h, sparsity), prune.sparsegpt_prune(w, h, sparsity)
-        sparsegpt.append(calibrated.output_error(w, made_up, h) / calibrated.output_error(w, by_wanda, h))
+        sparsegpt.append(quantize.output_error(w, made_up, h) / quantize.output_error(w, by_wanda, h))
     assert median(wanda) < 0.3
     assert median(sparsegpt) < 0.7
 
@@ -83,8 +84,8 @@ def test_sparsegpt_lies_between_the_exact_values_and_the_untouched_ones(seed):
     exact = torch.zeros_like(w)
     for row, here in enumerate(thin != 0):
         exact[row, here] = torch.linalg.solve(h[here][:, here].double(), h[here].double() @ w[row].double()).float()
-    best, untouched = (calibrated.output_error(w, q, h) for q in (exact, w.masked_fill(thin == 0, 0)))
-    assert best <= calibrated.output_error(w, thin, h) * 1.001 < untouched / 2
+    best, untouched = (quantize.output_error(w, q, h) for q in (exact, w.masked_fill(thin == 0, 0)))
+    assert best <= quantize.output_error(w, thin, h) * 1.001 < untouched / 2
 
 
 def test_magnitude_and_torch_agree():
@@ -111,7 +112,7 @@ def test_torchao_ranks_by_the_squared_norm_where_the_paper_has_the_norm():
     found = alone[0].weight.detach()
     assert torch.equal(found, weight.masked_fill(prune.smallest(weight.abs() * h.diagonal(), "2:4"), 0))
     ours = prune.wanda_prune(weight, h, "2:4")
-    assert calibrated.output_error(weight, ours, h) <= calibrated.output_error(weight, found, h)
+    assert quantize.output_error(weight, ours, h) <= quantize.output_error(weight, found, h)
 
 
 def test_sparsegpt_without_pruning_or_with_inputs_that_do_not_hang_together_moves_nothing_else():
@@ -168,10 +169,10 @@ def test_rounding_after_pruning_keeps_zeros_and_makes_up_for_its_errors(sparsity
     for seed in range(10):
         w, h = few_causes(seed)
         thin = prune.sparsegpt_prune(w, h, sparsity)
-        rounded, nearest = prune.round_rest(thin, h, 4, 32), calibrated.search_round(thin, 4, 32)
+        rounded, nearest = prune.round_rest(thin, h, 4, 32), quantize.search_round(thin, 4, 32)
         assert (rounded[thin == 0] == 0).all()
-        assert packed.on_grid(rounded)
-        off += torch.tensor([calibrated.output_error(thin, q, h) for q in (rounded, nearest)])
+        assert quantize.on_grid(rounded)
+        off += torch.tensor([quantize.output_error(thin, q, h) for q in (rounded, nearest)])
     assert off[0] < 0.8 * off[1]
 
 
@@ -179,15 +180,15 @@ def test_rounding_after_pruning_keeps_zeros_and_makes_up_for_its_errors(sparsity
 @pytest.mark.parametrize("seed", range(10))
 def test_pruning_after_rounding_keeps_the_marks_and_still_makes_up(seed, sparsity):
     w, h = few_causes(seed)
-    rounded = calibrated.gptq_round(w, h, 4, 32)
+    rounded = quantize.gptq_round(w, h, 4, 32)
     thin = prune.sparsegpt_prune(rounded, h, sparsity, bits=4)
-    scale = packed.scales(rounded, 4)
-    assert packed.on_grid(thin)
+    scale = quantize.group_scales(rounded, 4)
+    assert quantize.on_grid(thin)
     assert torch.allclose((thin / scale).round() * scale, thin, atol=1e-5)
     assert (thin == 0).float().mean() >= share_of(sparsity) - 0.01
-    assert not packed.on_grid(prune.sparsegpt_prune(rounded, h, sparsity))  # else the test would prove nothing
+    assert not quantize.on_grid(prune.sparsegpt_prune(rounded, h, sparsity))  # else the test would prove nothing
     untouched = rounded.masked_fill(thin == 0, 0)
-    assert calibrated.output_error(w, thin, h) < 0.9 * calibrated.output_error(w, untouched, h)
+    assert quantize.output_error(w, thin, h) < 0.9 * quantize.output_error(w, untouched, h)
 
 
 def test_rounding_in_groups_that_do_not_divide_is_refused():
@@ -254,11 +255,11 @@ def test_one_ranking_for_the_model_takes_the_smallest_wherever_they_are(make):
         model.get_submodule(large).weight.mul_(1e3)
     shares = prune.global_shares(model, 0.3)
     assert shares[small] == 1.0 and shares[large] < 0.01
-    numel = {n: layer.weight.numel() for n, layer in quantize.linears(model)}
+    numel = {n: layer.weight.numel() for n, layer in models.linears(model)}
     assert sum(shares[n] * numel[n] for n in numel) == pytest.approx(0.3 * sum(numel.values()), abs=1)
     thin = prune.magnitude(model, shares)
     assert prune.sparsity_of(thin) == pytest.approx(shares, abs=1e-6)
-    moments = calibrated.moments(model, data.calibration(4), list(numel))
+    moments = quantize.input_hessians(model, data.calibration(4), list(numel))
     assert prune.global_shares(model, 0.3, moments)[small] > 0.9
 
 
@@ -266,8 +267,8 @@ def test_one_ranking_for_the_model_takes_the_smallest_wherever_they_are(make):
 @pytest.mark.parametrize("taught", [False, True], ids=["alone", "with its parent"])
 def test_recovery_keeps_every_zero_and_lowers_the_loss(make, taught):
     whole, rows = make(), data.calibration(8)
-    thin, course = prune.magnitude(whole, 0.5), recovery.Course(steps=12, batch=8, lr=0.01, adam_lr=1e-3)
-    tuned = recovery.recover(thin, course, whole if taught else None, rows)
+    thin, course = prune.magnitude(whole, 0.5), distill.Course(steps=12, batch=8, lr=0.01, adam_lr=1e-3)
+    tuned = distill.recover(thin, course, whole if taught else None, rows)
     assert prune.sparsity_of(tuned) == prune.sparsity_of(thin) and not tuned.training
     lesson = recovery._rows_loss(thin, course, rows)
     with torch.no_grad():
@@ -276,38 +277,38 @@ def test_recovery_keeps_every_zero_and_lowers_the_loss(make, taught):
 
 def test_recovery_on_the_house_lessons():
     thin = prune.magnitude(tiny.house(), 0.5)
-    tuned = recovery.recover(thin, recovery.Course(steps=2, batch=1))
+    tuned = distill.recover(thin, distill.Course(steps=2, batch=1))
     assert prune.sparsity_of(tuned) == prune.sparsity_of(thin)
     name = language(thin)[0]
     assert not torch.equal(tuned.get_submodule(name).weight, thin.get_submodule(name).weight)
     with pytest.raises(UserError, match="lower the course's lr"), torch.no_grad():
         thin.get_submodule(name).weight[0, 0] = float("nan")
         with torch.enable_grad():
-            recovery.recover(thin, recovery.Course(steps=2, batch=1))
+            distill.recover(thin, distill.Course(steps=2, batch=1))
 
 
 def test_a_killed_recovery_of_a_pruned_model_keeps_its_zeros(tmp_path):
     thin, rows = prune.magnitude(tiny.house(), 0.5), data.calibration(4)
-    course = recovery.Course(steps=4, batch=4)
-    tuned = recovery.recover(thin, course, None, rows, work=tmp_path, every=2)
-    again = recovery.recover(thin, course, None, rows, work=tmp_path, every=2)  # from its last checkpoint
+    course = distill.Course(steps=4, batch=4)
+    tuned = distill.recover(thin, course, None, rows, work=tmp_path, every=2)
+    again = distill.recover(thin, course, None, rows, work=tmp_path, every=2)  # from its last checkpoint
     assert prune.sparsity_of(again) == prune.sparsity_of(tuned) == prune.sparsity_of(thin)
     (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
     with pytest.raises(UserError, match="remove it to begin anew"):
-        recovery.recover(thin, course, None, rows, work=tmp_path)
+        distill.recover(thin, course, None, rows, work=tmp_path)
 
 
 def test_a_recovery_refuses_what_it_cannot_do(tmp_path):
-    from mmrecipes import structured
+    from mmrecipes import models, prune
 
-    whole, rows, course = tiny.house(), data.calibration(2), recovery.Course(steps=1, batch=2)
-    for wrong in (recovery.Course(steps=0), recovery.Course(batch=0)):
+    whole, rows, course = tiny.house(), data.calibration(2), distill.Course(steps=1, batch=2)
+    for wrong in (distill.Course(steps=0), distill.Course(batch=0)):
         with pytest.raises(UserError, match="at least one"):
-            recovery.recover(whole, wrong, None, rows)
-    recovery.recover(whole, course, None, rows, work=tmp_path / "here")
+            distill.recover(whole, wrong, None, rows)
+    distill.recover(whole, course, None, rows, work=tmp_path / "here")
     with pytest.raises(UserError, match="another model"):
-        recovery.recover(
-            structured.keep_columns(whole, {"vision": [[0, 1]] * len(structured.layers(whole)["vision"])}),
+        distill.recover(
+            prune.keep_ffn_neurons(whole, {"vision": [[0, 1]] * len(models.layers(whole)["vision"])}),
             course,
             None,
             rows,
@@ -315,10 +316,10 @@ def test_a_recovery_refuses_what_it_cannot_do(tmp_path):
         )
     torch.save([1], tmp_path / "here" / "checkpoint.pt")
     with pytest.raises(UserError, match="another course"):
-        recovery.recover(whole, course, None, rows, work=tmp_path / "here")
+        distill.recover(whole, course, None, rows, work=tmp_path / "here")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
-        recovery.recover(whole, course, None, rows, work=tmp_path / "file")
+        distill.recover(whole, course, None, rows, work=tmp_path / "file")
 
 
 # ---- what zeros go through afterwards
@@ -337,7 +338,7 @@ def test_zeros_outlive_saving_and_loading(make, tmp_path):
 def test_zeros_outlive_int8(make):
     thin = prune.magnitude(make(), 0.5)
     small = quantize.dynamic_int8(thin)
-    for name, layer in quantize.linears(thin):
+    for name, layer in models.linears(thin):
         stored = small.get_submodule(name).weight()
         assert stored.dtype == torch.qint8
         assert (stored.dequantize()[layer.weight == 0] == 0).all(), name
@@ -349,7 +350,7 @@ def test_zeros_outlive_an_export(tmp_path):
 
     thin = prune.sparsegpt(tiny.house(), data.calibration(4), 0.5)
     out = export.export(thin, tmp_path / "thin", "onnx", "fp32")
-    export.parity(thin, exported.load_exported(out), export.TOLERANCE["fp32"])  # raises where answers differ
+    export.parity(thin, inference.load_exported(out), export.TOLERANCE["fp32"])  # raises where answers differ
     shares = []
     for graph in out.glob("*.onnx"):
         for t in onnx.load(graph).graph.initializer:
@@ -369,7 +370,7 @@ def test_sparse_bytes_are_those_of_a_bitmap_and_the_rest():
     thin = prune.magnitude(model, 0.5)
     want = 0
     for p in thin.parameters():
-        pruned = any(p is layer.weight for _, layer in quantize.linears(thin))
+        pruned = any(p is layer.weight for _, layer in models.linears(thin))
         there = (p != 0).detach()
         stored = np.packbits(there.numpy()).nbytes + p.detach()[there].bfloat16().view(torch.uint8).numel()
         want += stored if pruned else 2 * p.numel()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mmrecipes import measure, models, prune, quantize, report
 from mmrecipes.errors import ParityError, UserError
-from mmrecipes.train import make_model, make_processor
+from mmrecipes.mini.model import make_model, make_processor
 
 BITS = st.integers(2, 8)
 PER = st.sampled_from(["tensor", "channel", "group"])
@@ -23,7 +23,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def inputs(tiny):
-    from mmrecipes import scenes
+    from mmrecipes.data import scenes
 
     return models.chat(tiny, scenes.render(scenes.make_scene(1)), "What colour is the circle?")
 
@@ -94,14 +94,14 @@ def test_real_int8_computes_what_its_simulation_does(tiny, inputs):
 
 
 def test_the_tied_head_is_left_alone(tiny):
-    assert "lm_head" not in dict(quantize.linears(tiny))
+    assert "lm_head" not in dict(models.linears(tiny))
     assert quantize.dynamic_int8(tiny).lm_head.weight.data_ptr() != 0
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.7])
 def test_magnitude_zeroes_that_share_and_the_smallest(tiny, sparsity):
     thin = prune.magnitude(tiny, sparsity)
-    for (_, old), (_, new) in zip(quantize.linears(tiny), quantize.linears(thin), strict=True):
+    for (_, old), (_, new) in zip(models.linears(tiny), models.linears(thin), strict=True):
         gone = new.weight == 0
         assert gone.float().mean().item() == pytest.approx(sparsity, abs=0.01)
         if gone.any():
@@ -111,6 +111,6 @@ def test_magnitude_zeroes_that_share_and_the_smallest(tiny, sparsity):
 
 
 def test_packed_bytes_counts_bits_and_scales(tiny):
-    linear = sum(m.weight.numel() for _, m in quantize.linears(tiny))
+    linear = sum(m.weight.numel() for _, m in models.linears(tiny))
     rest = 2 * (sum(p.numel() for p in tiny.parameters()) - linear)
     assert quantize.packed_bytes(tiny, 4, "group", 32) == linear // 2 + 2 * linear // 32 + rest

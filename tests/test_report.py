@@ -17,7 +17,7 @@ def model():
 @pytest.fixture(scope="module")
 def found(model):
     rows = data.test_split(40)
-    return report.compare(rows, fp32=model, same=quantize.clone(model), two=quantize.simulate(model, 2, "tensor"))
+    return report.compare(rows, fp32=model, same=models.clone(model), two=quantize.simulate(model, 2, "tensor"))
 
 
 def test_every_variant_has_one_row_with_accuracy_time_and_memory(found):
@@ -58,8 +58,8 @@ def test_an_unwritable_place_is_one_line(found, tmp_path):
 
 
 def test_without_answers_agreement_stands_for_accuracy(model):
-    rows = data.pictures([(str(i), r["image"]) for i, r in enumerate(data.test_split(6))], "How many objects are there?")
-    found = report.compare(rows, timed=False, fp32=model, same=quantize.clone(model))
+    rows = data.image_rows([(str(i), r["image"]) for i, r in enumerate(data.test_split(6))], "How many objects are there?")
+    found = report.compare(rows, timed=False, fp32=model, same=models.clone(model))
     assert found.rows[1]["agreement"].value == 1 and "accuracy" not in found.rows[0]
     assert "agreement [95%]" in str(found)
 
@@ -71,9 +71,9 @@ def test_a_slow_variant_answers_fewer_questions_and_says_so(model):
 
 def test_broken_is_not_lossy(model):
     rows = data.test_split(10)
-    broken = quantize.clone(model)
+    broken = models.clone(model)
     with torch.no_grad():
-        next(m for _, m in quantize.linears(broken)).weight[0, 0] = float("inf")
+        next(m for _, m in models.linears(broken)).weight[0, 0] = float("inf")
     with pytest.raises(ParityError, match="not finite"):
         report.compare(rows, timed=False, fp32=model, broken=broken)
     # a runtime that computes something else than its simulation: finite, plausible, wrong

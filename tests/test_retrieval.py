@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import tiny
-from mmrecipes import retrieval, scenes
+from mmrecipes import data, evaluate
+from mmrecipes.data import families, scenes
 from mmrecipes.errors import ParityError, UserError
+from mmrecipes.evaluate import retrieval
 
 
 class Perfect(nn.Module):
@@ -43,37 +45,37 @@ class Perfect(nn.Module):
 
 @pytest.fixture(scope="module")
 def seen():
-    return retrieval.gallery("validation", 20)
+    return evaluate.gallery("validation", 20)
 
 
 def test_a_perfect_model_is_perfect_and_one_that_is_blind_to_the_change_is_not(seen):
     table = {i.tobytes(): k for k, i in enumerate(seen.images)} | {c: k for k, c in enumerate(seen.captions)}
     apart = {i.tobytes(): 20 + k for k, i in enumerate(seen.near_images)} | {c: 20 + k for k, c in enumerate(seen.negatives)}
-    found = retrieval.retrieval(Perfect(table | apart, 40), seen, pool=10)
+    found = evaluate.retrieval_scores(Perfect(table | apart, 40), seen, pool=10)
     assert [s.value for s in (found.to_text, found.to_image, found.told_apart, found.matching)] == [1, 1, 1, 1]
     assert found.to_text.n == 20 and found.matching.n == 40 and sum(s.n for s in found.attributes.values()) == 20
     same = {i.tobytes(): k for k, i in enumerate(seen.near_images)} | {c: k for k, c in enumerate(seen.negatives)}
-    blind = retrieval.retrieval(Perfect(table | same, 40), seen, pool=10)
+    blind = evaluate.retrieval_scores(Perfect(table | same, 40), seen, pool=10)
     assert blind.told_apart.value == 0 and blind.matching.value == 0.5, "a tie is no telling apart"
 
 
 def test_a_random_model_finds_by_chance(seen):
-    found = retrieval.retrieval(tiny.siglip_128(), retrieval.gallery("validation", 100), pool=50)
+    found = evaluate.retrieval_scores(tiny.siglip_128(), evaluate.gallery("validation", 100), pool=50)
     assert found.to_text.value < 0.2 and found.to_image.value < 0.2
     assert 0.2 < found.told_apart.value < 0.8 and len(found.right["to_text"]) == 100
 
 
 def test_clip_is_measured_too(seen):
-    found = retrieval.retrieval(tiny.clip_128(), seen, pool=10)
+    found = evaluate.retrieval_scores(tiny.clip_128(), seen, pool=10)
     assert found.to_text.n == 20 and found.matching is None, "CLIP has no yes or no"
-    assert retrieval.zero_shot(tiny.clip_128(), "validation", 4)["colour"].n == 4
+    assert evaluate.zero_shot(tiny.clip_128(), "validation", 4)["colour"].n == 4
 
 
 def test_hard_negatives_differ_in_one_word_and_their_pictures_in_one_object(seen):
     for k in range(20):
-        scene = scenes.make_scene(scenes.SPLITS["validation"][k])
+        scene = scenes.make_scene(data.SPLITS["validation"][k])
         near, key = scenes.changed(scene)
-        assert (scenes.caption(near), key) == scenes.hard_negative(scene)
+        assert (families.caption(near), key) == families.hard_negative(scene)
         odd = [(a, b) for a, b in zip(scene.things, near.things, strict=True) if a != b]
         assert len(odd) == 1 and key == seen.attributes[k] and key in ("colour", "shape")
         (old, new) = odd[0]
@@ -83,27 +85,27 @@ def test_hard_negatives_differ_in_one_word_and_their_pictures_in_one_object(seen
 
 def test_zero_shot_tries_every_value_that_is_free():
     scene = scenes.make_scene(3)
-    texts = retrieval._variants(scene, 0, "colour", retrieval.CHOICES["colour"])
+    texts = retrieval._variants(scene, 0, "colour", evaluate.CHOICES["colour"])
     taken = {t.colour for t in scene.things[1:] if t.shape == scene.things[0].shape}
-    assert texts[0] == scenes.caption(scene, full=True) and len(texts) == len(set(texts)) == 8 - len(taken)
+    assert texts[0] == families.caption(scene, full=True) and len(texts) == len(set(texts)) == 8 - len(taken)
 
 
 def test_the_gap_between_modalities():
     image, text = F.normalize(torch.randn(50, 8), dim=-1), F.normalize(torch.randn(50, 8), dim=-1)
-    assert retrieval.modality_gap(image, image) == 0
-    assert retrieval.modality_gap(image, -image) == pytest.approx(2 * image.mean(0).norm().item())
-    assert retrieval.modality_gap(image, text) > 0
+    assert evaluate.modality_gap(image, image) == 0
+    assert evaluate.modality_gap(image, -image) == pytest.approx(2 * image.mean(0).norm().item())
+    assert evaluate.modality_gap(image, text) > 0
 
 
 def test_what_cannot_be_measured_is_refused(seen):
     model = tiny.siglip_128()
     with pytest.raises(UserError, match="20 scenes in pools of 100"):
-        retrieval.retrieval(model, seen)
+        evaluate.retrieval_scores(model, seen)
     with pytest.raises(UserError, match="is no dual encoder"):
-        retrieval.embeddings(tiny.house(), seen.images)
+        evaluate.embeddings(tiny.house(), seen.images)
     with pytest.raises(UserError, match="either images or texts"):
-        retrieval.embeddings(model)
+        evaluate.embeddings(model)
     with torch.no_grad():
         model.vision_model.post_layernorm.weight.fill_(float("nan"))
     with pytest.raises(ParityError, match="broken, not lossy"):
-        retrieval.embeddings(model, seen.images)
+        evaluate.embeddings(model, seen.images)

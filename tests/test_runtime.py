@@ -9,8 +9,11 @@ import pytest
 import torch
 
 import tiny
-from mmrecipes import data, evaluate, models, quantize, runtime
+from mmrecipes import data, evaluate, inference, models, quantize
 from mmrecipes.errors import UserError
+from mmrecipes.export.onnx import attached
+from mmrecipes.export.onnx import graphs as onnx_graphs
+from mmrecipes.export.onnx import quantize as onnx_quantize
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +23,14 @@ def vlm(house_vlm):
 
 @pytest.fixture(scope="module")
 def graphs(vlm, tmp_path_factory):
-    return runtime.export(vlm, tmp_path_factory.mktemp("graphs"))
+    return attached.export_parts(vlm, tmp_path_factory.mktemp("graphs"))
 
 
 @pytest.fixture(scope="module")
 def batches(vlm):
     """Batches of 1 and 3 questions of unequal length, so that the shorter ones are padded on the left."""
     rows = data.test_split(4)
-    return [next(evaluate.teacher_forced(vlm, rows.select(at)))[0] for at in ([0], [1, 2, 3])]
+    return [next(models.teacher_forced(vlm, rows.select(at)))[0] for at in ([0], [1, 2, 3])]
 
 
 def relative(model, twin, inputs):
@@ -39,12 +42,12 @@ def relative(model, twin, inputs):
 
 
 def test_fp32_graphs_compute_what_the_model_does(vlm, graphs, batches):
-    twin = runtime.attach(vlm, graphs)
+    twin = attached.attach(vlm, graphs)
     assert (batches[1]["attention_mask"] == 0).any(), "the test must see left padding"
     for inputs in batches:
         assert relative(vlm, twin, inputs) < 1e-4
-    for part in runtime.PARTS:  # one part alone in ONNX Runtime, the other in PyTorch
-        assert relative(vlm, runtime.attach(vlm, {part: graphs[part]}), batches[1]) < 1e-4
+    for part in attached.PARTS:  # one part alone in ONNX Runtime, the other in PyTorch
+        assert relative(vlm, attached.attach(vlm, {part: graphs[part]}), batches[1]) < 1e-4
 
 
 def test_attention_is_fused(graphs):
@@ -55,7 +58,7 @@ def test_attention_is_fused(graphs):
 
 
 def test_answers_through_attach(vlm, graphs):
-    rows, twin = data.test_split(14), runtime.attach(vlm, graphs)
+    rows, twin = data.test_split(14), attached.attach(vlm, graphs)
     questions = rows["image"][:], rows["question"][:]
     assert evaluate.answers(twin, *questions) == evaluate.answers(vlm, *questions)
     assert models.ask(twin, rows[0]["image"], rows[0]["question"]) == models.ask(vlm, rows[0]["image"], rows[0]["question"])
@@ -64,7 +67,7 @@ def test_answers_through_attach(vlm, graphs):
 
 
 def test_a_picture_is_looked_at_once_an_answer(vlm, graphs):
-    seen, twin = [], runtime.attach(vlm, graphs)
+    seen, twin = [], attached.attach(vlm, graphs)
     twin.model.vision_model.register_forward_hook(lambda *_: seen.append(1))
     rows = data.test_split(1)
     inputs = models.chat(twin, rows[0]["image"], rows[0]["question"])
@@ -90,42 +93,42 @@ def feeds_of(vlm, inputs):
 
 
 def test_int8_is_near_its_parent_and_smaller(vlm, graphs, batches, tmp_path):
-    feeds = feeds_of(vlm, next(evaluate.teacher_forced(vlm, data.calibration(24), 24))[0])
+    feeds = feeds_of(vlm, next(models.teacher_forced(vlm, data.calibration(24), 24))[0])
     error = {}
     for name, make in {
-        "dynamic": lambda part, out: runtime.dynamic_int8(graphs[part], out),
-        "static": lambda part, out: runtime.static_int8(graphs[part], [feeds[part]], out),
+        "dynamic": lambda part, out: onnx_quantize.dynamic_int8(graphs[part], out),
+        "static": lambda part, out: onnx_quantize.static_int8(graphs[part], [feeds[part]], out),
     }.items():
-        small = {part: make(part, tmp_path / f"{name}-{part}.onnx") for part in runtime.PARTS}
+        small = {part: make(part, tmp_path / f"{name}-{part}.onnx") for part in attached.PARTS}
         assert all(small[p].stat().st_size < graphs[p].stat().st_size / 2.5 for p in small)
-        error[name] = relative(vlm, runtime.attach(vlm, small), batches[1])
+        error[name] = relative(vlm, attached.attach(vlm, small), batches[1])
     assert 1e-4 < error["dynamic"] < 0.15
     assert 1e-4 < error["static"] < 0.3
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"{n}-{p}.onnx" for n in error for p in runtime.PARTS)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"{n}-{p}.onnx" for n in error for p in attached.PARTS)
 
 
 def product(weight, tmp_path):
     """A graph of one matrix product."""
     layer = torch.nn.Linear(*weight.T.shape, bias=False)
     layer.weight.data = weight
-    return runtime.to_onnx(layer, {"input": torch.zeros(2, weight.shape[1])}, tmp_path / "one.onnx", {"input": {0: "rows"}})
+    return onnx_graphs.to_onnx(layer, {"input": torch.zeros(2, weight.shape[1])}, tmp_path / "one.onnx", {"input": {0: "rows"}})
 
 
 def run(graph, x):
-    return runtime.session(graph).run(None, {"input": x})[0]
+    return inference.onnx_session(graph).run(None, {"input": x})[0]
 
 
 def test_default_int8_does_not_saturate(tmp_path):
     """Large products of one sign, which overflow 16 bits two at a time: the worst case of AVX2's int8 instruction."""
     graph, x = product(torch.full((16, 64), 0.5), tmp_path), np.full((4, 64), 2.0, dtype=np.float32)
     for i, options in enumerate([{}, {"weights": "int8", "reduce_range": True}]):
-        small = runtime.dynamic_int8(graph, tmp_path / f"small{i}.onnx", **options)
+        small = onnx_quantize.dynamic_int8(graph, tmp_path / f"small{i}.onnx", **options)
         assert np.allclose(run(small, x), run(graph, x), rtol=0.02)
 
 
 def test_idle_sessions_leave_the_cores_alone(graphs):
     run = ort.InferenceSession(
-        str(graphs["vision"]), runtime.session_options(2)
+        str(graphs["vision"]), inference.session_options(2)
     )  # one thread alone would have nothing to wait for
     x = np.zeros([1, *run.get_inputs()[0].shape[1:]], np.float32)
     for _ in range(3):
@@ -147,12 +150,12 @@ def test_plain_modules_export_too(tmp_path):
             return self.tower(pixel_values=pixel_values).pooler_output
 
     example = {"pixel_values": torch.randn(2, 3, 32, 32)}
-    path = runtime.to_onnx(Pooled(), example, tmp_path / "siglip.onnx", {"pixel_values": {0: "batch"}})
+    path = onnx_graphs.to_onnx(Pooled(), example, tmp_path / "siglip.onnx", {"pixel_values": {0: "batch"}})
     for n in (1, 2):
         x = torch.randn(n, 3, 32, 32)
         with torch.no_grad():
             wanted = Pooled()(x)
-        assert np.allclose(runtime.session(path).run(None, {"pixel_values": x.numpy()})[0], wanted, atol=1e-4)
+        assert np.allclose(inference.onnx_session(path).run(None, {"pixel_values": x.numpy()})[0], wanted, atol=1e-4)
 
 
 # ---- refusals
@@ -160,10 +163,10 @@ def test_plain_modules_export_too(tmp_path):
 
 def test_export_wants_fp32_and_an_idefics(tmp_path):
     with pytest.raises(UserError, match=r"bfloat16; it starts from float32"):
-        runtime.export(quantize.bf16(tiny.house()), tmp_path)
+        attached.export_parts(quantize.bf16(tiny.house()), tmp_path)
     for other in (tiny.llava(), tiny.qwen2_5_vl(), torch.nn.Linear(2, 2)):
         with pytest.raises(UserError, match="not built like Idefics3"):
-            runtime.export(other, tmp_path)
+            attached.export_parts(other, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -172,29 +175,29 @@ def test_a_failing_export_leaves_the_older_one(tmp_path):
     broken = tiny.house()
     broken.model.text_model.norm = torch.nn.Linear(1, 1)  # the second graph cannot be traced
     with pytest.raises(Exception):  # noqa: B017 - whatever torch.export raises
-        runtime.export(broken, tmp_path)
+        attached.export_parts(broken, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["vision.onnx"]
     assert (tmp_path / "vision.onnx").read_text() == "older"
 
 
 def test_bad_requests(graphs, vlm, tmp_path):
     with pytest.raises(UserError, match="no graph at"):
-        runtime.dynamic_int8(tmp_path / "none.onnx", tmp_path / "out.onnx")
+        onnx_quantize.dynamic_int8(tmp_path / "none.onnx", tmp_path / "out.onnx")
     with pytest.raises(UserError, match="'int4'; expected one of uint8, int8"):
-        runtime.dynamic_int8(graphs["vision"], tmp_path / "out.onnx", weights="int4")
+        onnx_quantize.dynamic_int8(graphs["vision"], tmp_path / "out.onnx", weights="int4")
     with pytest.raises(UserError, match="no calibration feeds"):
-        runtime.static_int8(graphs["vision"], [], tmp_path / "out.onnx")
+        onnx_quantize.static_int8(graphs["vision"], [], tmp_path / "out.onnx")
     with pytest.raises(UserError, match="'Mean'; expected one of MinMax"):
-        runtime.static_int8(graphs["vision"], [{}], tmp_path / "out.onnx", method="Mean")
+        onnx_quantize.static_int8(graphs["vision"], [{}], tmp_path / "out.onnx", method="Mean")
     with pytest.raises(UserError, match="no file"):
-        runtime.attach(vlm, {"vision": tmp_path / "none.onnx"})
+        attached.attach(vlm, {"vision": tmp_path / "none.onnx"})
     with pytest.raises(UserError, match="graphs for tower; expected vision and language"):
-        runtime.attach(vlm, {"tower": graphs["vision"]})
+        attached.attach(vlm, {"tower": graphs["vision"]})
     assert not list(tmp_path.iterdir())
 
 
 def test_padded_pictures_and_caches_are_refused(vlm, graphs, batches):
-    twin = runtime.attach(vlm, graphs)
+    twin = attached.attach(vlm, graphs)
     inputs = {k: v.clone() for k, v in batches[0].items()}
     size = inputs["pixel_values"].shape[-1]
     inputs["pixel_attention_mask"] = torch.ones(1, 1, size, size, dtype=torch.int64)
@@ -212,13 +215,13 @@ def test_a_missing_runtime_names_the_extra(monkeypatch, graphs):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "onnxruntime" else found(name, *a))
     with pytest.raises(ImportError, match=r"mmrecipes\[deploy\]"):
-        runtime.session(graphs["vision"])
+        inference.onnx_session(graphs["vision"])
 
 
 def test_quiet(vlm, graphs, tmp_path, capfd):
     level = logging.getLogger().level
-    runtime.dynamic_int8(graphs["language"], tmp_path / "small.onnx")
-    runtime.export(tiny.house(), tmp_path)
+    onnx_quantize.dynamic_int8(graphs["language"], tmp_path / "small.onnx")
+    attached.export_parts(tiny.house(), tmp_path)
     out, err = capfd.readouterr()
     assert out == "" and err == ""
     assert logging.getLogger().level == level

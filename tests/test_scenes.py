@@ -12,8 +12,10 @@ import time
 import numpy as np
 import pytest
 
-from mmrecipes import scenes
-from mmrecipes.scenes import ALPHABET, COLOURS, FAMILIES, SHAPES, SIZES, SPLITS
+from mmrecipes.data import families, scenes
+from mmrecipes.data.families import FAMILIES
+from mmrecipes.data.scenes import ALPHABET, COLOURS, SHAPES, SIZES
+from mmrecipes.data.splits import SPLITS
 
 SEEDS = range(400)
 
@@ -24,9 +26,9 @@ def digest(seeds) -> str:
     for seed in seeds:
         scene = scenes.make_scene(seed)
         h.update(scenes.render(scene, 96).tobytes())
-        h.update(json.dumps([scenes.caption(scene, True), scenes.hard_negative(scene, full=True)]).encode())
-        h.update(repr([scenes.ask(scene, f) for f in FAMILIES]).encode())
-        h.update(repr(scenes.sort_of_clevr(seed)[1]).encode())
+        h.update(json.dumps([families.caption(scene, True), families.hard_negative(scene, full=True)]).encode())
+        h.update(repr([families.ask(scene, f) for f in FAMILIES]).encode())
+        h.update(repr(families.sort_of_clevr(seed)[1]).encode())
     return h.hexdigest()
 
 
@@ -107,7 +109,7 @@ def words_match(t, text: str) -> bool:
 
 def one(scene, phrase: str):
     found = [t for t in scene.things if words_match(t, phrase)]
-    assert len(found) == 1, f"{phrase!r} is not one object of {scenes.caption(scene, True)}"
+    assert len(found) == 1, f"{phrase!r} is not one object of {families.caption(scene, True)}"
     return found[0]
 
 
@@ -139,8 +141,8 @@ def test_every_answer_agrees_with_an_independent_check(family):
     for seed in SEEDS:
         scene = scenes.make_scene(seed)
         for k in range(3):
-            if question := scenes.ask(scene, family, k):
-                assert oracle(scene, question.text) == question.answer, (question, scenes.caption(scene, True))
+            if question := families.ask(scene, family, k):
+                assert oracle(scene, question.text) == question.answer, (question, families.caption(scene, True))
                 assert " " not in question.answer and question.family == family
                 asked += 1
     assert asked > 500
@@ -156,7 +158,7 @@ def test_the_oracle_tells_right_from_wrong():
 
 def test_unknown_family_is_an_error_that_lists_the_families():
     with pytest.raises(ValueError, match=r"'color'.*colour, shape"):
-        scenes.ask(scenes.make_scene(0), "color")
+        families.ask(scenes.make_scene(0), "color")
 
 
 # ---- captions
@@ -176,7 +178,7 @@ def test_a_hard_negative_differs_in_exactly_one_attribute_and_is_false(full):
     kinds = set()
     for seed in SEEDS:
         scene = scenes.make_scene(seed)
-        true, (false, attribute) = parse(scenes.caption(scene, full)), scenes.hard_negative(scene, full=full)
+        true, (false, attribute) = parse(families.caption(scene, full)), families.hard_negative(scene, full=full)
         changed = [(a, b) for a, b in zip(true, parse(false), strict=True) if a != b]
         assert len(changed) == 1
         keys = [k for k in changed[0][0] if changed[0][0][k] != changed[0][1][k]]
@@ -191,10 +193,10 @@ def test_a_hard_negative_differs_in_exactly_one_attribute_and_is_false(full):
 def test_captions_name_every_object_once():
     for seed in SEEDS[:50]:
         scene = scenes.make_scene(seed)
-        assert sorted((p["colour"], p["shape"]) for p in parse(scenes.caption(scene))) == sorted(
+        assert sorted((p["colour"], p["shape"]) for p in parse(families.caption(scene))) == sorted(
             (t.colour, t.shape) for t in scene.things
         )
-        assert [p["code"] for p in parse(scenes.caption(scene, True))] == [
+        assert [p["code"] for p in parse(families.caption(scene, True))] == [
             t.code for t in sorted(scene.things, key=lambda t: t.x)
         ]
 
@@ -203,11 +205,11 @@ def test_captions_name_every_object_once():
 
 
 def test_sort_of_clevr_is_the_published_shape_and_true():
-    image, questions = scenes.sort_of_clevr(7)
+    image, questions = families.sort_of_clevr(7)
     assert image.size == (75, 75)
     pixels = np.asarray(image).astype(int)
     spots = {}
-    for colour, rgb in scenes.CLEVR_COLOURS.items():  # find each object in the picture itself
+    for colour, rgb in families.CLEVR_COLOURS.items():  # find each object in the picture itself
         ys, xs = np.nonzero(np.abs(pixels - rgb).max(-1) < 12)
         assert len(xs) > 50
         shape = "square" if len(xs) > 0.9 * (np.ptp(xs) + 1) * (np.ptp(ys) + 1) else "circle"

@@ -16,21 +16,13 @@ from PIL import Image
 from rich.console import Console
 
 import tiny
-from mmrecipes import (
-    data,
-    evaluate,
-    exported,
-    measure,
-    models,
-    plan,
-    quantize,
-    scenes,
-    shrink,
-    shrink_data,
-    shrink_plan,
-    shrink_torch,
-)
+from mmrecipes import data, evaluate, inference, measure, models, quantize, shrink
+from mmrecipes.data import folders as data_folders
+from mmrecipes.data import scenes
 from mmrecipes.errors import UserError
+from mmrecipes.shrink import artifact, candidates
+from mmrecipes.shrink import request as shrink_request
+from mmrecipes.shrink import sizes as shrink_sizes
 
 ALONE = "import runpy, sys; sys.modules['mmrecipes'] = None; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
 MB = 1e6
@@ -38,12 +30,12 @@ MB = 1e6
 
 def run(dry_run=False, **request):
     """The command, quick: few rows to plan on. Returns what it found and what it printed."""
-    before, shrink.PATIENCE = shrink.PATIENCE, 1.5
+    before, shrink_request.STAGE_SECONDS = shrink_request.STAGE_SECONDS, 1.5
     console = Console(record=True, width=150, file=open(os.devnull, "w"))  # noqa: SIM115
     try:
-        return shrink.run(shrink.Request(**request), dry_run, console), console.export_text()
+        return shrink.run(shrink_request.Request(**request), dry_run, console), console.export_text()
     finally:
-        shrink.PATIENCE = before
+        shrink_request.STAGE_SECONDS = before
         console.file.close()
 
 
@@ -120,7 +112,7 @@ def test_the_house_model_gets_small_and_keeps_its_answers(small):
     assert loss.measure == "accuracy" and loss.n == 100
     assert loss.low <= loss.points <= 1.0 and loss.points <= loss.high < 8
     assert found["bytes"] < 0.3 * found["float_bytes"]
-    loaded, rows = exported.load_exported(out), data.test_split(20)
+    loaded, rows = inference.load_exported(out), data.test_split(20)
     assert evaluate.answers(loaded, rows["image"][:], rows["question"][:]) == found["answers"][:20], "what was reported is there"
     right = sum(a == b for a, b in zip(found["answers"], data.test_split(100)["answer"], strict=True))
     assert right == round(100 * loss.share.value)
@@ -144,16 +136,16 @@ def test_without_labels_agreement_is_the_measure_and_a_killed_run_leaves_nothing
     assert found["loss"].n == sum(len(same) for same in found["answers"])
     assert found["rows"]["pictures"] == 2, "the other half calibrated"
     assert found["loss"].high > 30, "two pictures prove little"
-    assert exported.load_exported(out).manifest["runtime"] == "openvino"
+    assert inference.load_exported(out).manifest["runtime"] == "openvino"
 
 
 def test_answers_that_the_original_does_not_know_are_no_measure(plain):
     out, found, _ = plain
     assert found["loss"].measure == "agreement"
-    model = shrink_torch.load(out)
+    model = quantize.load_nf4(out)
     kinds = [type(m).__name__ for m in model.modules()]
     assert kinds.count("Linear4bit") == sum(
-        len(plan.units(tiny.house())[u]) for u, b in found["rungs"][found["chosen"]].plan.items() if b == 4
+        len(quantize.units(tiny.house())[u]) for u, b in found["rungs"][found["chosen"]].plan.items() if b == 4
     )
     assert kinds.count("Linear4bit") > 5
 
@@ -186,7 +178,7 @@ def test_the_report_stands_alone_and_shows_both_answers(made, request):
 def test_the_example_answers_as_the_model_does(made, request):
     out, found, *_ = request.getfixturevalue(made)
     question, answer = found["example"].values()  # from a process that had no mmrecipes
-    model = shrink.opened(out, found["request"].runtime)
+    model = artifact.open_artifact(out, found["request"].runtime)
     if made == "plain":
         assert answer == models.ask(model, out / "example.png", question, 64)
     else:
@@ -203,7 +195,7 @@ def test_the_example_runs_anywhere(small, tmp_path):
     env = os.environ | {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == exported.load_exported(copy).generate(picture, question)
+    assert done.stdout.strip() == inference.load_exported(copy).generate(picture, question)
 
 
 # ---- plans
@@ -236,26 +228,26 @@ def test_what_loses_too_much_is_not_kept_and_the_older_result_stays(spiky, tmp_p
 @pytest.mark.parametrize("runtime", ["onnx", "openvino", "torch"])
 def test_a_budget_is_kept_and_spent_where_it_helps_most(runtime):
     model = tiny.house()
-    four = shrink_plan.takers(model, runtime)
+    four = candidates.eligible_units(model, runtime)
     table = []
     for i, unit in enumerate(four):  # a loss for each, made up
-        widths = (4, shrink_plan.high(runtime))
-        sizes = {b: shrink_plan.predicted_bytes(model, _all(model, runtime) | {unit: b}, runtime) for b in widths}
-        table += [plan.Cost(unit, "", b, size, (i + 1.0) if b == 4 else 0.0) for b, size in sizes.items()]
-    most = shrink_plan.predicted_bytes(model, _all(model, runtime), runtime)
-    least = shrink_plan.predicted_bytes(model, _all(model, runtime) | dict.fromkeys(four, 4), runtime)
-    middle = shrink_plan.best(model, table, runtime, (least + most) / 2)
+        widths = (4, candidates.high(runtime))
+        sizes = {b: shrink_sizes.predicted_bytes(model, _all(model, runtime) | {unit: b}, runtime) for b in widths}
+        table += [quantize.Cost(unit, "", b, size, (i + 1.0) if b == 4 else 0.0) for b, size in sizes.items()]
+    most = shrink_sizes.predicted_bytes(model, _all(model, runtime), runtime)
+    least = shrink_sizes.predicted_bytes(model, _all(model, runtime) | dict.fromkeys(four, 4), runtime)
+    middle = candidates.best(model, table, runtime, (least + most) / 2)
     assert least < middle.bytes <= (least + most) / 2
-    assert shrink_plan.best(model, table, runtime, least).plan == _all(model, runtime) | dict.fromkeys(four, 4)
-    assert shrink_plan.best(model, table, runtime, most).divergence == 0
-    ladder = shrink_plan.ladder(model, table, runtime)
+    assert candidates.best(model, table, runtime, least).plan == _all(model, runtime) | dict.fromkeys(four, 4)
+    assert candidates.best(model, table, runtime, most).divergence == 0
+    ladder = candidates.candidates(model, table, runtime)
     assert [r.divergence for r in ladder] == sorted((r.divergence for r in ladder), reverse=True)
     with pytest.raises(UserError, match=r"with 4 bits wherever they fit the model takes [\d.]+ MB \(0\.\d+x\)"):
-        shrink_plan.best(model, table, runtime, least - 1)
+        candidates.best(model, table, runtime, least - 1)
 
 
 def _all(model, runtime):
-    return dict.fromkeys(plan.units(model), shrink_plan.high(runtime))
+    return dict.fromkeys(quantize.units(model), candidates.high(runtime))
 
 
 @pytest.mark.parametrize(
@@ -263,7 +255,7 @@ def _all(model, runtime):
     [("0.25x", 25e6), (".5X", 50e6), ("80MB", 80e6), ("80 mb", 80e6), ("512KB", 512e3), ("1.5GB", 1.5e9), ("64MiB", 64 * 2**20)],
 )
 def test_budgets_are_shares_or_sizes(text, found):
-    assert shrink_plan.budget_bytes(text, 100_000_000) == int(found)
+    assert shrink_sizes.budget_bytes(text, 100_000_000) == int(found)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +263,7 @@ def test_budgets_are_shares_or_sizes(text, found):
 )
 def test_other_budgets_are_refused(text):
     with pytest.raises(UserError, match=r"--budget .*such as 0\.25x"):
-        shrink_plan.budget_bytes(text, 100_000_000)
+        shrink_sizes.budget_bytes(text, 100_000_000)
 
 
 # ---- how answers compare
@@ -279,42 +271,42 @@ def test_other_budgets_are_refused(text):
 
 def test_a_model_agrees_with_itself_and_a_broken_one_does_not(house_vlm):
     model = models.load(house_vlm)
-    rows = shrink_data._drawn("validation", 12, 128)
-    own = shrink_data.words(model, rows)
-    assert all(ids[-1] in shrink_data.stops(model) for ids in own), "answers end where the model stopped"
-    same = shrink_data.agreement(model, rows, own)
+    rows = data_folders._drawn("validation", 12, 128)
+    own = evaluate.greedy_tokens(model, rows)
+    assert all(ids[-1] in evaluate.eos_token_ids(model) for ids in own), "answers end where the model stopped"
+    same = evaluate.token_agreement(model, rows, own)
     assert [len(s) for s in same] == [len(ids) for ids in own] and all(map(all, same))
     broken = quantize.simulate(model, 2)
-    lost = shrink_data.agreement_loss(shrink_data.agreement(broken, rows, own), rows["name"])
+    lost = evaluate.agreement_loss(evaluate.token_agreement(broken, rows, own), rows["name"])
     assert lost.points > 5 and lost.low < lost.points < lost.high
-    assert shrink_data.with_answers(model, rows)["answer"] == evaluate.answers(model, rows["image"][:], rows["question"][:])
+    assert evaluate.with_answers(model, rows)["answer"] == evaluate.answers(model, rows["image"][:], rows["question"][:])
 
 
 def test_the_interval_goes_by_pictures():
-    alone = shrink_data.clustered([9, 8, 9, 9, 8, 9, 9, 9], [10] * 8)
-    whole = shrink_data.clustered([10, 0, 10, 10, 0, 10, 10, 10], [10] * 8)  # the same tokens of a picture are all right or wrong
+    alone = evaluate.clustered([9, 8, 9, 9, 8, 9, 9, 9], [10] * 8)
+    whole = evaluate.clustered([10, 0, 10, 10, 0, 10, 10, 10], [10] * 8)  # the same tokens of a picture are all right or wrong
     assert alone.n == whole.n == 80
     assert alone.high - alone.low <= whole.high - whole.low
     by_picture = evaluate.wilson(6, 8)
     assert whole.high - whole.low == pytest.approx(by_picture.high - by_picture.low, rel=0.15)
-    perfect = shrink_data.clustered([10] * 8, [10] * 8)
+    perfect = evaluate.clustered([10] * 8, [10] * 8)
     assert perfect.high == 1 and perfect.low == pytest.approx(evaluate.wilson(8, 8).low)
 
 
 def test_no_change_on_few_questions_is_no_proof():
-    few, many = (shrink_data.accuracy_loss([True] * n, [True] * n) for n in (20, 2000))
+    few, many = (evaluate.accuracy_loss([True] * n, [True] * n) for n in (20, 2000))
     assert few.points == many.points == 0
     assert few.low == -few.high and few.high > 10 and 0 < many.high < 0.5
-    worse = shrink_data.accuracy_loss([True] * 100, [True] * 90 + [False] * 10)
+    worse = evaluate.accuracy_loss([True] * 100, [True] * 90 + [False] * 10)
     assert worse.points == 10 and 0 < worse.low < 10 < worse.high < 20
 
 
 def test_labels_count_where_the_original_knows_them():
     yes_no = ["yes", "no"] * 20
-    assert shrink_data.knows([True] * 38 + [False] * 2, yes_no)
-    assert not shrink_data.knows([True] * 22 + [False] * 18, yes_no), "a coin would do that"
-    assert not shrink_data.knows([False] * 40, ["a", "b", "c", "d"] * 10)
-    assert shrink_data.right(["A cat.", "Two", "red"], ["a cat", "two", "blue"]) == [True, True, False]
+    assert evaluate.knows([True] * 38 + [False] * 2, yes_no)
+    assert not evaluate.knows([True] * 22 + [False] * 18, yes_no), "a coin would do that"
+    assert not evaluate.knows([False] * 40, ["a", "b", "c", "d"] * 10)
+    assert evaluate.right(["A cat.", "Two", "red"], ["a cat", "two", "blue"]) == [True, True, False]
 
 
 # ---- the user's folders
@@ -326,17 +318,17 @@ def test_pictures_are_never_on_both_sides(tmp_path):
         "\n".join(json.dumps({"image": f"{i % 10}.png", "question": f"What is {i}?", "answer": "x"}) for i in range(30))
     )
     for folders in ((None, tmp_path / "a"), (tmp_path / "a", tmp_path / "a")):
-        rows = shrink_data.gather(64, *folders, 1000)
+        rows = data.gather(64, *folders, 1000)
         sides = [set(r["name"]) for r in (rows.calibrate, rows.choose, rows.verify)]
         assert len(sides[0] | sides[1]) == len(sides[2]) == 5 and not (sides[0] | sides[1]) & sides[2]
         assert len(rows.verify) == 15 and rows.verify["answer"][:] == ["x"] * 15
     draw(tmp_path / "b", 12, side=90)
-    rows = shrink_data.gather(64, tmp_path / "b", tmp_path / "a", 7)
+    rows = data.gather(64, tmp_path / "b", tmp_path / "a", 7)
     assert len(rows.verify) == 7 and len(rows.calibrate) == 3 * 9 and len(rows.choose) == 3 * 3
     assert not set(rows.calibrate["name"]) & set(rows.choose["name"]) and "answer" not in rows.calibrate.column_names
     (tmp_path / "b" / "twin.jpg").write_bytes((tmp_path / "a" / "3.png").read_bytes())
     with pytest.raises(UserError, match=r"3\.png is to verify on.*twin\.jpg"):
-        shrink_data.gather(64, tmp_path / "b", tmp_path / "a", 1000)
+        data.gather(64, tmp_path / "b", tmp_path / "a", 1000)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +348,7 @@ def test_a_bad_line_is_named(tmp_path, line, said):
     draw(tmp_path / "mine", 2)
     (tmp_path / "mine" / "questions.jsonl").write_text('{"image": "1.png", "question": "What?"}\n' + line)
     with pytest.raises(UserError, match=rf"questions\.jsonl, {said}"):
-        shrink_data.read(tmp_path / "mine")
+        data.read_folder(tmp_path / "mine")
 
 
 def test_bad_folders_are_named(tmp_path):
@@ -377,7 +369,7 @@ def test_bad_folders_are_named(tmp_path):
         ("odd", "cannot be read"),
     ):
         with pytest.raises(UserError, match=said):
-            shrink_data.read(tmp_path / name)
+            data.read_folder(tmp_path / name)
 
 
 # ---- what cannot be done
@@ -447,6 +439,6 @@ def test_transparent_and_turned_pictures_are_taken(tmp_path):
     (tmp_path / "mine").mkdir()
     Image.new("RGBA", (40, 30), (255, 0, 0, 0)).save(tmp_path / "mine" / "clear.png")
     Image.new("L", (30, 40), 99).save(tmp_path / "mine" / "grey.webp")
-    rows = shrink_data.read(tmp_path / "mine")
-    assert len(rows) == 2 * len(shrink_data.GENERAL) and {p.mode for p in rows["image"]} == {"RGB"}
+    rows = data.read_folder(tmp_path / "mine")
+    assert len(rows) == 2 * len(data.GENERAL_QUESTIONS) and {p.mode for p in rows["image"]} == {"RGB"}
     assert rows[0]["image"].getpixel((0, 0)) == (255, 255, 255)

@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import tiny
-from mmrecipes import data, evaluate, importance, models, slicing, structured
+from mmrecipes import data, evaluate, models, prune
 from mmrecipes.errors import UserError
+from mmrecipes.prune import slicing
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +35,16 @@ def noisy(model, seed: int = 0):
 @pytest.mark.parametrize(
     ("make", "cut"),
     [
-        (lambda: noisy(tiny.house(layers=2)), slicing.slice_language),
-        (lambda: noisy(tiny.house(layers=2)), slicing.slice_vision),
-        (lambda: noisy(tiny.llava()), slicing.slice_language),
+        (lambda: noisy(tiny.house(layers=2)), prune.slice_language),
+        (lambda: noisy(tiny.house(layers=2)), prune.slice_vision),
+        (lambda: noisy(tiny.llava()), prune.slice_language),
     ],
     ids=["language", "vision", "llava"],
 )
 def test_turning_alone_changes_no_answer(make, cut, rows):
     model = make()
-    part = "vision" if cut is slicing.slice_vision else "language"
-    width = structured.config_of(model, part).hidden_size
+    part = "vision" if cut is prune.slice_vision else "language"
+    width = models.config_of(model, part).hidden_size
     before = {k: v.clone() for k, v in model.state_dict().items()}
     turned = cut(model, width, rows)
     logits = [evaluate.answer_logits(m, rows)[0] for m in (model, turned)]
@@ -54,15 +55,15 @@ def test_turning_alone_changes_no_answer(make, cut, rows):
 
 def test_directions_are_a_rotation_that_sorts_what_flows(rows):
     model = tiny.house(layers=2)
-    turn, shares = slicing.directions(model, "language", rows)
+    turn, shares = prune.directions(model, "language", rows)
     assert torch.allclose(turn.T @ turn, torch.eye(128), atol=1e-4)
     assert shares.sum().item() == pytest.approx(1, abs=1e-5) and (shares.diff() <= 1e-7).all()
-    assert slicing.kept(shares, [0, 128]) == {0: 0, 128: pytest.approx(1, abs=1e-5)}
+    assert prune.kept(shares, [0, 128]) == {0: 0, 128: pytest.approx(1, abs=1e-5)}
 
 
 def test_a_sliced_model_is_a_plain_checkpoint(rows, tmp_path):
     model = tiny.house(layers=2)
-    thin = slicing.slice_vision(slicing.slice_language(model, 64, rows), 96, rows)
+    thin = prune.slice_vision(prune.slice_language(model, 64, rows), 96, rows)
     models.save(thin, model.processor, tmp_path / "thin", dtype="auto")
     again, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "thin", output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"] and not info["unexpected_keys"]
@@ -78,10 +79,10 @@ def test_the_house_model_still_sees_and_speaks_where_cut_channels_would_silence_
     def apart(model):
         return evaluate.divergence(reference, evaluate.answer_logits(model, probe)[0])
 
-    scores = importance.magnitude(house)["language"]["width"]
-    cut = structured.keep_width(house, "language", scores.topk(128).indices.sort().values.tolist())
-    assert apart(slicing.slice_language(house, 128, rows)) < 0.3 * apart(cut)
-    assert apart(slicing.slice_vision(house, 192, rows)) < 0.3
+    scores = prune.magnitude_importance(house)["language"]["width"]
+    cut = prune.keep_hidden_channels(house, "language", scores.topk(128).indices.sort().values.tolist())
+    assert apart(prune.slice_language(house, 128, rows)) < 0.3 * apart(cut)
+    assert apart(prune.slice_vision(house, 192, rows)) < 0.3
 
 
 def test_factors_of_full_rank_are_exact_and_of_low_rank_the_closest():
@@ -94,16 +95,16 @@ def test_factors_of_full_rank_are_exact_and_of_low_rank_the_closest():
 
 @pytest.mark.parametrize("width", [0, 63, 130])
 def test_widths_that_are_none_are_refused(width, rows):
-    for cut in (slicing.slice_language, slicing.slice_vision):
+    for cut in (prune.slice_language, prune.slice_vision):
         with pytest.raises(UserError, match=f"width {width}; expected a multiple of"):
             cut(tiny.house(), width, rows)
 
 
 def test_other_towers_are_refused(rows):
     with pytest.raises(UserError, match="expected SigLIP's tower"):
-        slicing.slice_vision(tiny.llava(), 16, rows)
+        prune.slice_vision(tiny.llava(), 16, rows)
 
 
 def test_only_float32_on_the_cpu_is_sliced(rows):
     with pytest.raises(UserError, match=r"torch\.bfloat16 on cpu; slice it in float32"):
-        slicing.slice_language(tiny.house().to(torch.bfloat16), 64, rows)
+        prune.slice_language(tiny.house().to(torch.bfloat16), 64, rows)

@@ -8,7 +8,8 @@ from transformers import AutoModelForImageTextToText
 
 import mmrecipes as mmr
 import tiny
-from mmrecipes import data, evaluate, export, exported, importance, models, quantize, recovery, structured
+from mmrecipes import data, distill, evaluate, export, inference, models, prune, quantize
+from mmrecipes.distill import recovery
 from mmrecipes.errors import UserError
 
 KINDS = {"house": lambda: tiny.house(width=256, layers=2), "llava": lambda: two_layers()}
@@ -51,90 +52,90 @@ def assert_same(found, wanted):
 
 def halves(model, part):
     """Every other column of each layer's FFN: another half in each."""
-    stack = structured.layers(model)[part]
-    width = structured.ffn(stack[0])[1].in_features
+    stack = models.layers(model)[part]
+    width = models.ffn(stack[0])[1].in_features
     return [list(range(i % 2, width, 2)) for i in range(len(stack))]
 
 
 # ---- what is cut
 
 
-@pytest.mark.parametrize("part", structured.PARTS)
+@pytest.mark.parametrize("part", models.TOWERS)
 def test_columns_by_hand_and_by_torch_pruning_are_the_same(model, part):
     keep = halves(model, part)
-    thin = structured.keep_columns(model, {part: keep})
-    for whole, cut, columns in zip(structured.layers(model)[part], structured.layers(thin)[part], keep, strict=True):
-        (into, out), (into_cut, out_cut) = structured.ffn(whole), structured.ffn(cut)
+    thin = prune.keep_ffn_neurons(model, {part: keep})
+    for whole, cut, columns in zip(models.layers(model)[part], models.layers(thin)[part], keep, strict=True):
+        (into, out), (into_cut, out_cut) = models.ffn(whole), models.ffn(cut)
         assert all(torch.equal(a.weight[columns], b.weight) for a, b in zip(into, into_cut, strict=True))
         assert torch.equal(out.weight[:, columns], out_cut.weight)
-    assert structured.config_of(thin, part).intermediate_size == len(keep[0])
+    assert models.config_of(thin, part).intermediate_size == len(keep[0])
 
 
 def test_torch_prunings_graph_finds_the_same_cut():
     import torch_pruning as tp
 
     whole = tiny.house(width=256)
-    for part, stack in structured.layers(whole).items():
-        cut, columns = quantize.clone(whole), halves(whole, part)[0]
-        mlp = structured.layers(cut)[part][0].mlp
+    for part, stack in models.layers(whole).items():
+        cut, columns = models.clone(whole), halves(whole, part)[0]
+        mlp = models.layers(cut)[part][0].mlp
         graph = tp.DependencyGraph().build_dependency(mlp, example_inputs=torch.randn(1, 3, 256))
-        first = structured.ffn(structured.layers(cut)[part][0])[0][0]
+        first = models.ffn(models.layers(cut)[part][0])[0][0]
         gone = sorted(set(range(first.out_features)) - set(columns))
         graph.get_pruning_group(first, tp.prune_linear_out_channels, gone).prune()
-        thin = structured.layers(structured.keep_columns(whole, {part: [columns]}))[part][0].mlp
+        thin = models.layers(prune.keep_ffn_neurons(whole, {part: [columns]}))[part][0].mlp
         x = torch.randn(2, 5, 256)
         assert torch.equal(mlp(x), thin(x)) and not torch.equal(stack[0].mlp(x), thin(x))
 
 
-@pytest.mark.parametrize("part", structured.PARTS)
+@pytest.mark.parametrize("part", models.TOWERS)
 def test_without_columns_that_count_for_nothing_the_answer_stays(model, part):
-    quiet, keep = quantize.clone(model), halves(model, part)
+    quiet, keep = models.clone(model), halves(model, part)
     with torch.no_grad():
-        for layer, columns in zip(structured.layers(quiet)[part], keep, strict=True):
-            out = structured.ffn(layer)[1]
+        for layer, columns in zip(models.layers(quiet)[part], keep, strict=True):
+            out = models.ffn(layer)[1]
             out.weight[:, sorted(set(range(out.in_features)) - set(columns))] = 0
-    assert_same(logits(structured.keep_columns(quiet, {part: keep})), logits(quiet))
+    assert_same(logits(prune.keep_ffn_neurons(quiet, {part: keep})), logits(quiet))
 
 
 @pytest.mark.parametrize("keep", [[[0, 3], [1, 2]], [[2, 3], [0, 1]]], ids=["one of each group", "one group"])
 def test_heads_respect_grouped_queries(model, keep):
-    quiet, size = quantize.clone(model), structured.head_dim(model, "language")
+    quiet, size = models.clone(model), models.head_dim(model, "language")
     with torch.no_grad():
-        for layer, heads in zip(structured.layers(quiet)["language"], keep, strict=True):
+        for layer, heads in zip(models.layers(quiet)["language"], keep, strict=True):
             for head in set(range(4)) - set(heads):
-                structured.attention(layer)[3].weight[:, head * size : (head + 1) * size] = 0
-    thin = structured.keep_heads(quiet, keep)
+                models.attention(layer)[3].weight[:, head * size : (head + 1) * size] = 0
+    thin = prune.keep_heads(quiet, keep)
     assert_same(logits(thin), logits(quiet))
     own = thin.config.text_config
     assert (own.num_attention_heads, own.num_key_value_heads) == ((2, 2) if keep[0] == [0, 3] else (2, 1))
 
 
-@pytest.mark.parametrize("part", structured.PARTS)
+@pytest.mark.parametrize("part", models.TOWERS)
 def test_a_layer_that_adds_nothing_can_go(model, part):
-    quiet = quantize.clone(model)
+    quiet = models.clone(model)
     with torch.no_grad():
-        first = structured.layers(quiet)[part][0]
-        for m in (structured.ffn(first)[1], structured.attention(first)[3]):
+        first = models.layers(quiet)[part][0]
+        for m in (models.ffn(first)[1], models.attention(first)[3]):
             m.weight.zero_()
             if m.bias is not None:
                 m.bias.zero_()
-    similar = importance.similarity(quiet, data.calibration(2))[part]
+    similar = prune.similarity(quiet, data.calibration(2))[part]
     assert similar[0] > 0.9999 > similar[1]
-    thin = structured.keep_layers(quiet, part, [1])
+    thin = prune.keep_layers(quiet, part, [1])
     assert_same(logits(thin), logits(quiet))
-    assert structured.config_of(thin, part).num_hidden_layers == 1
+    assert models.config_of(thin, part).num_hidden_layers == 1
 
 
-@pytest.mark.parametrize("part", structured.PARTS)
+@pytest.mark.parametrize("part", models.TOWERS)
 def test_width_is_cut_everywhere(model, part):
-    width, size = structured.config_of(model, part).hidden_size, structured.head_dim(model, part)
-    stack = structured.layers(model)[part]
+    width, size = models.config_of(model, part).hidden_size, models.head_dim(model, part)
+    stack = models.layers(model)[part]
     heads = [[i] for i in range(len(stack))] if part == "vision" else []
     keep = list(range(0, width, width // size))[:size] if part == "vision" else list(range(0, width, 2))
-    thin = structured.keep_width(model, part, keep, heads)
-    assert structured.config_of(thin, part).hidden_size == len(keep)
+    thin = prune.keep_hidden_channels(model, part, keep, heads)
+    assert models.config_of(thin, part).hidden_size == len(keep)
     assert torch.isfinite(logits(thin)).all()
-    whole_out, out = (structured.ffn(structured.layers(m)[part][0])[1].weight for m in (model, thin))
+    whole_out, out = (models.ffn(models.layers(m)[part][0])[1].weight for m in (model, thin))
     assert torch.equal(out, whole_out[keep])
     if part == "language":
         assert torch.equal(thin.get_input_embeddings().weight, model.get_input_embeddings().weight[:, keep])
@@ -146,7 +147,7 @@ def test_the_pixel_shuffle_keeps_its_order():
     config.scale_factor = 2
     whole = type(whole)(config).eval()
     keep = sorted(torch.randperm(256, generator=torch.Generator().manual_seed(0))[:64].tolist())
-    thin = structured.keep_width(whole, "vision", keep, [[0]])
+    thin = prune.keep_hidden_channels(whole, "vision", keep, [[0]])
     x = torch.randn(1, 64, 256)
     x[..., sorted(set(range(256)) - set(keep))] = 0
     assert_same(thin.model.connector(x[..., keep]), whole.model.connector(x))
@@ -155,8 +156,8 @@ def test_the_pixel_shuffle_keeps_its_order():
 def test_a_fit_makes_up_for_what_is_gone(house_vlm):
     whole, seen = mmr.load(house_vlm), data.calibration(21)
     reference, _ = evaluate.answer_logits(whole, probe := data.questions("validation", 21))
-    keep = {"vision": importance.strongest(importance.magnitude(whole)["vision"]["columns"], 256)}
-    plain, fitted = structured.keep_columns(whole, keep), structured.keep_columns(whole, keep, seen)
+    keep = {"vision": prune.strongest(prune.magnitude_importance(whole)["vision"]["columns"], 256)}
+    plain, fitted = prune.keep_ffn_neurons(whole, keep), prune.keep_ffn_neurons(whole, keep, seen)
     far = [evaluate.divergence(reference, evaluate.answer_logits(m, probe)[0]) for m in (plain, fitted)]
     assert far[1] < far[0] / 2
 
@@ -164,7 +165,7 @@ def test_a_fit_makes_up_for_what_is_gone(house_vlm):
 def test_a_tied_head_stays_tied():
     whole = tiny.house(width=256)
     words = list(range(0, 256, 2))
-    for thin in (structured.keep_layers(whole, "vision", [0]), structured.keep_width(whole, "language", words)):
+    for thin in (prune.keep_layers(whole, "vision", [0]), prune.keep_hidden_channels(whole, "language", words)):
         assert thin.lm_head.weight is thin.get_input_embeddings().weight
 
 
@@ -173,7 +174,7 @@ def test_a_tied_head_stays_tied():
 
 def test_importance_is_the_first_order_of_a_real_cut(model, rows):
     """The score of each structure, against the change of the loss when its output is scaled down a little."""
-    found, one = importance.taylor(model, rows.select([0])), rows.select([0])
+    found, one = prune.taylor_importance(model, rows.select([0])), rows.select([0])
     assert [tuple(v.shape) for v in found["language"].values()]
     part, step = "language", 1e-2
 
@@ -183,12 +184,10 @@ def test_importance_is_the_first_order_of_a_real_cut(model, rows):
     for kind, column in (("columns", 3), ("heads", 1)):
         moved = []
         for sign in (-1, 1):
-            near = quantize.clone(model)
-            layer = structured.layers(near)[part][0]
+            near = models.clone(model)
+            layer = models.layers(near)[part][0]
             out, size = (
-                (structured.ffn(layer)[1], 1)
-                if kind == "columns"
-                else (structured.attention(layer)[3], structured.head_dim(model, part))
+                (models.ffn(layer)[1], 1) if kind == "columns" else (models.attention(layer)[3], models.head_dim(model, part))
             )
             with torch.no_grad():
                 out.weight[:, column * size : (column + 1) * size] *= 1 + sign * 10 * step
@@ -198,9 +197,9 @@ def test_importance_is_the_first_order_of_a_real_cut(model, rows):
 
 
 def test_scores_have_a_shape_and_a_rank(model, rows):
-    by_loss, by_size = importance.taylor(model, rows), importance.magnitude(model)
-    for part, stack in structured.layers(model).items():
-        own = structured.config_of(model, part)
+    by_loss, by_size = prune.taylor_importance(model, rows), prune.magnitude_importance(model)
+    for part, stack in models.layers(model).items():
+        own = models.config_of(model, part)
         shapes = {"columns": (len(stack), own.intermediate_size), "heads": (len(stack), own.num_attention_heads)}
         shapes |= {"layers": (len(stack),), "width": (own.hidden_size,)}
         for scores in (by_loss[part], by_size[part]):
@@ -212,8 +211,8 @@ def test_magnitude_is_torch_prunings():
     import torch_pruning as tp
 
     whole = tiny.house(width=256)
-    found = importance.magnitude(whole)["language"]["columns"][0]
-    mlp = structured.layers(whole)["language"][0].mlp
+    found = prune.magnitude_importance(whole)["language"]["columns"][0]
+    mlp = models.layers(whole)["language"][0].mlp
     graph = tp.DependencyGraph().build_dependency(mlp, example_inputs=torch.randn(1, 3, 256))
     group = graph.get_pruning_group(mlp.up_proj, tp.prune_linear_out_channels, list(range(512)))
     library = tp.importance.GroupMagnitudeImportance(p=2, group_reduction="sum", normalizer=None)(group)
@@ -225,9 +224,9 @@ def test_magnitude_is_torch_prunings():
 
 @pytest.fixture(scope="module")
 def cut(model):
-    thin = structured.keep_columns(model, {part: halves(model, part) for part in structured.PARTS})
-    thin = structured.keep_heads(structured.keep_layers(thin, "vision", [1]), [[0, 3], [1, 2]])
-    return structured.keep_width(thin, "language", list(range(0, thin.config.text_config.hidden_size, 2)))
+    thin = prune.keep_ffn_neurons(model, {part: halves(model, part) for part in models.TOWERS})
+    thin = prune.keep_heads(prune.keep_layers(thin, "vision", [1]), [[0, 3], [1, 2]])
+    return prune.keep_hidden_channels(thin, "language", list(range(0, thin.config.text_config.hidden_size, 2)))
 
 
 def test_a_cut_model_is_a_plain_checkpoint(cut, tmp_path):
@@ -248,7 +247,7 @@ def test_a_cut_model_goes_through_int8(cut):
 
 
 def test_a_cut_model_goes_through_export(cut, tmp_path):
-    loaded = exported.load_exported(export.export(cut, tmp_path / "out", "onnx"))  # checks its logits against the model's
+    loaded = inference.load_exported(export.export(cut, tmp_path / "out", "onnx"))  # checks its logits against the model's
     assert isinstance(loaded.generate(data.calibration(1)[0]["image"], "How many objects?", 3), str)
 
 
@@ -258,26 +257,26 @@ def test_a_cut_model_goes_through_export(cut, tmp_path):
 def test_a_head_of_a_vit_cannot_be_said_in_a_config(model):
     import torch_pruning as tp
 
-    cut = quantize.clone(model)
-    for layer in structured.layers(cut)["vision"]:
-        q, k, v, out = structured.attention(layer)
+    cut = models.clone(model)
+    for layer in models.layers(cut)["vision"]:
+        q, k, v, out = models.attention(layer)
         for m in (q, k, v):
-            tp.prune_linear_out_channels(m, list(range(structured.head_dim(model, "vision"))))
-        tp.prune_linear_in_channels(out, list(range(structured.head_dim(model, "vision"))))
+            tp.prune_linear_out_channels(m, list(range(models.head_dim(model, "vision"))))
+        tp.prune_linear_in_channels(out, list(range(models.head_dim(model, "vision"))))
     with pytest.raises(UserError, match="does not fit its config"):
-        structured.plain(cut, cut.config)
+        models.checkpoint_with_config(cut, cut.config)
 
 
 @pytest.mark.parametrize(
     ("cut", "said"),
     [
-        (lambda m: structured.keep_layers(m, "vision", []), "at least one"),
-        (lambda m: structured.keep_layers(m, "language", [1, 0]), "rising"),
-        (lambda m: structured.keep_layers(m, "language", [0, 9]), "below 2"),
-        (lambda m: structured.keep_columns(m, {"vision": [[0, 1], [0]]}), "one number"),
-        (lambda m: structured.keep_heads(m, [[0, 1, 2], [0, 1, 2]]), "as many of each key head"),
-        (lambda m: structured.keep_heads(m, [[0, 1], [0, 2]]), "the same number in every layer"),
-        (lambda m: structured.keep_width(m, "vision", [0, 1, 2], [[0], [0]]), "must agree"),
+        (lambda m: prune.keep_layers(m, "vision", []), "at least one"),
+        (lambda m: prune.keep_layers(m, "language", [1, 0]), "rising"),
+        (lambda m: prune.keep_layers(m, "language", [0, 9]), "below 2"),
+        (lambda m: prune.keep_ffn_neurons(m, {"vision": [[0, 1], [0]]}), "one number"),
+        (lambda m: prune.keep_heads(m, [[0, 1, 2], [0, 1, 2]]), "as many of each key head"),
+        (lambda m: prune.keep_heads(m, [[0, 1], [0, 2]]), "the same number in every layer"),
+        (lambda m: prune.keep_hidden_channels(m, "vision", [0, 1, 2], [[0], [0]]), "must agree"),
     ],
 )
 def test_refusals_say_what_to_do(model, cut, said):
@@ -287,8 +286,8 @@ def test_refusals_say_what_to_do(model, cut, said):
 
 def test_the_parent_stays_as_it_was(model):
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    structured.keep_columns(model, {part: halves(model, part) for part in structured.PARTS})
-    structured.keep_heads(model, [[0, 3], [1, 2]])
+    prune.keep_ffn_neurons(model, {part: halves(model, part) for part in models.TOWERS})
+    prune.keep_heads(model, [[0, 3], [1, 2]])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert model.config.text_config.num_attention_heads == 4
 
@@ -298,29 +297,29 @@ def test_the_parent_stays_as_it_was(model):
 
 @pytest.mark.parametrize("taught", [False, True], ids=["alone", "with its parent"])
 def test_recovery_brings_any_model_back(model, rows, taught):
-    thin = structured.keep_columns(model, {part: halves(model, part) for part in structured.PARTS})
+    thin = prune.keep_ffn_neurons(model, {part: halves(model, part) for part in models.TOWERS})
     before = evaluate.answer_loss(thin, rows)
-    well = recovery.recover(thin, recovery.Course(steps=6, batch=7), model if taught else None, rows)
+    well = distill.recover(thin, distill.Course(steps=6, batch=7), model if taught else None, rows)
     assert evaluate.answer_loss(well, rows) < before
     assert evaluate.answer_loss(thin, rows) == pytest.approx(before, rel=1e-4)  # a copy was trained
 
 
 def test_a_model_is_no_distance_from_itself(model, rows):
-    lesson = recovery._rows_loss(model, recovery.Course(batch=7), rows)
-    loss, logs = recovery.imitate(model, quantize.clone(model), lambda m: lesson(m, 0))
+    lesson = recovery._rows_loss(model, distill.Course(batch=7), rows)
+    loss, logs = distill.imitate(model, models.clone(model), lambda m: lesson(m, 0))
     assert abs(logs["divergence"]) < 1e-5 and logs["vision"] < 1e-8 and logs["hidden"] < 1e-8
     assert loss.item() == pytest.approx(logs["answers"], abs=1e-4)
 
 
 def test_a_killed_recovery_goes_on_where_it_was(tmp_path, monkeypatch):
     whole = tiny.house(width=128, layers=2)
-    thin, course = structured.keep_layers(whole, "vision", [0]), recovery.Course(steps=4, batch=2)
-    wanted = recovery.recover(thin, course, whole)
+    thin, course = prune.keep_layers(whole, "vision", [0]), distill.Course(steps=4, batch=2)
+    wanted = distill.recover(thin, course, whole)
 
     class Killed(Exception):
         pass
 
-    real, calls = recovery.imitate, []
+    real, calls = distill.imitate, []
 
     def dies(*args):
         calls.append(1)
@@ -331,10 +330,10 @@ def test_a_killed_recovery_goes_on_where_it_was(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(recovery, "imitate", dies)
         with pytest.raises(Killed):
-            recovery.recover(thin, course, whole, work=tmp_path, every=2)
-    found = recovery.recover(thin, course, whole, work=tmp_path, every=2)
+            distill.recover(thin, course, whole, work=tmp_path, every=2)
+    found = distill.recover(thin, course, whole, work=tmp_path, every=2)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found.parameters(), wanted.parameters(), strict=True))
     steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2, 3]
     with pytest.raises(UserError, match="another course"):
-        recovery.recover(thin, recovery.Course(steps=5, batch=2), whole, work=tmp_path)
+        distill.recover(thin, distill.Course(steps=5, batch=2), whole, work=tmp_path)

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from mmrecipes import data, distill, evaluate, export, exported, fit, models, retrieval, scenes, static_int8, swap
+from mmrecipes import data, distill, evaluate, export, inference, models, train
+from mmrecipes.data import scenes
+from mmrecipes.distill import encoder_swap
 from mmrecipes.errors import UserError
+from mmrecipes.export.onnx import quantize as onnx_quantize
 
-SHORT = fit.Course(6, 4, 0.01, 2e-3)
+SHORT = train.TrainConfig(6, 4, 0.01, 2e-3)
 
 
 @pytest.fixture(scope="module")
@@ -23,16 +26,16 @@ def house(house_vlm):
 
 @pytest.fixture(scope="module")
 def shuffled(house):
-    return swap.swap(house, swap.TOWERS["ShuffleNetV2 1.0x"])
+    return distill.swap_vision_encoder(house, distill.ENCODERS["ShuffleNetV2 1.0x"])
 
 
 def pixels(n: int) -> torch.Tensor:
     return torch.rand(n, 3, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-@pytest.mark.parametrize("name", swap.TOWERS)
+@pytest.mark.parametrize("name", distill.ENCODERS)
 def test_every_tower_gives_a_token_for_each_place_and_the_language_model_stays(house, name):
-    swapped = swap.swap(house, swap.TOWERS[name])
+    swapped = distill.swap_vision_encoder(house, distill.ENCODERS[name])
     found = models.parts(swapped)
     with torch.no_grad():
         tokens = found["vision"](pixels(2)).last_hidden_state
@@ -43,7 +46,7 @@ def test_every_tower_gives_a_token_for_each_place_and_the_language_model_stays(h
     for part in ("language", "head"):
         for (key, own), other in zip(found[part].state_dict().items(), old[part].state_dict().values(), strict=True):
             assert torch.equal(own, other), key
-    again = swap.swap(house, swap.TOWERS[name]).state_dict()
+    again = distill.swap_vision_encoder(house, distill.ENCODERS[name]).state_dict()
     assert all(torch.equal(v, again[k]) for k, v in swapped.state_dict().items()), "the same seed, the same weights"
     trained = sum(p.numel() for p in found["vision"].parameters())
     loss = found["vision"].train()(pixels(2)).last_hidden_state.square().mean()
@@ -60,10 +63,10 @@ def test_places_lie_in_the_order_of_the_vits(shuffled):
 
 
 def test_features_connector_everything(house, shuffled, tmp_path):
-    first = swap.match_features(shuffled, house, fit.Course(12, 8, 0.02, 4e-3), tmp_path / "features")
-    log = fit.log(tmp_path / "features")["features"]
+    first = distill.match_features(shuffled, house, train.TrainConfig(12, 8, 0.02, 4e-3), tmp_path / "features")
+    log = train.read_log(tmp_path / "features")["features"]
     assert log[-1] < log[0]
-    second = swap.align_connector(first, house, SHORT, tmp_path / "connector")
+    second = distill.align_connector(first, house, SHORT, tmp_path / "connector")
     one, two = first.state_dict(), second.state_dict()
     moved = {k for k in one if not torch.equal(one[k], two[k])}
     assert moved == {"model.connector.modality_projection.proj.weight"}, "not even a batch norm's statistics moved"
@@ -75,14 +78,14 @@ def test_features_connector_everything(house, shuffled, tmp_path):
 
 def test_the_map_of_the_features_becomes_the_connector(house, shuffled, monkeypatch):
     """What the map gives, through the old connector, is what the new connector gives: nothing is lost by folding."""
-    kept, make = {}, swap.Matched
+    kept, make = {}, distill.EncoderWithMap
 
     def spy(*args):
         kept["matched"] = make(*args)
         return kept["matched"]
 
-    monkeypatch.setattr(swap, "Matched", spy)
-    first = swap.match_features(shuffled, house, fit.Course(2, 4, 0.01, 2e-3))
+    monkeypatch.setattr(encoder_swap, "EncoderWithMap", spy)
+    first = distill.match_features(shuffled, house, train.TrainConfig(2, 4, 0.01, 2e-3))
     old, new = models.parts(house), models.parts(first)
     with torch.no_grad():
         wanted = old["connector"](kept["matched"].eval()(pixels(1)))
@@ -92,7 +95,7 @@ def test_the_map_of_the_features_becomes_the_connector(house, shuffled, monkeypa
 
 @pytest.mark.parametrize("name", ["ShuffleNetV2 1.0x", "EfficientFormer-L1", "SwiftFormer-XS"])
 def test_it_is_saved_with_its_code_and_loads_without_this_package(house, name, tmp_path):
-    swapped = swap.swap(house, swap.TOWERS[name])
+    swapped = distill.swap_vision_encoder(house, distill.ENCODERS[name])
     models.save(swapped, house.processor, tmp_path / "swapped", dtype=torch.float32)
     with pytest.raises(UserError, match="trust_remote_code"):
         models.load(tmp_path / "swapped")
@@ -118,14 +121,14 @@ def test_it_is_saved_with_its_code_and_loads_without_this_package(house, name, t
 
 
 def test_it_is_exported_with_a_tower_in_static_int8(house, shuffled, tmp_path):
-    pictures = [scenes.render(scenes.make_scene(s), 128) for s in scenes.SPLITS["calibration"][:4]]
+    pictures = [scenes.render(scenes.make_scene(s), 128) for s in data.SPLITS["calibration"][:4]]
     widths = {"vision": "static", "language": "int8"}
     folder = export.export(shuffled, tmp_path / "small", "onnx", widths, pictures=pictures)
     assert not list(folder.glob("*.py")) and "auto_map" not in (folder / "config.json").read_text()
-    loaded = exported.load_exported(folder)
+    loaded = inference.load_exported(folder)
     floats = export.export(shuffled, tmp_path / "floats", "onnx")
     asked = (pictures[0], "How many circles are there?")
-    assert exported.load_exported(floats).generate(*asked, 8) == models.ask(shuffled, *asked, 8)
+    assert inference.load_exported(floats).generate(*asked, 8) == models.ask(shuffled, *asked, 8)
     assert np.isfinite(loaded.prefill(loaded.inputs(*asked))).all()
     sizes = [sum(f.stat().st_size for f in p.glob("vision*")) for p in (folder, floats)]
     assert sizes[0] < 0.35 * sizes[1], "convolutions are in int8, too"
@@ -133,7 +136,7 @@ def test_it_is_exported_with_a_tower_in_static_int8(house, shuffled, tmp_path):
 
 def test_a_calibrated_convolution_agrees_with_float(shuffled, tmp_path):
     tower, x = models.parts(shuffled)["vision"].eval(), pixels(8)
-    small = static_int8.session(static_int8.qdq(tower, x, tmp_path / "tower.onnx", explicit=False))
+    small = inference.vision_session(onnx_quantize.qdq(tower, x, tmp_path / "tower.onnx", explicit=False))
     wanted = tower(x).last_hidden_state.detach()
     assert (small(x) - wanted).norm() / wanted.norm() < 0.2
 
@@ -142,28 +145,28 @@ def test_some_convolutions_can_stay_in_float(shuffled, tmp_path):
     import onnx
 
     tower, x = models.parts(shuffled)["vision"].eval(), pixels(8)
-    floats = static_int8.onnx(tower, x, tmp_path / "float.onnx")
+    floats = onnx_quantize.vision_to_onnx(tower, x, tmp_path / "float.onnx")
     sizes, errors, wanted = {}, {}, tower(x).last_hidden_state.detach()
     for name, keep in {"all": (), "kept": ("stages.2", "top")}.items():
-        path = static_int8.qdq(floats, x, tmp_path / f"{name}.onnx", explicit=False, keep=keep)
+        path = onnx_quantize.qdq(floats, x, tmp_path / f"{name}.onnx", explicit=False, keep=keep)
         graph = onnx.load(path).graph
         dequantized = {o for n in graph.node if n.op_type == "DequantizeLinear" for o in n.output}
         sizes[name] = sum(n.op_type == "Conv" and n.input[1] in dequantized for n in graph.node)
-        errors[name] = (static_int8.session(path)(x) - wanted).norm() / wanted.norm()
+        errors[name] = (inference.vision_session(path)(x) - wanted).norm() / wanted.norm()
     convolutions = sum(n.op_type == "Conv" for n in onnx.load(floats).graph.node)
     assert sizes["all"] == convolutions and 0 < sizes["kept"] < convolutions and errors["kept"] < errors["all"]
     with pytest.raises(UserError, match="no module of that name"):
-        static_int8.qdq(floats, x, tmp_path / "none.onnx", keep=("no_such_layer",))
+        onnx_quantize.qdq(floats, x, tmp_path / "none.onnx", keep=("no_such_layer",))
     assert not (tmp_path / "none.onnx").exists()
 
 
 def test_openvino_takes_it_in_static_int8(shuffled, tmp_path):
-    pictures = [scenes.render(scenes.make_scene(s)) for s in scenes.SPLITS["calibration"][:4]]
+    pictures = [scenes.render(scenes.make_scene(s)) for s in data.SPLITS["calibration"][:4]]
     asked = (pictures[0], "How many circles are there?")
     found = {}
     for vision, given in (("fp32", ()), ("static", pictures)):
         widths = {"vision": vision, "language": "fp32"}
-        found[vision] = exported.load_exported(export.export(shuffled, tmp_path / vision, "openvino", widths, pictures=given))
+        found[vision] = inference.load_exported(export.export(shuffled, tmp_path / vision, "openvino", widths, pictures=given))
     assert found["fp32"].generate(*asked, 8) == models.ask(shuffled, *asked, 8)
     logits = [m.prefill(m.inputs(*asked)) for m in found.values()]
     assert 0 < np.abs(logits[0] - logits[1]).max() < 0.5 * np.abs(logits[0]).max()
@@ -173,27 +176,27 @@ def test_openvino_takes_it_in_static_int8(shuffled, tmp_path):
 
 def test_what_does_not_fit_is_refused(house, foreign_vlm):
     with pytest.raises(UserError, match="expected an Idefics3"):
-        swap.swap(models.load(foreign_vlm), swap.TOWERS["ShuffleNetV2 1.0x"])
+        distill.swap_vision_encoder(models.load(foreign_vlm), distill.ENCODERS["ShuffleNetV2 1.0x"])
     with pytest.raises(UserError, match=r"no_such_net.*give one of TOWERS"):
-        swap.swap(house, {"model_type": "no_such_net"})
+        distill.swap_vision_encoder(house, {"model_type": "no_such_net"})
     with pytest.raises(UserError, match="8 x 8 places"):
-        swap.swap(house, {"model_type": "bert"})
+        distill.swap_vision_encoder(house, {"model_type": "bert"})
     with pytest.raises(UserError, match="do not fit"):
-        swap.swap(house, swap.TOWERS["ShuffleNetV2 1.0x"], start=torch.nn.Linear(2, 2))
+        distill.swap_vision_encoder(house, distill.ENCODERS["ShuffleNetV2 1.0x"], start=torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match="no pictures"):
-        swap.best_map(house, house, pixels(0))
+        distill.least_squares_map(house, house, pixels(0))
     with pytest.raises(UserError, match="0 pictures"):
-        retrieval.asked(house, n=0)
+        evaluate.image_text_matching(house, n=0)
 
 
 def test_the_map_of_an_encoder_to_itself_is_the_identity(house):
-    found = swap.best_map(house, house, pixels(8) + torch.linspace(-1, 1, 128))
+    found = distill.least_squares_map(house, house, pixels(8) + torch.linspace(-1, 1, 128))
     x = models.parts(house)["vision"](pixels(1)).last_hidden_state.detach()
     assert (x @ found.T - x).norm() < 0.1 * x.norm()
 
 
 def test_muon_takes_convolutions_as_matrices():
-    from mmrecipes.muon import Muon, optimizers
+    from mmrecipes.train.optim import Muon, optimizers
 
     mixing, depthwise = torch.nn.Conv2d(4, 6, 3), torch.nn.Conv2d(4, 4, 3, groups=4)
     both = torch.nn.ModuleDict({"mixing": mixing, "depthwise": depthwise})
@@ -220,12 +223,12 @@ def test_frozen_parts_stay_in_eval_mode():
         return m["learns"](m["frozen"](batch).mean((2, 3))).square().mean(), {}
 
     before = frozen[1].running_mean.clone()
-    fit.fit(model, [torch.randn(4, 3, 8, 8)] * 2, loss, fit.Course(2, 4))
+    train.fit(model, [torch.randn(4, 3, 8, 8)] * 2, loss, train.TrainConfig(2, 4))
     assert seen == [(False, True)] * 2 and torch.equal(frozen[1].running_mean, before)
 
 
 def test_a_vlm_is_asked_what_fits_a_picture(house, shuffled):
-    yes, both, right = retrieval.asked(house, n=40)
+    yes, both, right = evaluate.image_text_matching(house, n=40)
     assert yes.n == 80 and both.n == len(right) == 40 and sum(right) == round(40 * both.value)
     assert both.value > 0.9, "what mini-vlm answers nearly always right"
-    assert retrieval.asked(shuffled, n=40)[1].value < 0.5, "an eye that was not taught cannot tell"
+    assert evaluate.image_text_matching(shuffled, n=40)[1].value < 0.5, "an eye that was not taught cannot tell"

@@ -10,14 +10,18 @@ import pytest
 import torch
 
 import tiny
-from mmrecipes import data, distill, house, lessons, losses, models, muon, scenes, train
+from mmrecipes import data, distill, models, train
+from mmrecipes.data import families, scenes
 from mmrecipes.errors import UserError
+from mmrecipes.mini import batches as mini_batches
+from mmrecipes.mini import losses, vlm
+from mmrecipes.mini import model as mini_model
 
 TINY = (
-    train.Stage("vision", 3, 2, 0.005, 1e-3),
-    train.Stage("reading", 2, 2, 0.005, 1e-3),
-    train.Stage("align", 7, 2, 0.01, 1e-3),
-    train.Stage("joint", 2, 2, 0.005, 1e-3),
+    vlm.Stage("vision", 3, 2, 0.005, 1e-3),
+    vlm.Stage("reading", 2, 2, 0.005, 1e-3),
+    vlm.Stage("align", 7, 2, 0.01, 1e-3),
+    vlm.Stage("joint", 2, 2, 0.005, 1e-3),
 )
 RUN = """
 import sys; sys.path.insert(0, "tests")
@@ -31,18 +35,18 @@ train.train_mini_vlm(Path(sys.argv[1]), Path(sys.argv[2]), TINY, device="cpu", e
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return house.make_tokenizer()
+    return mini_model.make_tokenizer()
 
 
 def test_pixels_are_what_the_processor_makes():
-    processor, scene = house.make_processor(), scenes.make_scene(5)
+    processor, scene = mini_model.make_processor(), scenes.make_scene(5)
     made = processor.image_processor([scenes.render(scene)], return_tensors="np")["pixel_values"][0, 0]
-    assert np.abs(made - lessons.pixels(scene)).max() < 1e-6
+    assert np.abs(made - mini_batches.pixels(scene)).max() < 1e-6
 
 
 def test_packed_questions_compute_what_each_computes_alone(tokenizer):
-    model = house.make_model(tokenizer, width=128, vision_layers=1, language_layers=2).eval()
-    batch = lessons.ChatBatches(3, 4, 1, tokenizer)[0]
+    model = mini_model.make_model(tokenizer, width=128, vision_layers=1, language_layers=2).eval()
+    batch = mini_batches.ChatBatches(3, 4, 1, tokenizer)[0]
     images, ids, answers, segments, _, kinds, *_ = batch
     seen = {}
     hook = model.lm_head.register_forward_pre_hook(lambda _, args: seen.update(hidden=args[0]))
@@ -57,26 +61,26 @@ def test_packed_questions_compute_what_each_computes_alone(tokenizer):
             n = int(here.sum())
             assert torch.allclose(alone[0, :-1][here], seen["hidden"][at : at + n], atol=1e-4)
             at += n
-    assert at == len(seen["hidden"]) and kinds.shape[1] == sum(lessons.MIX.values())
+    assert at == len(seen["hidden"]) and kinds.shape[1] == sum(mini_batches.MIX.values())
 
 
 def test_a_packed_prompt_is_the_chat_templates(tokenizer):
-    processor = house.make_processor()
+    processor = mini_model.make_processor()
     turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is there a red star?"}]}]
     text = processor.apply_chat_template(turn, add_generation_prompt=True)
     ids = processor(images=[scenes.render(scenes.make_scene(1))], text=[text])["input_ids"][0]
-    packed = lessons.ChatBatches(0, 1, 1, tokenizer)
+    packed = mini_batches.ChatBatches(0, 1, 1, tokenizer)
     assert ids == packed.prefix + packed.ids("Is there a red star?<end_of_utterance>\nAssistant:")
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_patch_labels_name_the_object_under_the_patch(seed):
     scene = scenes.make_scene(seed)
-    labels, centres = lessons.patch_labels(scene)
-    assert labels.shape == (64, len(lessons.PATCH_TARGETS))
+    labels, centres = mini_batches.patch_labels(scene)
+    assert labels.shape == (64, len(mini_batches.PATCH_TARGETS))
     for t in scene.things:
-        patch = int(t.y * house.GRID) * house.GRID + int(t.x * house.GRID)
-        row = dict(zip(lessons.PATCH_TARGETS, labels[patch], strict=True))
+        patch = int(t.y * mini_model.GRID) * mini_model.GRID + int(t.x * mini_model.GRID)
+        row = dict(zip(mini_batches.PATCH_TARGETS, labels[patch], strict=True))
         assert row["there"] == 1 and row["colour"] == list(scenes.COLOURS).index(t.colour)
         assert row["shape"] == scenes.SHAPES.index(t.shape)
         code = [row[f"char{i}"] for i in range(3)]
@@ -85,7 +89,7 @@ def test_patch_labels_name_the_object_under_the_patch(seed):
 
 
 def test_points_and_marks_are_what_the_words_of_a_question_refer_to(tokenizer):
-    batches = lessons.ChatBatches(0, 1, 12, tokenizer)
+    batches = mini_batches.ChatBatches(0, 1, 12, tokenizer)
     batch, absent, several = batches[0], 0, 0
     for row, scene in enumerate(batches._draw(0)):
         for question in range(1, batch.kinds.shape[1] + 1):
@@ -95,7 +99,7 @@ def test_points_and_marks_are_what_the_words_of_a_question_refer_to(tokenizer):
             text, points, marks = tokenizer.decode(batch.ids[row, asked]), batch.points[row, at], batch.marks[row, at]
             answer = tokenizer.decode(batch.answers[row, own & ~asked], skip_special_tokens=True).strip()
             things = sorted((t for t in scene.things if t.name in text), key=lambda t: text.find(t.name))
-            family = scenes.FAMILIES[batch.kinds[row, question - 1]]
+            family = families.FAMILIES[batch.kinds[row, question - 1]]
             if family in ("size", "reading", "relation", "exists"):
                 assert torch.equal(points[:, 3], torch.ones(len(points))), text  # the colour, before the shape
                 shown = points[:, 1] >= 0
@@ -113,9 +117,9 @@ def test_points_and_marks_are_what_the_words_of_a_question_refer_to(tokenizer):
 
 @pytest.mark.parametrize(("index", "head"), [(0, 0), (1, 0), (2, -1), (3, 0)])
 def test_the_supervised_attention_is_the_models_own(tokenizer, index, head):
-    model = house.make_model(tokenizer, vision_layers=1).eval()
+    model = mini_model.make_model(tokenizer, vision_layers=1).eval()
     model.set_attn_implementation("eager")
-    batch = lessons.ChatBatches(5, 6, 1, tokenizer)[0]
+    batch = mini_batches.ChatBatches(5, 6, 1, tokenizer)[0]
     ids, segments = batch[1], batch[3]
     own = (segments[0] <= 1) & (segments[0] >= 0)  # the picture and its first question: one plain sequence
     with torch.no_grad():
@@ -140,16 +144,16 @@ def test_the_tokenizer_round_trips_any_text_and_splits_codes(tokenizer):
 def test_muon_makes_updates_nearly_orthogonal(shape):
     before = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     before[0] *= 30  # one direction dominates
-    after = torch.linalg.svdvals(muon.orthogonalize(before))
+    after = torch.linalg.svdvals(train.orthogonalize(before))
     was = torch.linalg.svdvals(before)
     assert was.max() / was.median() > 10
     assert 0.6 < after.median() < 1.3 and after.max() < 1.4
 
 
 def test_a_few_steps_learn(tokenizer):
-    model = house.make_model(tokenizer, width=128, vision_layers=1, language_layers=1)
-    batches = lessons.ChatBatches(0, 12, 4, tokenizer)
-    steppers, course = muon.optimizers([model], 0.01, 2e-3), []
+    model = mini_model.make_model(tokenizer, width=128, vision_layers=1, language_layers=1)
+    batches = mini_batches.ChatBatches(0, 12, 4, tokenizer)
+    steppers, course = train.optimizers([model], 0.01, 2e-3), []
     for batch in (batches[i] for i in range(12)):
         loss, _ = losses.answer_loss(model, batch, batches.word_ids, 0.5)
         loss.backward()
@@ -185,29 +189,29 @@ def test_a_killed_run_resumes_to_the_weights_of_one_never_killed(tmp_path):
 def test_a_foreign_directory_is_not_overwritten(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="holds something else"):
-        train.train_mini_vlm(tmp_path, tmp_path / "work", TINY)
+        vlm.train_mini_vlm(tmp_path, tmp_path / "work", TINY)
     assert (tmp_path / "thesis.txt").read_text() == "years of work" and not (tmp_path / "work").exists()
 
 
 def test_a_checkpoint_of_other_stages_or_a_damaged_one_is_refused_and_kept(tmp_path):
     work = tmp_path / "work"
-    train.train_mini_vlm(tmp_path / "out", work, TINY[:1], device="cpu")
+    vlm.train_mini_vlm(tmp_path / "out", work, TINY[:1], device="cpu")
     before = (work / "checkpoint.pt").read_bytes()
     with pytest.raises(UserError, match="other stages"):
-        train.train_mini_vlm(tmp_path / "out", work, TINY, device="cpu")
+        vlm.train_mini_vlm(tmp_path / "out", work, TINY, device="cpu")
     with pytest.raises(UserError, match="another model"):
-        narrow = house.make_model(house.make_processor().tokenizer, width=128)
-        train.train_mini_vlm(tmp_path / "out", work, TINY[:1], device="cpu", model=narrow)
+        narrow = mini_model.make_model(mini_model.make_processor().tokenizer, width=128)
+        vlm.train_mini_vlm(tmp_path / "out", work, TINY[:1], device="cpu", model=narrow)
     assert (work / "checkpoint.pt").read_bytes() == before
     (work / "checkpoint.pt").write_bytes(before[:1000])
     with pytest.raises(UserError, match="can't be read as a checkpoint"):
-        train.train_mini_vlm(tmp_path / "out", work, TINY[:1], device="cpu")
+        vlm.train_mini_vlm(tmp_path / "out", work, TINY[:1], device="cpu")
 
 
 def test_a_model_of_other_widths_is_trained_too(tmp_path, house_vlm):
-    sizes = {"language": distill.Size((0, 1, 2, 3), 64, 96), "vision": distill.Size((0,), 96, 96)}
-    small = distill.smaller(models.load(house_vlm), sizes, data.calibration(8), inherit=False)
-    out = train.train_mini_vlm(tmp_path / "out", tmp_path / "work", TINY, device="cpu", model=small)
+    sizes = {"language": distill.StudentSize((0, 1, 2, 3), 64, 96), "vision": distill.StudentSize((0,), 96, 96)}
+    small = distill.make_student(models.load(house_vlm), sizes, data.calibration(8), inherit=False)
+    out = vlm.train_mini_vlm(tmp_path / "out", tmp_path / "work", TINY, device="cpu", model=small)
     assert models.load(out).config.text_config.hidden_size == 64
     assert {r["stage"] for r in json.loads((out / "training.json").read_text())} == {s.name for s in TINY}
 
@@ -215,14 +219,14 @@ def test_a_model_of_other_widths_is_trained_too(tmp_path, house_vlm):
 def test_a_model_of_another_kind_is_refused_before_any_work(tmp_path):
     for model in (tiny.llava(), tiny.house()):  # the second has one layer
         with pytest.raises(UserError, match="expected an Idefics3ForConditionalGeneration with four layers"):
-            train.train_mini_vlm(tmp_path / "out", tmp_path / "work", TINY, model=model)
+            vlm.train_mini_vlm(tmp_path / "out", tmp_path / "work", TINY, model=model)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_supervised_heads_learn_to_look(tokenizer):
-    model = house.make_model(tokenizer, width=128, vision_layers=1, language_layers=4)
-    batches, probes = lessons.ChatBatches(0, 1, 4, tokenizer), losses.Probes(128)
-    steppers, course = muon.optimizers([model, probes], 0.02, 3e-3), []
+    model = mini_model.make_model(tokenizer, width=128, vision_layers=1, language_layers=4)
+    batches, probes = mini_batches.ChatBatches(0, 1, 4, tokenizer), losses.Probes(128)
+    steppers, course = train.optimizers([model, probes], 0.02, 3e-3), []
     for _ in range(40):
         loss, logs = losses.answer_loss(model, batches[0], batches.word_ids, 0.1, probes)
         loss.backward()

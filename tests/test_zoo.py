@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmrecipes.efficientformer import Attention, EfficientFormer
-from mmrecipes.shufflenet import Block, ShuffleNetV2
+from mmrecipes.distill.encoders.efficientformer import Attention, EfficientFormer
+from mmrecipes.distill.encoders.shufflenet import Block, ShuffleNetV2
 
 
 def parameters(model) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mmrecipes.house import CHAT_TEMPLATE, make_model, make_processor
+from mmrecipes.mini.model import CHAT_TEMPLATE, make_model, make_processor
 
 IMAGE_TOKEN = "<image>"
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -134,10 +134,10 @@ def siglip():
 
 def siglip_128(seed: int = 0):
     """A `mini-siglip` of one layer a tower, untrained, with its real processor."""
-    from mmrecipes import siglip as room
+    from mmrecipes.mini import siglip as mini_siglip
 
-    made = room.make_processor()
-    model = room.make_siglip(len(made.tokenizer), 64, 1, 1, seed=seed).eval()
+    made = mini_siglip.make_processor()
+    model = mini_siglip.make_siglip(len(made.tokenizer), 64, 1, 1, seed=seed).eval()
     model.processor = made
     return model
 

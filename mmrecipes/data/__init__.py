@@ -1,0 +1,17 @@
+"""The scenes, their questions and captions as datasets; folders of a user's own images; the seeds of every split."""
+
+from mmrecipes.lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "datasets": (
+            "TEST_FILE calibration captions encode_png image_rows majority_floor questions sort_of_clevr test_split "
+            "write_test_split"
+        ),
+        "families": "",
+        "folders": "GENERAL_QUESTIONS NEEDED QUESTIONS_FILE Rows gather read_folder",
+        "scenes": "",
+        "splits": "SPLITS STUDENT_FIRST",
+    },
+)

@@ -1,0 +1,187 @@
+"""Questions and captions about a scene: each family lists what can be asked, and one is drawn so that answers balance."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw
+
+from mmrecipes.data.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, changed, closest
+
+if TYPE_CHECKING:
+    pass
+
+FAMILIES = ("colour", "shape", "size", "count", "exists", "relation", "reading")
+
+
+DIRECTIONS = ("left of", "right of", "above", "below")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question in plain English with a one-word answer, and the family it belongs to."""
+
+    text: str
+    answer: str
+    family: str
+
+
+# ---- questions: each family lists every (answer, text) that the scene supports; one is drawn so that answers balance
+
+
+def _unique(scene: Scene, key: Callable[[Thing], object]) -> list[Thing]:
+    counts = Counter(key(t) for t in scene.things)
+    return [t for t in scene.things if counts[key(t)] == 1]
+
+
+def _colour(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+    ask = rng.choice(("What colour is the {}?", "Which colour does the {} have?"))
+    found = [(t.colour, ask.format(t.shape)) for t in _unique(scene, lambda t: t.shape)]
+    return found + [(t.colour, ask.format(f"{t.size} {t.shape}")) for t in _unique(scene, lambda t: (t.size, t.shape))]
+
+
+def _shape(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+    ask = rng.choice(("What shape is the {}?", "Which shape does the {} have?"))
+    found = [(t.shape, ask.format(f"{t.colour} object")) for t in _unique(scene, lambda t: t.colour)]
+    pairs = _unique(scene, lambda t: (t.size, t.colour))
+    return found + [(t.shape, ask.format(f"{t.size} {t.colour} object")) for t in pairs]
+
+
+def _size(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+    ask = rng.choice(("What size is the {}?", "Is the {} small or large?"))
+    return [(t.size, ask.format(t.name)) for t in scene.things]
+
+
+def _count(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+    ask = rng.choice(("How many {} are there?", "How many {} do you see?"))
+    found = [(len(scene.things), "objects")]
+    for key, names in (("colour", COLOURS), ("shape", SHAPES), ("size", SIZES)):
+        counts = Counter(getattr(t, key) for t in scene.things)
+        for name in dict.fromkeys((*names, *counts)):
+            plural = {"shape": f"{name}es" if name == "cross" else f"{name}s"}.get(key, f"{name} objects")
+            found.append((counts[name], plural))
+    return [(str(n), ask.format(what)) for n, what in found]
+
+
+def _exists(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+    ask = rng.choice(("Is there a {}?", "Do you see a {}?"))
+    here = {t.name for t in scene.things}
+    # an absent pair is made of a colour and a shape that are both in the picture where one can be
+    colours, shapes = {t.colour for t in scene.things}, {t.shape for t in scene.things}
+    near = sorted({f"{c} {s}" for c in colours for s in shapes} - here)
+    far = sorted({f"{c} {s}" for c in colours.union(COLOURS) for s in shapes.union(SHAPES)} - here)
+    absent = near if near and rng.random() < 0.7 else far
+    return [("yes", ask.format(n)) for n in sorted(here)] + [("no", ask.format(n)) for n in absent]
+
+
+def _relation(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+    if rng.random() < 0.4:
+        attribute = rng.choice(("colour", "shape"))
+        pairs = [(t, closest(scene, t)) for t in scene.things]
+        found = [
+            (getattr(near, attribute), f"What {attribute} is the object closest to the {t.name}?") for t, near in pairs if near
+        ]
+        if found:
+            return found
+    found = []
+    for a in scene.things:
+        for b in scene.things:
+            for axis, names in (("x", ("left of", "right of")), ("y", ("above", "below"))):
+                gap = getattr(b, axis) - getattr(a, axis)
+                if a != b and abs(gap) >= 0.1:  # never ask about a hair's breadth
+                    for name, true in zip(names, (gap > 0, gap < 0), strict=True):
+                        found.append(("yes" if true else "no", f"Is the {a.name} {name} the {b.name}?"))
+    return found
+
+
+def _reading(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+    ask = rng.choice(("What is printed on the {}?", "What does the {} say?"))
+    return [(t.code, ask.format(t.name)) for t in scene.things if t.code]
+
+
+_ASK = dict(zip(FAMILIES, (_colour, _shape, _size, _count, _exists, _relation, _reading), strict=True))
+
+
+def ask(scene: Scene, family: str, seed: int = 0, about: str = "") -> Question | None:
+    """One question of `family` about `scene`, or None when the scene supports none (no printed code, say).
+
+    An answer is drawn first, evenly among those possible, then a question that has it: this is the balancing. Only questions
+    with the word `about` in them or in their answers, if it is given.
+    """
+    if family not in _ASK:
+        raise ValueError(f"ask: no question family {family!r}; the families are {', '.join(FAMILIES)}")
+    rng = random.Random(scene.seed * 1_000_003 + seed * 7 + FAMILIES.index(family))
+    by_answer: dict[str, list[str]] = {}
+    for answer, text in _ASK[family](scene, rng):
+        if about in f"{text} {answer}":
+            by_answer.setdefault(answer, []).append(text)
+    if not by_answer:
+        return None
+    answer = rng.choice(sorted(by_answer))
+    return Question(rng.choice(by_answer[answer]), answer, family)
+
+
+# ---- captions, for retrieval and image-text matching
+
+
+def _describe(t: Thing, full: bool) -> str:
+    words = f"a {t.size} {t.name}" if full else f"a {t.name}"
+    return f"{words} labelled {t.code}" if full and t.code else words
+
+
+def caption(scene: Scene, full: bool = False) -> str:
+    """`a red circle, a blue star` from left to right; with `full`, sizes and printed codes too."""
+    return ", ".join(_describe(t, full) for t in sorted(scene.things, key=lambda t: t.x))
+
+
+def hard_negative(scene: Scene, seed: int = 0, full: bool = False) -> tuple[str, str]:
+    """A caption that is false in exactly one attribute of one object, and that attribute's name.
+
+    Attributes: `colour`, `shape`, and with `full` also `size`. The changed object is in the scene under no name.
+    """
+    near, key = changed(scene, seed, full)
+    return caption(near, full), key
+
+
+# ---- Sort-of-CLEVR (Santoro et al. 2017, arXiv:1706.01427), questions in words
+
+CLEVR_COLOURS = {k: COLOURS[k] for k in ("red", "green", "blue", "orange", "cyan", "yellow")}
+
+
+def sort_of_clevr(seed: int) -> tuple[Image.Image, list[Question]]:
+    """One 75 x 75 picture with six objects, one of each colour, and its 10 non-relational and 10 relational questions."""
+    rng = random.Random(seed)
+    spots: list[tuple[int, int]] = []
+    while len(spots) < 6:
+        spot = (rng.randint(6, 68), rng.randint(6, 68))
+        if all(max(abs(spot[0] - x), abs(spot[1] - y)) > 10 for x, y in spots):
+            spots.append(spot)
+    things = {c: (x, y, rng.choice(("circle", "square"))) for c, (x, y) in zip(CLEVR_COLOURS, spots, strict=True)}
+    canvas = Image.new("RGB", (300, 300), (245, 245, 245))
+    draw = ImageDraw.Draw(canvas)
+    for colour, (x, y, shape) in things.items():
+        paint = draw.ellipse if shape == "circle" else draw.rectangle
+        paint((4 * x - 20, 4 * y - 20, 4 * x + 20, 4 * y + 20), fill=CLEVR_COLOURS[colour])
+    questions = []
+    for _ in range(10):
+        colour = rng.choice(tuple(things))
+        x, y, shape = things[colour]
+        alone = (
+            (f"What shape is the {colour} object?", shape),
+            (f"Is the {colour} object on the left of the picture?", "yes" if x < 37.5 else "no"),
+            (f"Is the {colour} object at the top of the picture?", "yes" if y < 37.5 else "no"),
+        )
+        questions.append(Question(*rng.choice(alone), "non-relational"))
+        order = sorted((c for c in things if c != colour), key=lambda c: math.dist(things[c][:2], (x, y)))
+        together = (
+            (f"What shape is the object closest to the {colour} object?", things[order[0]][2]),
+            (f"What shape is the object furthest from the {colour} object?", things[order[-1]][2]),
+            (f"How many objects have the shape of the {colour} object?", str(sum(t[2] == shape for t in things.values()))),
+        )
+        questions.append(Question(*rng.choice(together), "relational"))
+    return canvas.reduce(4), questions

@@ -1,0 +1,147 @@
+"""A user's own folder of images, maybe with questions: rows to calibrate, choose and verify on, which share no image."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmrecipes.data import datasets
+from mmrecipes.errors import UserError, one_line
+from mmrecipes.models import images as models_images
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+QUESTIONS_FILE = "questions.jsonl"
+
+
+GENERAL_QUESTIONS = ("What is in this picture?", "Describe this picture in one sentence.", "Which colours are there?")
+
+
+NEEDED = "give 2 pictures or more: some to calibrate on and others to verify on"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Three sets of rows (image, question, name, maybe answer). `notes` say where they come from."""
+
+    calibrate: Dataset
+    choose: Dataset
+    verify: Dataset
+    notes: list[str]
+    tried: int = 0  # of those that calibrate, each unit's sensitivity is found on so many
+
+
+# ---- rows in
+
+
+def gather(side: int, calib: Path | None, images: Path | None, n: int) -> Rows:
+    """Rows from the user's folders; from drawn scenes, `side` px wide, where there is none. At most `n` to verify on.
+
+    `images` alone is halved, picture by picture. Raises UserError where a picture would be on both sides.
+    """
+    if images and calib and images.expanduser().resolve() == calib.expanduser().resolve():
+        calib = None
+    own, other = (None if folder is None else read_folder(folder) for folder in (calib, images))
+    notes = []
+    if own is None and other is not None:
+        own, other = _cut(other, 0.5)
+        notes.append(f"the first half of the pictures in {images.name} calibrates, the other half verifies")
+    if own is not None and other is not None:
+        _apart(own, other)
+    if own is None:
+        calibrate, choose = datasets.calibration(64, side), _drawn("validation", 200, side)
+        notes.append("calibrated and chosen on drawn scenes")
+    elif len(set(own["name"])) >= 8:
+        calibrate, choose = _cut(own, 0.75)
+        notes.append("of the pictures that calibrate, the last quarter only chooses between plans")
+    else:
+        calibrate = choose = own
+        notes.append("few pictures to calibrate on: plans are chosen on these, too, not on the ones that verify")
+    if other is None:
+        other = _drawn("test", n, side)
+        notes.append("verified on drawn scenes: pictures of your own, with --images, say more about your use")
+    return Rows(calibrate, choose, other.select(range(min(n, len(other)))), notes)
+
+
+def _drawn(split: str, n: int, side: int) -> Dataset:
+    rows = datasets.questions(split, n, size=side)
+    if split == "test" and side == 128 and n <= 4200:
+        rows = datasets.test_split(n)  # the committed one
+    return rows.add_column("name", [f"scene {seed}" for seed in rows["seed"]])
+
+
+def read_folder(folder: Path) -> Dataset:
+    """Rows of a folder of pictures: those of its questions.jsonl, or three general questions about each picture.
+
+    A line: {"image": "a.png", "question": "...", "answer": "..."}, the answer in all of them or in none. Raises UserError that
+    names the line or the picture.
+    """
+    folder = folder.expanduser()
+    asked, found = folder / QUESTIONS_FILE, []
+    if not asked.is_file():
+        named = models_images.load_images(folder)
+        found = [(name, picture, question, None) for name, picture in named for question in GENERAL_QUESTIONS]
+    else:
+        known: dict[str, object] = {}
+        for where, line in _lines(asked):
+            name = line["image"]
+            if name not in known:
+                try:
+                    known[name] = models_images.load_image(folder / name)
+                except UserError as e:
+                    raise UserError(f"{where}: {e}") from e
+            found.append((name, known[name], line["question"], line.get("answer")))
+    if len({name for name, *_ in found}) < 2:
+        raise UserError(f"{folder}: one picture; {NEEDED}")
+    rows = datasets.image_rows([(name, picture) for name, picture, *_ in found], "").remove_columns("question")
+    rows = rows.add_column("question", [question for _, _, question, _ in found])
+    answers = [answer for *_, answer in found]
+    return rows.add_column("answer", answers) if answers[0] is not None else rows
+
+
+def _lines(asked: Path) -> list[tuple[str, dict]]:
+    found: list[tuple[str, dict]] = []
+    try:
+        text = asked.read_text(encoding="utf-8")
+    except (OSError, ValueError) as e:
+        raise UserError(f"{asked}: cannot be read ({one_line(e, 80)}); write it as text in UTF-8") from e
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        where, shape = f"{asked}, line {number}", '{"image": "a.png", "question": "...", "answer": "..."}'
+        try:
+            row = json.loads(line)
+        except ValueError as e:
+            raise UserError(f"{where}: not JSON ({one_line(e, 80)}); expected {shape}, the answer if you have it") from e
+        if not isinstance(row, dict) or not all(isinstance(row.get(k), str) and row[k].strip() for k in ("image", "question")):
+            raise UserError(f"{where}: {line.strip():.60}; expected {shape}, the answer if you have it")
+        if not isinstance(row.get("answer"), str | None):
+            raise UserError(f"{where}: the answer is {row['answer']!r:.40}; expected a text in quotation marks")
+        if found and (row.get("answer") is None) != (found[0][1].get("answer") is None):
+            raise UserError(f"{where}: some lines have an answer and others have none; give all of them or none")
+        found.append((where, row))
+    if not found:
+        raise UserError(f"{asked}: empty; write a question a line, or remove it, and general questions are asked")
+    return found
+
+
+def _cut(rows: Dataset, share: float) -> tuple[Dataset, Dataset]:
+    """The rows of the first `share` of the pictures, and the others; each has one picture or more."""
+    names = list(dict.fromkeys(rows["name"]))
+    first = set(names[: max(1, min(len(names) - 1, round(share * len(names))))])
+    at = [[i for i, name in enumerate(rows["name"]) if (name in first) is side] for side in (True, False)]
+    return rows.select(at[0]), rows.select(at[1])
+
+
+def _apart(own: Dataset, other: Dataset) -> None:
+    """UserError where two sets of rows share a picture, whatever its file is called."""
+    seen = {picture.tobytes(): name for picture, name in zip(own["image"], own["name"], strict=True)}
+    for picture, name in zip(other["image"], other["name"], strict=True):
+        if (twin := seen.get(picture.tobytes())) is not None:
+            raise UserError(
+                f"{name} is to verify on, and the same picture is to calibrate on ({twin}): what was fitted on it proves "
+                "nothing; take it out of one of the folders"
+            )

@@ -1,0 +1,68 @@
+"""ShuffleNet V2 1.0x (Ma et al. 2018, arXiv:1807.11164), the published design in one page: 2.3 million parameters.
+
+Half of a block's channels pass by untouched, the other half is convolved, and a shuffle mixes the two for the next block.
+transformers does not have it. `swapped.py` puts it in the place of a vision tower.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+STAGES = ((4, 116), (8, 232), (4, 464))  # blocks and channels of stages 2, 3 and 4, table 5 of the paper, 1x
+
+
+STEM, TOP = 24, 1024
+
+
+def conv(into: int, out: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True) -> nn.Sequential:
+    """Convolution, batch norm, and a ReLU but after depthwise ones."""
+    layers = [nn.Conv2d(into, out, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(out)]
+    return nn.Sequential(*layers, *[nn.ReLU(inplace=True)] * relu)
+
+
+class Block(nn.Module):
+    """Figure 3 (c), or (d) with stride 2, where both halves see all channels and each is made half of the output."""
+
+    def __init__(self, into: int, out: int, stride: int):
+        super().__init__()
+        half = out // 2
+        begin = half if stride == 1 else into
+        self.stride = stride
+        self.right = nn.Sequential(
+            conv(begin, half, 1), conv(half, half, 3, stride, groups=half, relu=False), conv(half, half, 1)
+        )
+        self.left = (
+            nn.Identity() if stride == 1 else nn.Sequential(conv(into, into, 3, 2, groups=into, relu=False), conv(into, half, 1))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, 1) if self.stride == 1 else (x, x)
+        x = torch.cat([self.left(left), self.right(right)], 1)
+        return x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)  # the shuffle: one channel of each half in turn
+
+
+class ShuffleNetV2(nn.Module):
+    """Pictures (B, 3, H, W) -> scores (B, classes); `features` gives the maps of the stages."""
+
+    def __init__(self, classes: int = 1000):
+        super().__init__()
+        self.stem = nn.Sequential(conv(3, STEM, 3, 2), nn.MaxPool2d(3, 2, 1))
+        widths = [STEM, *(width for _, width in STAGES)]
+        self.stages = nn.ModuleList(
+            nn.Sequential(Block(into, out, 2), *(Block(out, out, 1) for _ in range(blocks - 1)))
+            for into, (blocks, out) in zip(widths, STAGES, strict=False)
+        )
+        self.top = conv(widths[-1], TOP, 1)
+        self.classes = nn.Linear(TOP, classes)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Maps of (B, 116, H/8, W/8), (B, 232, H/16, W/16), (B, 464, H/32, W/32) and (B, 1024, H/32, W/32)."""
+        x, found = self.stem(x), []
+        for stage in self.stages:
+            x = stage(x)
+            found.append(x)
+        return [*found, self.top(x)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classes(self.features(x)[-1].mean((2, 3)))

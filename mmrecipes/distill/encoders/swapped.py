@@ -1,0 +1,81 @@
+"""An Idefics3 that sees through another vision encoder: any backbone that makes maps, where its config can only name a ViT.
+
+This file is saved beside the weights (transformers' custom code), so that a swapped model loads without mmrecipes:
+`AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, Idefics3Config, Idefics3ForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .efficientformer import EfficientFormer
+from .shufflenet import ShuffleNetV2
+
+LACKING = {"shufflenet_v2": lambda size: ShuffleNetV2(), "efficientformer": lambda size: EfficientFormer(size=size)}
+
+
+class Tower(nn.Module):
+    """Pictures (B, 3, H, W) to tokens (B, N, C), one for each place of the last map of `grid` x `grid` places.
+
+    `tower` names the backbone: a config of transformers as a dict with its "model_type", or one of LACKING. Where the backbone
+    goes on to coarser maps, the last of them is stretched to that grid and stands beside the finer one.
+    """
+
+    def __init__(self, tower: dict, size: int, grid: int):
+        super().__init__()
+        kind, self.grid = tower["model_type"], grid
+        if kind in LACKING:
+            self.backbone = LACKING[kind](size)
+        else:
+            self.backbone = AutoModel.from_config(AutoConfig.for_model(**tower))
+        for head in ("classes", "distilled"):  # nobody asks for ImageNet's classes here
+            if hasattr(self.backbone, head):
+                setattr(self.backbone, head, nn.Identity())
+        for norm in self.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.momentum = 0.1  # MobileNetV2 took TensorFlow's 0.997, which here means: the last batch alone
+
+    def maps(self, pixel_values: Tensor) -> list[Tensor]:
+        """All maps (B, C, h, w) of the backbone, in their order."""
+        if hasattr(self.backbone, "features"):
+            return self.backbone.features(pixel_values)
+        found = self.backbone(pixel_values, output_hidden_states=True)
+        return [*found.hidden_states, found.last_hidden_state]
+
+    def forward(self, pixel_values: Tensor, **unused) -> BaseModelOutputWithPooling:
+        maps = self.maps(pixel_values)
+        tokens = [m for m in maps if m.shape[-1] == self.grid][-1]
+        if maps[-1].shape[-1] < self.grid:
+            tokens = torch.cat([tokens, F.interpolate(maps[-1], size=tokens.shape[-2:])], 1)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens.flatten(2).transpose(1, 2))
+
+
+class SwappedConfig(Idefics3Config):
+    """`tower`: as for `Tower`. `vision_config` still says how large a picture and a place are (`image_size`, `patch_size`), and
+    how many channels the connector reads (`hidden_size`)."""
+
+    model_type = "idefics3_swapped"
+    tower: dict | None = None
+
+
+class SwappedForConditionalGeneration(Idefics3ForConditionalGeneration):
+    """Idefics3 with `config.tower` in the place of its vision model."""
+
+    config_class = SwappedConfig
+    config: SwappedConfig
+
+    def __init__(self, config: SwappedConfig):
+        super().__init__(config)
+        own = config.vision_config
+        self.model.vision_model = Tower(config.tower, own.image_size, own.image_size // own.patch_size)
+        self.post_init()
+
+
+SwappedConfig.register_for_auto_class()
+
+
+SwappedForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

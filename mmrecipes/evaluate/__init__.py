@@ -1,0 +1,20 @@
+"""Does it still answer right? Accuracy, agreement, likelihood and retrieval, each with n and an interval."""
+
+from mmrecipes.lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "fidelity": (
+            "Loss MAX_ANSWER_TOKENS accuracy_loss agreement_loss eos_token_ids greedy_tokens knows right token_agreement "
+            "with_answers"
+        ),
+        "generation": "Result answers score vqa",
+        "likelihood": "answer_logits answer_loss divergence",
+        "retrieval": (
+            "CHOICES Gallery POOL RetrievalResult embeddings gallery image_text_matching modality_gap retrieval_report "
+            "retrieval_scores zero_shot"
+        ),
+        "statistics": "Paired Share agreement clustered paired questions_needed wilson",
+    },
+)

@@ -1,0 +1,197 @@
+"""Do picture and caption still find each other? Retrieval, matching and zero-shot naming of a dual encoder, with intervals.
+
+For SigLIP and CLIP alike. Notebook 32 uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from mmrecipes import quiet
+from mmrecipes.data import families, scenes
+from mmrecipes.data.scenes import COLOURS, SHAPES, SIZES, Scene
+from mmrecipes.data.splits import SPLITS
+from mmrecipes.errors import ParityError, UserError
+from mmrecipes.evaluate.generation import answers
+from mmrecipes.evaluate.statistics import Share, wilson
+from mmrecipes.models import modules
+
+POOL = 100  # scenes in a pool; each brings a picture or caption that is false in one attribute
+
+
+CHOICES = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES)}
+
+
+@dataclass(frozen=True)
+class RetrievalResult:
+    """What `retrieval` found, each with a 95% Wilson interval, and per query whether it was right.
+
+    `to_text`: R@1, a picture's caption among those of POOL pictures and as many hard negatives; `to_image`: the same, a
+    caption's picture among POOL pictures and as many with one object changed. `told_apart`: the true caption scores higher than
+    its own hard negative. `matching`: is the pair of picture and text a true one, yes or no, asked of both captions.
+    """
+
+    to_text: Share
+    to_image: Share
+    told_apart: Share
+    matching: Share | None  # None for CLIP, which has no yes or no
+    attributes: dict[str, Share]  # `told_apart`, by the attribute that is false
+    right: dict[str, list[bool]] = field(repr=False)  # of the first three, for paired comparisons
+
+
+@torch.inference_mode()
+def embeddings(
+    model: nn.Module,
+    images: Sequence[Image.Image] | None = None,
+    texts: Sequence[str] | None = None,
+    batch_size: int = 100,
+    progress: bool | None = None,
+) -> Tensor:
+    """Unit vectors (N, D), float32, of pictures or of texts, by the model's own processor.
+
+    Raises ParityError when they are not finite: such a model is broken, not lossy.
+    """
+    from tqdm.auto import tqdm
+
+    if (images is None) == (texts is None):
+        raise UserError("embeddings: give either images or texts, not both and not neither")
+    if not hasattr(model, "get_image_features") or not hasattr(model, "logit_scale"):
+        raise UserError(f"embeddings: {type(model).__name__} is no dual encoder; expected SigLIP, CLIP or their kin")
+    given, found, processor = images if texts is None else texts, [], model.processor
+    longest = model.config.text_config.max_position_embeddings
+    hidden = quiet.progress_hidden() if progress is None else not progress
+    for i in tqdm(range(0, len(given), batch_size), disable=hidden, desc="embedding", leave=False):
+        part = list(given[i : i + batch_size])
+        if texts is None:
+            part = [image.convert("RGB") for image in part]
+            inputs = processor(images=part, return_tensors="pt").to(model.device, model.dtype)
+            out = model.get_image_features(pixel_values=inputs["pixel_values"])
+        else:
+            inputs = processor(text=part, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
+            inputs = inputs.to(model.device)
+            out = model.get_text_features(**inputs)
+        found.append((out if isinstance(out, Tensor) else out.pooler_output).float())
+    vectors = F.normalize(torch.cat(found), dim=-1)
+    if not torch.isfinite(vectors).all():
+        raise ParityError("the model's embeddings are not finite: it is broken, not lossy; check the step that made it")
+    return vectors
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures and captions of one split: row i of each belongs to scene i."""
+
+    images: list[Image.Image]
+    captions: list[str]
+    near_images: list[Image.Image]  # with one object changed, as the hard negative says
+    negatives: list[str]
+    attributes: list[str]  # what is false in the hard negative
+
+
+def gallery(split: str = "test", n: int = 1000, start: int = 0) -> Gallery:
+    """`n` scenes of `split`, short captions (colour and shape), each with a hard negative in words and as a picture."""
+    drawn = [scenes.make_scene(seed) for seed in SPLITS[split][start : start + n]]
+    near = [scenes.changed(s) for s in drawn]
+    return Gallery(
+        [scenes.render(s) for s in drawn],
+        [families.caption(s) for s in drawn],
+        [scenes.render(s) for s, _ in near],
+        [families.caption(s) for s, _ in near],
+        [key for _, key in near],
+    )
+
+
+def retrieval_scores(model: nn.Module, seen: Gallery, pool: int = POOL) -> RetrievalResult:
+    """Both ways of retrieval, matching and telling apart on `seen`, whose length is a multiple of `pool`."""
+    n = len(seen.images)
+    if not n or n % pool:
+        raise UserError(f"retrieval: {n} scenes in pools of {pool}; expected a multiple of the pool, at least one")
+    image, near = embeddings(model, seen.images), embeddings(model, seen.near_images)
+    true, wrong = embeddings(model, texts=seen.captions), embeddings(model, texts=seen.negatives)
+    to_text, to_image = [], []
+    for i in range(0, n, pool):
+        part, own = slice(i, i + pool), torch.arange(pool, device=image.device)
+        to_text += ((image[part] @ torch.cat([true[part], wrong[part]]).T).argmax(-1) == own).tolist()
+        to_image += ((true[part] @ torch.cat([image[part], near[part]]).T).argmax(-1) == own).tolist()
+    fits, fails = (image * true).sum(-1), (image * wrong).sum(-1)
+    told = (fits > fails).tolist()
+    matching = None
+    if hasattr(model, "logit_bias"):
+        border = -model.logit_bias.float() / model.logit_scale.float().exp()  # the cosine at which it says yes
+        matching = wilson(int((fits > border).sum() + (fails <= border).sum()), 2 * n)
+    kinds = {k: [t for t, key in zip(told, seen.attributes, strict=True) if key == k] for k in sorted(set(seen.attributes))}
+    return RetrievalResult(
+        wilson(sum(to_text), n),
+        wilson(sum(to_image), n),
+        wilson(sum(told), n),
+        matching,
+        {k: wilson(sum(v), len(v)) for k, v in kinds.items()},
+        {"to_text": to_text, "to_image": to_image, "told_apart": told},
+    )
+
+
+def image_text_matching(model: nn.Module, split: str = "test", n: int = 1000) -> tuple[Share, Share, list[bool]]:
+    """Image-text matching by a VLM: it is asked whether an object is there, and whether one is whose colour or shape is false.
+
+    Shares of right answers among 2 `n`, and of pictures with both right; the latter one by one. Raises UserError for a dual
+    encoder, which cannot be asked, or fewer than one picture.
+    """
+    if n < 1 or "head" not in modules.parts(model):
+        raise UserError(f"asked: {n} pictures, {type(model).__name__}; expected one or more, and a model that answers questions")
+    drawn = [scenes.make_scene(seed) for seed in SPLITS[split][:n]]
+    near = [scenes.changed(s)[0] for s in drawn]
+    moved = [next((a, b) for a, b in zip(s.things, t.things, strict=True) if a != b) for s, t in zip(drawn, near, strict=True)]
+    images, right = [scenes.render(s) for s in drawn], []
+    for names, answer in (([a.name for a, _ in moved], "yes"), ([b.name for _, b in moved], "no")):
+        found = answers(model, images, [f"Is there a {name}?" for name in names])
+        right.append([f.lower() == answer for f in found])
+    both = [a and b for a, b in zip(*right, strict=True)]
+    return wilson(sum(map(sum, right)), 2 * n), wilson(sum(both), n), both
+
+
+def zero_shot(model: nn.Module, split: str = "test", n: int = 1000) -> dict[str, Share]:
+    """Naming without training for it: one object's attribute in a full caption is tried in all its values; the best one counts.
+
+    For colour (8 values), shape (6) and size (2), one object of each of `n` scenes; names that another object has are left out.
+    """
+    drawn = [scenes.make_scene(seed) for seed in SPLITS[split][:n]]
+    image, found = embeddings(model, [scenes.render(s) for s in drawn]), {}
+    for attribute, values in CHOICES.items():
+        texts, owners, wanted = [], [], []
+        for k, scene in enumerate(drawn):
+            tried = _variants(scene, k % len(scene.things), attribute, values)
+            wanted.append(len(texts))  # the true one comes first
+            texts += tried
+            owners += [k] * len(tried)
+        scores = (image[owners] * embeddings(model, texts=texts)).sum(-1).cpu().numpy()
+        spans = zip(wanted, [*wanted[1:], len(texts)], strict=True)
+        found[attribute] = wilson(sum(bool(scores[a] > scores[a + 1 : b].max()) for a, b in spans), n)  # a tie is not right
+    return found
+
+
+def retrieval_report(model: nn.Module, n: int = 1000) -> dict[str, Share]:
+    """All of the above on the test split, {what: share}, on `n` scenes: a multiple of POOL."""
+    found = retrieval_scores(model, gallery(n=n))
+    shares = {"to_text": found.to_text, "to_image": found.to_image, "told_apart": found.told_apart}
+    shares |= {f"told_apart, {k}": v for k, v in found.attributes.items()}
+    shares |= {"matching": found.matching} if found.matching else {}
+    return shares | {f"zero-shot {k}": v for k, v in zero_shot(model, n=n).items()}
+
+
+def _variants(scene: Scene, at: int, attribute: str, values: Sequence[str]) -> list[str]:
+    thing, others = scene.things[at], {t.name for i, t in enumerate(scene.things) if i != at}
+    tried = [thing, *(replace(thing, **{attribute: v}) for v in values if v != getattr(thing, attribute))]
+    full = (replace(scene, things=(*scene.things[:at], t, *scene.things[at + 1 :])) for t in tried if t.name not in others)
+    return [families.caption(s, full=True) for s in full]
+
+
+@torch.inference_mode()
+def modality_gap(image: Tensor, text: Tensor) -> float:
+    """Distance between the two towers' mean vectors, image and text (N, D) of length 1 each (Liang et al., arXiv:2203.02053)."""
+    return (image.mean(0) - text.mean(0)).norm().item()

@@ -1,0 +1,14 @@
+"""A model as files for ONNX Runtime, OpenVINO or ExecuTorch, checked against its source. Chapter 5 (notebooks 42, 50)."""
+
+from mmrecipes.lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "executorch": "",
+        "openvino": "",
+        "pipeline": "PARTS PRECISIONS TOLERANCE export parity supported",
+        "wrappers": "",
+        "onnx": "",
+    },
+)

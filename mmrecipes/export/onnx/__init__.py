@@ -1,0 +1,15 @@
+"""The one place that writes ONNX files: graphs, dynamic and static int8, n-bit weights, TensorRT's rules."""
+
+from mmrecipes.lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "attached": "LanguageWithoutCache PARTS attach export_parts",
+        "backend": "OUTLIER_LAYERS write_onnx",
+        "graphs": "MAX_BYTES check_float32 module_scopes nodes_of_modules save_onnx strip_metadata to_onnx",
+        "nbits": "to_dynamic_int8 to_nbits",
+        "quantize": "dynamic_int8 prepared qdq static_int8 vision_to_onnx",
+        "tensorrt": "check_explicit_int8",
+    },
+)

@@ -1,0 +1,123 @@
+"""Two ONNX graphs put back into a PyTorch model, so that `generate` and every evaluation work on them (notebook 11)."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mmrecipes.errors import UserError
+from mmrecipes.export.onnx.graphs import check_float32, to_onnx
+from mmrecipes.export.wrappers import Idefics3Vision
+from mmrecipes.inference.session import onnx_session
+
+PARTS = ("vision", "language")
+
+
+class LanguageWithoutCache(nn.Module):
+    """inputs_embeds (B, T, D) and attention_mask (B, T), 1 for real tokens -> last hidden states (B, T, D) after the norm."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.decoder = model.model.text_model
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # the first real token is at 0, however much padding precedes it
+        at = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+        seen = (at[None, :] <= at[:, None])[None, None] & (attention_mask[:, None, None, :] > 0)
+        # finite, not -inf: a padding token sees nobody, and its row must not become NaN
+        mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+        return self.decoder(
+            inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+
+
+# ---- export
+
+
+def export_parts(model: nn.Module, folder: str | Path) -> dict[str, Path]:
+    """`vision.onnx` and `language.onnx` of a float32 Idefics3-class VLM (SmolVLM, `mini-vlm`) in `folder`, both or neither.
+
+    Batch and text length are free; pictures are whole and of the model's own size. Raises UserError for another architecture,
+    another dtype, or weights that one file cannot hold; ImportError where onnx or onnxscript is missing.
+    """
+    core = getattr(model, "model", None)
+    if not all(hasattr(core, n) for n in ("vision_model", "connector", "text_model")) or not hasattr(
+        core.vision_model, "post_layernorm"
+    ):
+        raise UserError(f"export: {type(model).__name__} is not built like Idefics3; export its parts with onnx.graphs.to_onnx")
+    check_float32(model)
+    modules = {"vision": Idefics3Vision(model), "language": LanguageWithoutCache(model)}
+    size, width = core.vision_model.config.image_size, core.text_model.config.hidden_size
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[1, :3] = 0
+    examples = {
+        "vision": {"pixel_values": torch.randn(2, 3, size, size)},
+        "language": {"inputs_embeds": torch.randn(2, 12, width), "attention_mask": mask},
+    }
+    free = {"pixel_values": {0: "batch"}} | {k: {0: "batch", 1: "tokens"} for k in ("inputs_embeds", "attention_mask")}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as aside:
+        written = {part: to_onnx(modules[part], examples[part], Path(aside) / f"{part}.onnx", free) for part in PARTS}
+        return {part: path.replace(folder / path.name) for part, path in written.items()}
+
+
+class _AttachedVision(nn.Module):
+    """Stands where the vision tower was. The connector is in the graph, so nothing is left for the module of that name."""
+
+    def __init__(self, graph: Path):
+        super().__init__()
+        self.session = onnx_session(graph)
+
+    def forward(self, pixel_values: Tensor, patch_attention_mask: Tensor | None = None, **_: object):
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        if patch_attention_mask is not None and not patch_attention_mask.all():
+            raise UserError("attach: a picture is padded; the graph takes whole pictures of the model's size: resize them to it")
+        found = self.session.run(None, {"pixel_values": pixel_values.numpy()})[0]
+        return BaseModelOutputWithPooling(last_hidden_state=torch.from_numpy(found))
+
+
+class _AttachedLanguage(nn.Module):
+    """Stands where the language model was. Each call reads the whole text anew: the graph has no KV cache."""
+
+    def __init__(self, graph: Path, embed_tokens: nn.Module):
+        super().__init__()
+        self.embed_tokens, self.session = embed_tokens, onnx_session(graph)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, past_key_values=None, **_: object):
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        if past_key_values is not None and past_key_values.get_seq_length():
+            raise UserError("attach: this language model keeps no KV cache; call the model with use_cache=False")
+        mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.int64) if attention_mask is None else attention_mask.long()
+        feeds = {"inputs_embeds": inputs_embeds.detach().numpy(), "attention_mask": mask.numpy()}
+        return BaseModelOutputWithPast(last_hidden_state=torch.from_numpy(self.session.run(None, feeds)[0]))
+
+
+def attach(model: nn.Module, graphs: Mapping[str, str | Path]) -> nn.Module:
+    """A copy of `model` that computes in ONNX Runtime where `graphs` has a "vision" or a "language" file, else as before.
+
+    `mmr.ask`, `evaluate.vqa` and `generate` work on it. Without a KV cache each new token reads the whole text again; the picture
+    is still looked at once an answer.
+    """
+    if unknown := set(graphs) - set(PARTS):
+        raise UserError(f"attach: graphs for {', '.join(sorted(unknown))}; expected {' and '.join(PARTS)}, as export gives them")
+    core = model.model
+    kept = {id(getattr(model, "processor", None)): getattr(model, "processor", None)}
+    if "vision" in graphs:  # what is left out of the copy is never copied
+        kept |= {id(core.vision_model): _AttachedVision(graphs["vision"]), id(core.connector): nn.Identity()}
+    if "language" in graphs:  # `kept` then also knows the copied embeddings, which a tied head must share
+        kept[id(core.text_model)] = _AttachedLanguage(graphs["language"], copy.deepcopy(core.text_model.embed_tokens, kept))
+    twin = copy.deepcopy(model, kept)
+    if "language" in graphs:
+        twin.generation_config.use_cache = twin.config.use_cache = False
+    return twin.eval()

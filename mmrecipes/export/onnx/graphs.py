@@ -1,0 +1,133 @@
+"""Weights of 4 or 8 bits in an ONNX graph: ONNX Runtime's MatMulNBits for products and GatherBlockQuantized for embeddings.
+
+Groups of 32 weights along the inputs share a scale, zero is in the middle, and products round activations to int8 by the same
+groups (`accuracy_level` 4, the fast one). Notebook 14 compares this kernel with the others.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mmrecipes.errors import UserError, require
+from mmrecipes.models.saving import written_aside
+from mmrecipes.quiet import library_logs
+
+if TYPE_CHECKING:
+    import onnx
+
+MAX_BYTES = 1_900_000_000  # bytes of weights: one ONNX file holds at most 2 GB
+
+
+def to_onnx(module: nn.Module, inputs: Mapping[str, Tensor], path: str | Path, free: Mapping[str, Mapping[int, str]]) -> Path:
+    """One module as one ONNX file at `path`, by torch.export. `inputs` are an example, by the names of forward's parameters.
+
+    `free` names the axes whose length may change, {"pixel_values": {0: "batch"}}; give them a length of 2 or more in the
+    example. Attention without a mask becomes ONNX Runtime's fused MultiHeadAttention. Raises as `export`.
+    """
+    require("onnx", "onnxscript")
+    check_float32(module)
+    if (size := sum(t.nbytes for t in (*module.parameters(), *module.buffers()))) > MAX_BYTES:
+        raise UserError(f"export: {size / 1e9:.1f} GB of weights do not fit in one ONNX file of 2 GB; export a smaller part")
+    dims = {name: torch.export.Dim(name, min=1) for axes in free.values() for name in axes.values()}
+    shapes = {k: {axis: dims[name] for axis, name in free.get(k, {}).items()} for k in inputs}
+    with library_logs(), written_aside(path) as aside, torch.no_grad():
+        program = torch.onnx.export(
+            module.eval(),
+            kwargs=dict(inputs),
+            dynamic_shapes=shapes,
+            input_names=list(inputs),
+            output_names=["output"],
+            dynamo=True,
+            verbose=False,
+            opset_version=20,
+            custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: _attention()},
+        )
+        program.save(aside, external_data=False)
+    return Path(path)
+
+
+def check_float32(module: nn.Module) -> None:
+    wrong = next((p.dtype for p in module.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
+    if wrong:
+        raise UserError(f"export: the weights are {wrong}; it starts from float32, so load the model with dtype=torch.float32")
+
+
+def _attention() -> Callable:
+    """How scaled_dot_product_attention is written in ONNX: one MultiHeadAttention node of ONNX Runtime's own.
+
+    Written out in MatMul and Softmax it would store all scores of a picture, and take half as long again.
+    """
+    from onnx.defs import OpSchema
+    from onnxscript import opset20 as op
+    from onnxscript.values import Op, Opset
+
+    kind, optional = OpSchema.FormalParameter, OpSchema.FormalParameterOption.Optional
+    names = ("key", "value", "bias", "key_padding_mask", "attention_bias")
+    schema = OpSchema(
+        *("MultiHeadAttention", "com.microsoft", 1),
+        inputs=[kind("query", "T"), *(kind(n, "M" if n == "key_padding_mask" else "T", param_option=optional) for n in names)],
+        outputs=[kind("output", "T")],
+        type_constraints=[("T", ["tensor(float)"], ""), ("M", ["tensor(int32)"], "")],
+        attributes=[OpSchema.Attribute("num_heads", OpSchema.AttrType.INT), OpSchema.Attribute("scale", OpSchema.AttrType.FLOAT)],
+    )
+    fused = Op(Opset("com.microsoft", 1), "MultiHeadAttention", schema)
+
+    def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        heads, width = query.shape[1], query.shape[3]
+
+        def flat(x):  # (B, heads, T, width) -> (B, T, heads * width)
+            return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, -1]))
+
+        found = fused(flat(query), flat(key), flat(value), None, None, attn_mask, num_heads=heads, scale=scale or width**-0.5)
+        return op.Transpose(op.Reshape(found, op.Constant(value_ints=[0, 0, heads, -1])), perm=[0, 2, 1, 3])
+
+    return attend
+
+
+def nodes_of_modules(graph: str | Path, keep: Sequence[str]) -> list[str]:
+    """Names of the graph's nodes that come from modules of which a name in `keep` is part; the exporter noted the modules."""
+    if not keep:
+        return []
+    found = module_scopes(graph)
+    if missing := [k for k in keep if not any(k in scope for scope in found.values())]:
+        raise UserError(f"keep={missing[0]!r}: {graph} has no module of that name; leave it out")
+    return [name for name, scope in found.items() if any(k in scope for k in keep)]
+
+
+def module_scopes(graph: str | Path) -> dict[str, str]:
+    """The module that each node of `graph` came from, where the exporter noted it: {name of the node: path of the module}."""
+    import onnx
+
+    nodes = onnx.load(str(graph), load_external_data=False).graph.node
+    return {n.name: p.value for n in nodes for p in n.metadata_props if p.key.endswith("name_scopes")}
+
+
+def strip_metadata(graph: str | Path) -> None:
+    """Take out of the file at `graph` what the exporter noted for people: which line of which file each node came from."""
+    import onnx
+
+    model = onnx.load(str(graph))
+    for owner in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
+        del owner.metadata_props[:]
+        owner.doc_string = ""
+    save_onnx(model, graph)
+
+
+def save_onnx(model: onnx.ModelProto, path: str | Path) -> Path:
+    """Write `model` to `path`, its weights to `path` + ".data", from where a runtime maps them instead of copying them."""
+    import onnx
+
+    path = Path(path)
+    data = path.with_name(path.name + ".data")
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".save-") as aside:
+        onnx.save(model, f"{aside}/{path.name}", save_as_external_data=True, location=data.name)
+        Path(aside, data.name).chmod(Path(aside, path.name).stat().st_mode)  # else nobody but its owner could read it
+        Path(aside, data.name).replace(data)
+        Path(aside, path.name).replace(path)
+    return path

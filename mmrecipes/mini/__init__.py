@@ -1,0 +1,16 @@
+"""The models that come with the book (`mini-vlm`, `mini-siglip`, `mini-cnn`): classes, data and training (notebook 02)."""
+
+from mmrecipes.lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "batches": "",
+        "cnn": "",
+        "curriculum": "",
+        "losses": "",
+        "model": "",
+        "siglip": "",
+        "vlm": "",
+    },
+)

@@ -1,0 +1,223 @@
+"""What the house model is trained to do better: see, answer, and look in the right place."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmrecipes.data.families import FAMILIES
+from mmrecipes.mini.batches import PATCH_TARGETS, ChatBatch
+from mmrecipes.mini.model import GRID
+
+
+class Probes(nn.Module):
+    """Linear heads that are thrown away after training: what a patch shows (stage 1), where things are (stage 2).
+
+    `vision` and `language` are the widths of what they read, one width by default.
+    """
+
+    def __init__(self, vision: int, language: int | None = None):
+        super().__init__()
+        language = language or vision
+        self.classes = nn.Linear(vision, sum(PATCH_TARGETS.values()))
+        self.centre = nn.Linear(vision, 2)
+        self.point = nn.Linear(language, 3)
+        self.between = nn.Linear(language, 2)
+        self.middle = nn.Linear(language, 1)
+
+    def places(self, hidden_states: tuple[Tensor, ...], is_image: Tensor, batch: ChatBatch) -> tuple[Tensor, dict]:
+        """Where things are, asked of the language model on its way, hidden_states being (B, T, D) before each layer and after.
+
+        After layer 1 each patch must tell whether it holds the middle of an object (so that objects can be counted); after
+        layer 2 each name whether its object is there, and its x and y; after layer 3 the token before the answer how far the
+        last named object lies from the first. Returns the sum of the losses, and how well it does.
+        """
+        points = batch.points
+        hidden = [F.layer_norm(h.float(), h.shape[-1:]) for h in hidden_states[:4]]
+        cell = (batch.centres * GRID).long()
+        own = cell[..., 1] * GRID + cell[..., 0] == torch.arange(GRID * GRID, device=cell.device)
+        middle = (own & (batch.labels[..., 0] == 1)).float()
+        guess = self.middle(hidden[1][is_image]).view(middle.shape)
+        loss = 5 * F.binary_cross_entropy_with_logits(guess, middle)
+        logs = {"middle": (guess > 0)[middle > 0].float().mean().item()}
+
+        guess = self.point(hidden[2])
+        asked, located = points[..., 0] >= 0, points[..., 1] >= 0
+        there = points[asked][:, 0]
+        off = guess[located][:, 1:] - points[located][:, 1:3]
+        present = F.binary_cross_entropy_with_logits(guess[asked][:, 0], there, reduction="sum") / max(1, len(there))
+        loss = loss + present + 10 * off.pow(2).sum() / max(1, off.numel())  # a small batch may ask none
+        right = (guess[asked][:, 0] > 0) == (there > 0)
+        logs |= {"there": right.float().mean().item(), "off": off.abs().mean().item()}
+
+        before, first, last = names(batch)
+        xy = points[..., 1:3]
+        start, end = (xy.gather(1, at[..., None].expand_as(xy)) for at in (first, last))
+        row, at = (before & (first < last) & (start[..., 0] >= 0) & (end[..., 0] >= 0)).nonzero(as_tuple=True)
+        apart = self.between(hidden[3][row, at]) - (end - start)[row, at]
+        return loss + 10 * apart.pow(2).sum() / max(1, apart.numel()), logs | {"apart": apart.abs().mean().item()}
+
+    def patches(self, hidden: Tensor, labels: Tensor, centres: Tensor, char: float = 1.0) -> tuple[Tensor, dict[str, float]]:
+        """hidden (B, 64, D), labels (B, 64, 9), centres (B, 64, 2) -> loss, and the accuracy of each target.
+
+        `char` is the weight of the printed characters.
+        """
+        total, accuracy = torch.zeros((), device=hidden.device), {}
+        for k, (name, logits) in enumerate(
+            zip(PATCH_TARGETS, self.classes(hidden).split(list(PATCH_TARGETS.values()), -1), strict=True)
+        ):
+            want = labels[..., k].flatten()
+            weight = {"near": 0.3, "char": char}.get(name[:4], 1.0)
+            total = total + weight * F.cross_entropy(logits.flatten(0, 1).float(), want)
+            right = (logits.flatten(0, 1).argmax(-1) == want)[want >= 0]
+            accuracy[name] = right.float().mean().item()
+        # reading is scored where there is something to read
+        coded = (labels[..., 4] > 0).flatten()
+        guess = self.classes(hidden).split(list(PATCH_TARGETS.values()), -1)[4].flatten(0, 1).argmax(-1)
+        accuracy["read"] = (guess == labels[..., 4].flatten())[coded].float().mean().item()
+        there = labels[..., 0] == 1
+        off = (self.centre(hidden).float() - centres)[there]
+        accuracy["off"] = off.abs().mean().item()
+        return total + 10 * off.pow(2).mean(), accuracy
+
+
+def answer_loss(
+    model: nn.Module, batch: ChatBatch, word_ids: Tensor, align: float, probes: Probes | None = None
+) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy of the answers' tokens -> loss, and the share of right answers per family.
+
+    Plus `align` x the alignment of each visual token with the words for what it shows; plus, with `probes`, what they and the
+    supervised heads miss (for that the language model has three layers or more); plus their patch loss where the tower learns.
+    """
+    core, ids, segments = model.model, batch.ids, batch.segments
+    frozen = not any(p.requires_grad for p in core.vision_model.parameters())
+    with torch.no_grad() if frozen else torch.enable_grad():
+        seen = core.vision_model(batch.images).last_hidden_state
+    visual = core.connector(seen)
+    embeds = core.get_input_embeddings()(ids)
+    embeds = core.inputs_merger(ids, embeds, visual.flatten(0, 1))
+    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+    same = segments[:, :, None] == segments[:, None, :]
+    mask = (causal & (same | (segments == 0)[:, None, :]))[:, None]
+    out = core.text_model(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=batch.positions,
+        use_cache=False,
+        output_hidden_states=probes is not None,
+    )
+    hidden = out.last_hidden_state
+    here = batch.answers[:, 1:] >= 0  # the token before an answer's token predicts it
+    logits, want = model.lm_head(hidden[:, :-1][here]), batch.answers[:, 1:][here]
+    loss = F.cross_entropy(logits.float(), want)
+    logs = {"answer": loss.item(), **_family_accuracy(logits.argmax(-1) == want, here, segments[:, 1:], batch.kinds)}
+    if align:
+        table = F.normalize(core.get_input_embeddings().weight[word_ids.to(ids.device)].float(), dim=-1)
+        match = 16 * F.normalize(visual.float(), dim=-1) @ table.T - 5
+        aligned = F.binary_cross_entropy_with_logits(match, batch.words, reduction="sum") / batch.words.sum()
+        logs["align"] = aligned.item()
+        loss = loss + align * aligned
+    if probes is not None:
+        is_image = ids == model.config.image_token_id
+        pointed, how = probes.places(out.hidden_states, is_image, batch)
+        looked, where = attention_supervision(core.text_model, out.hidden_states, mask, is_image, batch)
+        loss, logs = loss + pointed + looked, logs | how | where
+        if not frozen:  # the tower keeps its first task, so that it does not forget
+            kept, how = probes.patches(seen, batch.labels, batch.centres, char=3.0)
+            loss, logs = loss + 0.2 * kept, logs | {f"patch_{k}": v for k, v in how.items()}
+    return loss, logs
+
+
+def names(batch: ChatBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens come before a token of an answer whose question names an object, and where its first and last name end.
+
+    All (B, T); the two places mean nothing where the first is false.
+    """
+    named, segments = batch.points[..., 3] >= 0, batch.segments
+    own = (named[:, None] & (segments[:, :, None] == segments[:, None, :])).int()  # (B, T, T): names in a token's question
+    before = F.pad(batch.answers[:, 1:] >= 0, (0, 1)) & (segments > 0) & own.any(-1)
+    return before, own.argmax(-1), own.shape[-1] - 1 - own.flip(-1).argmax(-1)
+
+
+def attention_supervision(
+    text_model: nn.Module, hidden_states: tuple[Tensor, ...], mask: Tensor, is_image: Tensor, batch: ChatBatch
+):
+    """Seven attention heads are told where to look (attention supervision, as in Qiao et al. 2018, arXiv:1709.06308).
+
+    In layer 1 one `gathers`: from a name's last word ("circle") at its other words ("large", "red"); and one `relates`: from
+    the token before an answer's at the word that says which relation is meant ("left", "closest"). In layer 2 one `looks`
+    from there at the patches of that object, and one `counts`: from "red objects" at the middle of each, and as much at the
+    first token, so that the share that is left for that one tells how many they are. In layer 3 two recall: from the token
+    before an answer's at the `first` and at the `last` name of the question. In layer 4 one `spells`: where a printed code is
+    asked for, from each token before an answer's at the patches of the object that carries it. Returns the sum of the mean
+    surprises, and how much of the attention each head puts where it should.
+    """
+    before, first, last = names(batch)
+    points, tokens = batch.points, torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    segments = batch.segments
+    reads = (batch.kinds == FAMILIES.index("reading")).gather(1, (segments - 1).clamp(0)) & (segments > 0)
+    related = (points[..., 0] == -3)[:, None] & (segments[:, :, None] == segments[:, None, :])
+    heads = (
+        ("gathers", 0, 0, points[..., 3] > 0),
+        ("relates", 0, -1, before & related.any(-1)),
+        ("looks", 1, 0, points[..., 1] >= 0),
+        ("counts", 1, -1, points[..., 0] == -2),
+        ("first", 2, 0, before),
+        ("last", 2, -1, before),
+        ("spells", 3, 0, before & reads),
+    )
+    total, logs = torch.zeros((), device=tokens.device), {}
+    for what, index, head, here in heads:
+        row, at = here.nonzero(as_tuple=True)
+        if not len(row) or index >= len(text_model.layers):  # nothing asked, or a model with fewer layers
+            continue
+        share = _attention(text_model, index, head, hidden_states[index], batch.positions, mask, row, at)
+        if what == "gathers":
+            back = at[:, None] - tokens
+            on = (back >= 1) & (back <= points[row, at, None, 3])
+        elif what in ("looks", "counts", "spells"):
+            on = torch.zeros_like(share, dtype=torch.bool)
+            on[is_image[row]] = batch.marks[row, last[row, at] if what == "spells" else at].flatten()
+            on[:, 0] = what == "counts"
+        elif what == "relates":
+            on = related[row, at]
+        else:
+            on = tokens == (first if what == "first" else last)[row, at, None]
+        if what == "counts":  # the same share for each: Kullback-Leibler divergence from the even one
+            missed = -(share.masked_fill(~on, 0).sum(-1) / on.sum(-1) + on.sum(-1).log()).mean()
+        else:
+            missed = -share.masked_fill(~on, -torch.inf).logsumexp(-1).mean()
+        total, logs[what] = total + missed, math.exp(-missed.item())
+    return total, logs
+
+
+def _attention(
+    text_model: nn.Module, index: int, head: int, hidden: Tensor, positions: Tensor, mask: Tensor, row: Tensor, at: Tensor
+) -> Tensor:
+    """Log of the attention that tokens (row, at) pay to all tokens, (N, T), in one layer's first (0) or last (-1) head.
+
+    hidden (B, T, D) is what goes into the layer.
+    """
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    layer = text_model.layers[index]
+    attention, x = layer.self_attn, layer.input_layernorm(hidden)
+    q, k = (
+        F.linear(x, m.weight.view(-1, attention.head_dim, x.shape[-1])[head])[:, None]
+        for m in (attention.q_proj, attention.k_proj)
+    )
+    q, k = apply_rotary_pos_emb(q, k, *text_model.rotary_emb(x, positions))
+    scores = torch.einsum("nd,ntd->nt", q[row, 0, at], k[row, 0]).float() * attention.scaling
+    return scores.masked_fill(~mask[row, 0, at], -torch.inf).log_softmax(-1)
+
+
+def _family_accuracy(right: Tensor, here: Tensor, segments: Tensor, kinds: Tensor) -> dict[str, float]:
+    """Share of questions of each family with every answer token right. Batches are never seen twice: this is held-out."""
+    row = torch.arange(len(here), device=here.device)[:, None].expand_as(here)
+    question = (row * kinds.shape[1] + segments - 1)[here]
+    whole = torch.ones(kinds.numel(), device=here.device)
+    whole.scatter_reduce_(0, question, right.float(), "amin")
+    return {f: whole[kinds.flatten() == i].mean().item() for i, f in enumerate(FAMILIES) if (kinds == i).any()}

@@ -1,0 +1,200 @@
+"""The house model before training: the library's own classes and real files, with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mmrecipes.data import families, scenes
+from mmrecipes.data.families import FAMILIES
+from mmrecipes.data.scenes import ALPHABET, COLOURS, SHAPES, SIZES
+from mmrecipes.errors import UserError
+from mmrecipes.models.loading import as_dtype, data_dir
+from mmrecipes.models.preflight import check_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IMAGE_SIZE, PATCH, SHUFFLE = 128, 16, 1
+
+
+GRID = IMAGE_SIZE // PATCH  # patches a side
+
+
+VISUAL_TOKENS = (GRID // SHUFFLE) ** 2
+
+
+SPECIAL = ["<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>", "<pad>"]
+
+
+CHAT_TEMPLATE = (  # SmolVLM's
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{ line['text'] }}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+def make_tokenizer():  # -> transformers.PreTrainedTokenizerFast
+    """A byte-level BPE trained on the world's text. Capitals and digits of printed codes stay single tokens."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    code = pre_tokenizers.Split(Regex("[A-Z0-9](?![a-z])"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([code, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tiles = [f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=SPECIAL + tiles,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_text(3000), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=SPECIAL[0],
+        eos_token=SPECIAL[1],
+        pad_token=SPECIAL[5],
+        additional_special_tokens=SPECIAL[2:5] + tiles,
+        padding_side="left",
+        model_max_length=4096,
+    )
+
+
+def _text(n: int) -> Iterable[str]:
+    words = " ".join((*COLOURS, *SHAPES, *SIZES, "yes no", *ALPHABET, *"0123456789"))
+    for seed in range(n):
+        scene = scenes.make_scene(seed)
+        asked = (families.ask(scene, family, seed) for family in FAMILIES)
+        yield from (f"User:{q.text}\nAssistant: {q.answer}" for q in asked if q)
+        yield f"{families.caption(scene, full=True)} {words}"
+        yield "\n".join(q.text for q in families.sort_of_clevr(seed)[1])
+
+
+def make_processor():  # -> transformers.Idefics3Processor
+    """The real Idefics3 processor for 128 px pictures; larger ones are split when `size` is raised."""
+    from transformers import Idefics3ImageProcessorPil, Idefics3Processor
+
+    images = Idefics3ImageProcessorPil(
+        size={"longest_edge": IMAGE_SIZE}, max_image_size={"longest_edge": IMAGE_SIZE}, do_image_splitting=True
+    )
+    return Idefics3Processor(images, make_tokenizer(), image_seq_len=VISUAL_TOKENS, chat_template=CHAT_TEMPLATE)
+
+
+def make_model(tokenizer, width: int = 256, vision_layers: int = 4, language_layers: int = 4, seed: int = 0):
+    """A `mini-vlm` with random weights, float32, in training mode."""
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+
+    torch.manual_seed(seed)
+    config = Idefics3Config(
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=SHUFFLE,
+        tie_word_embeddings=True,
+        vision_config={
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": vision_layers,
+            "num_attention_heads": width // 64,
+            "image_size": IMAGE_SIZE,
+            "patch_size": PATCH,
+        },
+        text_config={
+            "model_type": "llama",
+            "vocab_size": len(tokenizer),
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_hidden_layers": language_layers,
+            "num_attention_heads": width // 64,
+            "num_key_value_heads": width // 128,
+            "max_position_embeddings": 4096,
+            "tie_word_embeddings": True,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+    )
+    model = Idefics3ForConditionalGeneration(config)
+    with torch.no_grad():  # positions that attention can use from the first step (Beyer et al. 2022, arXiv:2205.01580)
+        model.model.vision_model.embeddings.position_embedding.weight.copy_(sincos_positions(GRID, width))
+    model.generation_config.update(
+        do_sample=False,
+        max_new_tokens=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model.train()
+
+
+def sincos_positions(side: int, width: int) -> Tensor:
+    """Fixed 2-D sine and cosine position vectors, (side * side, width), in row-major order, each entry in [-0.5, 0.5]."""
+    frequency = 1 / 100 ** (torch.arange(width // 4) / (width // 4))
+    angle = torch.arange(side)[:, None] * frequency
+    wave = torch.cat([angle.sin(), angle.cos()], 1) / 2  # (side, width / 2)
+    rows, columns = wave.repeat_interleave(side, 0), wave.repeat(side, 1)
+    return torch.cat([rows, columns], 1)
+
+
+REAL_SIZES = ("smolvlm-256m",)
+
+
+# ---- the real-size twin
+
+
+def real_size(name: str = "smolvlm-256m", dtype: torch.dtype | str = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A model with the published dimensions of SmolVLM-256M and random weights, made on the spot, `.processor` attached.
+
+    For speed and memory only: what it says is noise. One picture is one tile of 512 px, 64 tokens. Raises UserError.
+    Dimensions: the model card's config.json (arXiv:2504.05299); 256M parameters, embeddings not tied.
+    """
+    from transformers import (
+        AutoTokenizer,
+        Idefics3Config,
+        Idefics3ForConditionalGeneration,
+        Idefics3ImageProcessorPil,
+        Idefics3Processor,
+    )
+    from transformers.initialization import no_init_weights
+
+    pass  # MOVED
+
+    dtype = torch.float32 if as_dtype(dtype) == "auto" else as_dtype(dtype)
+    if name not in REAL_SIZES:
+        raise UserError(f"no real-size twin {name!r}: there is {', '.join(REAL_SIZES)}")
+    check_memory(name, 256_484_928 * dtype.itemsize, dtype, torch.device("cpu"))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(data_dir() / "models" / "mini-vlm")
+    except (UserError, OSError, ValueError):  # not trained yet: the same one, made again in a few seconds
+        tokenizer = make_tokenizer()
+    config = Idefics3Config(
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=4,
+        tie_word_embeddings=False,
+        vision_config={"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+        | {"image_size": 512, "patch_size": 16},
+        text_config={"model_type": "llama", "vocab_size": 49280, "hidden_size": 576, "intermediate_size": 1536}
+        | {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
+        | {"rms_norm_eps": 1e-5, "rope_theta": 100_000.0, "tie_word_embeddings": False}
+        | {f"{t}_token_id": getattr(tokenizer, f"{t}_token_id") for t in ("pad", "bos", "eos")},
+    )
+    with no_init_weights():  # the library's own takes ten times as long as this one
+        model = Idefics3ForConditionalGeneration._from_config(config, dtype=dtype)
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if key.endswith("bias"):
+                p.zero_()
+            elif p.ndim == 1:
+                p.fill_(1)
+            else:
+                p.normal_(std=0.02, generator=noise)
+    tile = {"longest_edge": 512}
+    images = Idefics3ImageProcessorPil(size=tile, max_image_size=tile, do_image_splitting=True)
+    model.processor = Idefics3Processor(images, tokenizer, image_seq_len=64, chat_template=CHAT_TEMPLATE)
+    return model.eval()

@@ -1,0 +1,246 @@
+"""Models in and out: load and save them safely, find their parts, and put a picture and a question to them.
+
+What comes in is a stranger's directory or picture: it is checked before anything large happens, and every refusal is
+one line that names the thing and the cure. Weights are only read from safetensors files, which cannot run code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mmrecipes.errors import UserError, one_line
+from mmrecipes.models.modules import parts
+from mmrecipes.models.preflight import check_memory, read_json, weight_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+HOUSE = ("mini-vlm", "mini-siglip")  # the models that come with this package, in data_dir()/models
+
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+
+
+# ---- loading
+
+
+def data_dir() -> Path:
+    """Where the house models and the test split are: `MMRECIPES_DATA`, the repository's data/, or the installed wheel's copy."""
+    here = Path(__file__).resolve().parents[1]
+    given = os.environ.get("MMRECIPES_DATA")
+    for path in [Path(given)] if given else [here.parent / "data", here / "_data"]:
+        # a name as common as data/ may be somebody else's: ours holds models or the test split
+        if (path / "models").is_dir() or any(path.glob("*test*.parquet")):
+            return path
+    where = f"MMRECIPES_DATA={given}" if given else "the repository's data/ or the installed package"
+    raise UserError(f"no house models in {where}: set MMRECIPES_DATA to a data directory, or run `mmrecipes train mini-vlm`")
+
+
+def load(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The Hugging Face model itself, in eval mode, its processor attached as `model.processor`.
+
+    `name` is a house model (see HOUSE), a local directory or a hub id; `revision` is for hub ids; `dtype` "auto" takes
+    the one the weights were saved in. Code from the model's own directory runs only with `trust_remote_code`.
+    Raises UserError for anything missing, broken, misfitting, not multimodal, or too large for the memory that is free.
+    """
+    dtype, device = as_dtype(dtype), _device(device)
+    path = _directory(name, revision)
+    config = read_json(path / "config.json")
+    auto = _auto_class(path, config, trust_remote_code)
+    check_memory(name, weight_bytes(path, None if dtype == "auto" else dtype), dtype, device)
+    with _without_load_report():  # nor its warnings about SigLIP's own default token ids
+        processor = _processor(path, trust_remote_code)
+    try:
+        with _without_load_report():
+            model, info = auto.from_pretrained(
+                path,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, with the other misfits
+                trust_remote_code=trust_remote_code,
+            )
+    except Exception as e:  # whatever a broken directory makes the library raise
+        raise UserError(f"{path}: cannot be loaded ({one_line(e)}); check config.json, or get a complete copy") from e
+    # from_pretrained only warns about these, and fills the gaps with random numbers
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if info[kind]:
+            first = sorted(k if isinstance(k, str) else k[0] for k in info[kind])[0]
+            what = f"{len(info[kind])} {kind.removesuffix('_keys')}, such as {first}"
+            raise UserError(f"{path}: the weights do not fit config.json ({what}); get the config.json that belongs to them")
+    for key, p in model.named_parameters():
+        if p.is_floating_point() and p.element_size() > 1 and not torch.isfinite(p.sum(dtype=torch.float32)):
+            raise UserError(f"{path}: the weights are damaged ({key} is not finite); get a fresh copy")
+    parts(model)  # refuses what is not multimodal
+    model = model.to(device).eval()
+    model.processor = processor
+    return model
+
+
+def as_dtype(given: torch.dtype | str) -> torch.dtype | str:
+    if given == "auto":
+        return "auto"
+    found = given if isinstance(given, torch.dtype) else getattr(torch, DTYPES.get(given, str(given)), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"unknown dtype {given!r}: use float32, bfloat16, float16 or auto")
+    return found
+
+
+def _device(given: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=given).device
+    except (RuntimeError, AssertionError, TypeError) as e:  # torch built without it, no such device, no such word
+        raise UserError(f"device {str(given)!r} cannot be used here ({one_line(e, 80)}): use cpu") from e
+
+
+def _directory(name: str | Path, revision: str | None) -> Path:
+    text, path = os.fspath(name), Path(name).expanduser()
+    if text in HOUSE:
+        path = data_dir() / "models" / text
+        if not path.is_dir():
+            raise UserError(f"{text}: not in {path.parent}; run `mmrecipes train {text}`, or set MMRECIPES_DATA")
+    elif not path.exists() and isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", text):
+        path, revision = _from_hub(text, revision), None
+    elif not path.exists():
+        raise UserError(f"no model at {text!r}: give {' or '.join(HOUSE)}, a directory or a hub id (owner/name)")
+    if revision:
+        raise UserError(f"{text}: revision {revision!r} is for hub ids, and this model is local: leave it out")
+    return _checked(path)
+
+
+def _checked(path: Path) -> Path:
+    if not path.is_dir():
+        raise UserError(f"{path}: not a directory; give the directory that holds config.json and *.safetensors")
+    if not any(path.iterdir()):
+        raise UserError(f"{path}: the directory is empty; download or copy the model into it again")
+    if not (path / "config.json").is_file():
+        adapter = "; it is a LoRA adapter: merge it into its base model first" if (path / "adapter_config.json").exists() else ""
+        raise UserError(f"{path}: no config.json, so not a model directory{adapter or '; give the one that holds it'}")
+    return path
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*", "consolidated*"])
+        )
+    except errors.GatedRepoError as e:
+        raise UserError(f"{name}: accept its terms on its hub page, then `hf auth login`") from e
+    except errors.RepositoryNotFoundError as e:
+        raise UserError(f"{name}: no such directory here, and no such model on the hub (if private: `hf auth login`)") from e
+    except errors.RevisionNotFoundError as e:
+        raise UserError(f"{name}: the hub has no revision {revision!r} of it; leave revision out for the newest") from e
+    except Exception as e:  # offline by choice or by accident: requests, httpx and the hub each have their own errors for it
+        raise UserError(
+            f"{name}: no such directory here, and the hub cannot be reached: run `hf download {name} --local-dir DIR` on a "
+            "connected machine and pass DIR, or unset HF_HUB_OFFLINE"
+        ) from e
+
+
+def _auto_class(path: Path, config: dict, trust_remote_code: bool):
+    """The Auto class that loads it; UserError where config.json names no multimodal model, or one that brings its own code."""
+    import transformers
+    from transformers.models.auto import modeling_auto as known
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    kind, own_code = config.get("model_type"), config.get("auto_map") or {}
+    if kind in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return transformers.AutoModelForImageTextToText
+    if kind in known.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES:  # CLIP, SigLIP and kin
+        return transformers.AutoModel
+    if kind in CONFIG_MAPPING_NAMES:
+        raise UserError(f"{path}: {kind} is not a vision-language model; give one that takes pictures and text")
+    if not own_code:
+        at = f"transformers {transformers.__version__}"
+        raise UserError(f"{path}: {at} does not know the architecture {kind!r}; upgrade transformers, or correct config.json")
+    if not trust_remote_code:
+        raise UserError(f"{path}: {kind!r} needs code from its own directory; read it, then pass trust_remote_code=True")
+    names = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
+    return getattr(transformers, next((n for n in names if n in own_code), "AutoModel"))
+
+
+@contextlib.contextmanager
+def _without_load_report():
+    """Hold back the library's many-line report on misfitting weights: `load` refuses them, in one line."""
+    log = logging.getLogger("transformers")  # it also warns, on one machine, that nothing was sharded
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _processor(path: Path, trust_remote_code: bool) -> ProcessorMixin:
+    from transformers import AutoProcessor
+
+    if not any(any(path.glob(p)) for p in ("tokenizer.json", "*.model", "vocab.*", "tekken.json")):
+        raise UserError(f"{path}: the tokenizer's files are missing (tokenizer.json); copy them from where the model came from")
+    if not any((path / f).is_file() for f in ("processor_config.json", "preprocessor_config.json")):
+        raise UserError(f"{path}: processor_config.json or preprocessor_config.json is missing; copy it from the original")
+    try:
+        try:
+            processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+        except ImportError as e:
+            if "torchvision" not in str(e).lower() and "video" not in str(e).lower():
+                raise
+            processor = _without_video(path)
+    except Exception as e:  # whatever a broken directory makes the library raise
+        cure = "install that package" if isinstance(e, ImportError) else "copy the processor's and tokenizer's files again"
+        cure = "read that code, then pass trust_remote_code=True" if "trust_remote_code" in str(e) else cure
+        raise UserError(f"{path}: the processor cannot be made ({one_line(e)}); {cure}") from e
+    for half in ("tokenizer", "image_processor"):
+        if getattr(processor, half, None) is None:
+            raise UserError(f"{path}: the processor has no {half}; copy the processor's files from the original")
+    return processor
+
+
+def _without_video(path: Path) -> ProcessorMixin:
+    """The processor of `path` without its video half, which alone needs torchvision (Qwen-VL, SmolVLM2, MiniCPM-V)."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Idefics3Processor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    full = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(path))]
+    if full.__name__ == "SmolVLMProcessor":  # asks for its video half in every chat; without it, it is Idefics3's
+        full = Idefics3Processor
+    halves = {"tokenizer": AutoTokenizer.from_pretrained(path), "image_processor": AutoImageProcessor.from_pretrained(path)}
+
+    class ImagesOnly(full):
+        @classmethod
+        def _get_arguments_from_pretrained(cls, *args, **kwargs):
+            # the image half stands in for the other while the processor is made: some settings are read from it
+            return [halves.get(name, halves["image_processor"]) for name in full.get_attributes()]
+
+        def check_argument_for_proper_class(self, name, value):
+            return None if name == "video_processor" else super().check_argument_for_proper_class(name, value)
+
+        def save_pretrained(self, out, **kwargs):
+            super().save_pretrained(out, **kwargs)
+            for name in ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"):
+                if (path / name).is_file():  # whoever has torchvision gets the video half back
+                    (Path(out) / name).write_bytes((path / name).read_bytes())
+
+    ImagesOnly.__name__ = full.__name__  # the name that save_pretrained writes
+    processor = ImagesOnly.from_pretrained(path)
+    processor.__dict__.pop("video_processor", None)
+    ImagesOnly.get_attributes = classmethod(lambda cls: [a for a in full.get_attributes() if a != "video_processor"])
+    return processor

@@ -1,0 +1,101 @@
+"""What is looked at before a model is read or written: weight files, free memory, the place to write to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mmrecipes.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    pass
+
+
+def read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as e:
+        raise UserError(f"{path}: not readable as JSON ({one_line(e, 80)}); get a fresh copy") from e
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: a JSON object was expected, not {type(found).__name__}; get a fresh copy")
+    return found
+
+
+def weight_bytes(path: Path, dtype: torch.dtype | None) -> int:
+    """Bytes of the weights once loaded as `dtype` (None: as saved), from the files' headers; UserError if one is broken."""
+    index = path / "model.safetensors.index.json"
+    files = [path / "model.safetensors"]
+    if index.is_file():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise UserError(f"{index}: names no weights; download it again")
+        files = [path / str(f) for f in sorted(set(shards.values()))]
+    elif not files[0].is_file():
+        if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
+            cure = "convert the pickled weights on a machine that trusts them: from_pretrained(DIR).save_pretrained(NEW_DIR)"
+        else:
+            cure = "model.safetensors was expected: download it again"
+        raise UserError(f"{path}: no *.safetensors weights; {cure}")
+    floats = ("F64", "F32", "F16", "BF16")
+    tensors = [t for file in files for t in _header(file)]
+    return sum(count * dtype.itemsize if dtype and kind in floats else size for kind, count, size in tensors)
+
+
+def _header(file: Path) -> list[tuple[str, int, int]]:
+    """(dtype, elements, bytes) of each tensor that a safetensors file promises; UserError unless it holds exactly those.
+
+    The format: 8 bytes of header length, the header in JSON, then the data.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: missing, though the index names it; download it again")
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        first = f.read(8)
+        length = int.from_bytes(first, "little")
+        if first == b"version ":
+            raise UserError(f"{file}: a Git LFS pointer, not the weights; run `git lfs pull` where it came from")
+        try:
+            header = json.loads(f.read(length)) if 8 + length <= size else {}
+            header.pop("__metadata__", None)
+            promised = 8 + length + max(t["data_offsets"][1] for t in header.values())
+            rows = [(t["dtype"], torch.Size(t["shape"]).numel(), t["data_offsets"]) for t in header.values()]
+            tensors = [(kind, count, end - begin) for kind, count, (begin, end) in rows]
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
+            raise UserError(f"{file}: truncated or corrupted, its header cannot be read; download it again") from e
+    if size != promised:
+        raise UserError(f"{file}: truncated or corrupted, it has {size:,} bytes and needs {promised:,}; download it again")
+    return tensors
+
+
+def free_memory(device: torch.device | str = "cpu", cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that can still be taken on `device`; on a CPU the machine's or, if less, the container's (cgroup v1 or v2)."""
+    import psutil
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    for limit, used, stat in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit
+            left = int((cgroup / limit).read_text()) - int((cgroup / used).read_text())
+            # `used` counts the page cache, which the kernel gives back when asked
+            cache = re.search(r"^inactive_file (\d+)", (cgroup / stat).read_text(), re.MULTILINE)
+            free = min(free, left + int(cache[1] if cache else 0))
+    return free
+
+
+def check_memory(name: str | Path, weights: int, dtype: torch.dtype | str, device: torch.device) -> None:
+    need = 1.2 * weights  # a fifth more, for what flows through
+    for place in {"cpu", str(device)}:  # every model is read on the CPU first
+        free = free_memory(place)
+        if need > free:
+            what = f"about {need / 1e9:.1f} GB are needed in {str(dtype).removeprefix('torch.')}"
+            cure = ("pass dtype='bfloat16', or " if dtype == torch.float32 else "") + "take a smaller model"
+            raise UserError(f"{name}: {what}, and {free / 1e9:.1f} GB are free on {place}: {cure}")

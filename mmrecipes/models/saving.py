@@ -1,0 +1,124 @@
+"""Written aside, then renamed: models, JSON files and single files, all or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from mmrecipes.errors import UserError, one_line
+from mmrecipes.models.loading import as_dtype
+from mmrecipes.models.preflight import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+
+def write_json(path: Path, content: dict[str, Any]) -> Path:
+    """Write `content` (dataclasses allowed) to `path`: aside, then renamed. UserError where the folder is not writable."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(path.name + ".part")
+        aside.write_text(json.dumps(content, indent=1, default=lambda o: vars(o)) + "\n")
+        os.replace(aside, path)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}; choose a folder that you can write to") from e
+    return path
+
+
+@contextlib.contextmanager
+def written_aside(path: str | Path) -> Iterator[Path]:
+    """A name beside `path`, renamed to it when all went well and removed when not. UserError where it cannot be written."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".part")
+    try:
+        yield aside
+        os.replace(aside, path)
+    except OSError as e:
+        raise UserError(f"{path}: could not be written ({one_line(e)}); choose a folder that you can write to") from e
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+# ---- saving
+
+
+def save(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    out: str | Path,
+    dtype: torch.dtype | str = torch.bfloat16,
+    extra: dict[str, str] | None = None,
+) -> Path:
+    """Write model, processor and the text files of `extra` {name: text} to directory `out`, all or nothing. Returns `out`.
+
+    Everything goes to `out`.part first, which then takes the place of an older model. Floating weights are cast to `dtype`
+    on the way ("auto": as they are), and config.json says so; `model` itself stays as it is. Raises UserError.
+    """
+    dtype, given, out = as_dtype(dtype), Path(out), Path(out).expanduser().resolve()
+    check_replaceable(out)
+    part = out.with_name(out.name + ".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)  # left by a killed run
+        part.mkdir(parents=True)
+        _cast_copy(model, dtype).save_pretrained(part)
+        processor.save_pretrained(part)
+        for name, text in (extra or {}).items():
+            (part / name).write_text(text, encoding="utf-8")
+        take_place(part, out)
+    except (OSError, SafetensorError) as e:  # the latter when the disk is full
+        raise UserError(f"{out}: could not be written ({one_line(e)}); nothing was changed: give another directory") from e
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return given
+
+
+def _cast_copy(model: PreTrainedModel, dtype: torch.dtype | str) -> PreTrainedModel:
+    """A copy whose floating parameters are `dtype`; nothing is ever held twice in the old one."""
+    memo: dict[int, object] = {id(p): p for p in (getattr(model, "processor", None),) if p is not None}
+    for p in model.parameters():
+        same = dtype == "auto" or not p.is_floating_point() or p.element_size() == 1
+        memo[id(p)] = p if same else nn.Parameter(p.detach().to(dtype), requires_grad=p.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+def check_replaceable(out: str | Path) -> None:
+    """UserError unless a model can be written to `out`: absent, empty or a model directory, below a writable parent."""
+    out = Path(out).expanduser().resolve()
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; give a directory that is new, empty or holds an older model")
+    if out.is_dir() and any(out.iterdir()) and not holds_only_a_model(out):
+        raise UserError(f"{out}: holds something else than a model, and is left alone; give a new or an empty directory")
+    parent = next(p for p in out.parents if p.exists())
+    try:  # asking is not enough: a read-only disk refuses even those who may write
+        tempfile.TemporaryDirectory(dir=parent).cleanup()
+    except OSError as e:
+        raise UserError(f"{out}: cannot be written ({parent}: {e.strerror}); give a directory you may write to") from e
+
+
+def take_place(part: Path, out: Path) -> None:
+    """Rename directory `part` to `out`; what was there goes, but only once the new one stands. Both are on one disk."""
+    with tempfile.TemporaryDirectory(dir=out.parent) as aside:  # on the same disk, so that each move is one step
+        old = out.rename(Path(aside) / out.name) if out.exists() else None
+        try:
+            part.rename(out)
+        except OSError:
+            if old:
+                old.rename(out)
+            raise
+
+
+def holds_only_a_model(path: Path) -> bool:
+    with contextlib.suppress(UserError):  # config.json is a common name: ours says what model it is
+        return "model_type" in read_json(path / "config.json") and not (path / ".git").exists()
+    return False

@@ -1,0 +1,204 @@
+"""Zeros instead of weights: magnitude, Wanda and SparseGPT for any model's linear layers. Notebook 20 builds them by hand.
+
+`sparsity` says how many weights go: a share of each layer (0.5), or a pattern ("2:4": two of each four inputs that follow each
+other remain). {module's name: sparsity} prunes the modules named and no other.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mmrecipes.errors import UserError
+from mmrecipes.models.modules import clone, linears
+from mmrecipes.quantize import groups
+from mmrecipes.quantize.calibration import calibrate
+from mmrecipes.quantize.gptq import check_hessian, column_sweep
+from mmrecipes.quantize.rounding import best_scale, fake_quantize, packed_weight_bytes
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Sparsity = float | str
+
+
+BLOCK = 128  # SparseGPT decides on so many inputs at once, as its authors do
+
+
+# ---- one weight
+
+
+def smallest(scores: Tensor, sparsity: Sparsity, each_row: bool = False) -> Tensor:
+    """True where `scores` (out, in) are smallest: a share of all of them, or of each row; or by pattern, of each few inputs."""
+    n = scores.shape[1]
+    if isinstance(sparsity, str):
+        keep, of = pattern(sparsity, n)
+        rows, k = scores.reshape(-1, of), of - keep
+    elif not 0 <= sparsity <= 1:
+        raise UserError(f"prune: sparsity is {sparsity}; expected 0 to 1, or a pattern such as '2:4'")
+    else:
+        rows = scores if each_row else scores.reshape(1, -1)
+        k = round(sparsity * rows.shape[1])
+    if not torch.isfinite(rows).all():
+        raise UserError("prune: the weight has entries that are not finite; mend the model first")
+    gone = torch.zeros_like(rows, dtype=torch.bool)
+    return gone.scatter_(1, rows.argsort(1)[:, :k], True).view(scores.shape)
+
+
+def pattern(text: str, inputs: int) -> tuple[int, int]:
+    """ "2:4" as (2, 4): of each 4 inputs 2 remain. UserError unless it is such a pair, and 4 divides `inputs`."""
+    keep, _, of = text.partition(":")
+    if not (keep.isdigit() and of.isdigit() and 0 < int(keep) < int(of)):
+        raise UserError(f"prune: the pattern is {text!r}; expected 'n:m' with 0 < n < m, such as '2:4'")
+    if inputs % int(of):
+        raise UserError(f"prune: {inputs} inputs do not divide into groups of {of}; leave this layer out, or take a share")
+    return int(keep), int(of)
+
+
+def magnitude_prune(weight: Tensor, sparsity: Sparsity) -> Tensor:
+    """`weight` (out, in) with its smallest entries zero (LeCun et al. 1989, Han et al. 2015, arXiv:1506.02626)."""
+    return weight.masked_fill(smallest(weight.abs(), sparsity), 0)
+
+
+def wanda_prune(weight: Tensor, moments: Tensor, sparsity: Sparsity) -> Tensor:
+    """`weight` (out, in) without what adds least to each output: |weight| x root mean square of its input.
+
+    Wanda, arXiv:2306.11695. `moments` is H (in, in), from quantize.input_hessians. What remains is left as it was.
+    """
+    check_hessian(weight, moments)
+    return weight.masked_fill(smallest(weight.abs() * moments.diagonal().sqrt(), sparsity, each_row=True), 0)
+
+
+def sparsegpt_prune(weight: Tensor, moments: Tensor, sparsity: Sparsity, bits: int | None = None) -> Tensor:
+    """`weight` (out, in) pruned input by input; the error of each is made up for by those after it.
+
+    SparseGPT, arXiv:2301.00774. `moments` is H (in, in). With `bits`, for a weight that was rounded to so many (4 or 8) in groups
+    of 32 before: what remains stays on its marks (`quantize.group_scales`).
+    """
+    block = BLOCK if not isinstance(sparsity, str) else pattern(sparsity, weight.shape[1])[1]
+    gone = torch.zeros_like(weight, dtype=torch.bool)
+    scale = groups.group_scales(weight, bits) if bits else None
+
+    def change(w: Tensor, i: int, spread: Tensor) -> Tensor:
+        if i % block == 0:  # decided late, when the errors of the inputs before have arrived
+            at = slice(i, i + block)
+            gone[:, at] = smallest(w[:, at] ** 2 / spread.diagonal()[at] ** 2, sparsity)
+        new = w[:, i] if scale is None else fake_quantize(w[:, i], scale[:, i // groups.GROUP], bits)
+        return new.masked_fill(gone[:, i], 0)
+
+    return column_sweep(weight, moments, change)
+
+
+def round_rest(weight: Tensor, moments: Tensor, bits: int, group_size: int | None = None) -> Tensor:
+    """`quantize.gptq_round` for a pruned weight: its zeros stay zeros, and the rest makes up for the rounding."""
+    group, gone, scale = group_size or weight.shape[1], weight == 0, torch.ones(len(weight))
+    if weight.shape[1] % group:
+        raise UserError(f"prune: {weight.shape[1]} inputs do not divide into groups of {group}; choose a divisor")
+
+    def change(w: Tensor, i: int, spread: Tensor) -> Tensor:
+        if i % group == 0:
+            rest = w[:, i : i + group].masked_fill(gone[:, i : i + group], 0)
+            scale.copy_(best_scale(rest, bits, moments.diagonal()[i : i + group])[:, 0])
+        return fake_quantize(w[:, i], scale, bits).masked_fill(gone[:, i], 0)
+
+    return column_sweep(weight, moments, change)
+
+
+# ---- the model
+
+
+def magnitude(model: nn.Module, sparsity: Sparsity | Mapping[str, Sparsity]) -> nn.Module:
+    """A copy with the smallest weights of each linear layer zero. Looks at no data."""
+    thin, chosen = clone(model), named(model, sparsity)
+    with torch.no_grad():
+        for name, layer in linears(thin):
+            if name in chosen:
+                layer.weight.copy_(magnitude_prune(layer.weight, chosen[name]))
+    return thin
+
+
+def wanda(model: nn.Module, rows: Dataset, sparsity: Sparsity | Mapping[str, Sparsity], balance: bool = False) -> nn.Module:
+    """A copy pruned by Wanda, block after block, each calibrated on `rows` behind the pruned ones (`quantize.calibrate`)."""
+    method = lambda w, h, how, _: wanda_prune(w, h, how)  # noqa: E731
+    return calibrate(model, rows, named(model, sparsity), method, balance=balance)
+
+
+def sparsegpt(model: nn.Module, rows: Dataset, sparsity: Sparsity | Mapping[str, Sparsity], balance: bool = False) -> nn.Module:
+    """A copy pruned by SparseGPT, block after block, each calibrated on `rows` behind the pruned ones."""
+    method = lambda w, h, how, _: sparsegpt_prune(w, h, how)  # noqa: E731
+    return calibrate(model, rows, named(model, sparsity), method, balance=balance)
+
+
+def named(model: nn.Module, sparsity: Sparsity | Mapping[str, Sparsity]) -> dict[str, Sparsity]:
+    """{module's name: sparsity}: for every linear layer, or as given. UserError when it names a module that is none."""
+    every = [n for n, _ in linears(model)]
+    if not isinstance(sparsity, Mapping):
+        if sparsity == 1:  # one layer may lose all its weights, by one ranking for the model; not every layer
+            raise UserError("prune: sparsity is 1, which leaves nothing; expected 0 <= sparsity < 1, or a pattern such as '2:4'")
+        return dict.fromkeys(every, sparsity)
+    if wrong := set(sparsity) - set(every):
+        raise UserError(f"prune: {sorted(wrong)[0]!r} is no linear layer of this model; expected names such as {every[0]!r}")
+    return dict(sparsity)
+
+
+def global_shares(model: nn.Module, sparsity: float, moments: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+    """The share of each linear layer that goes when all weights of the model are ranked together: {module's name: share}.
+
+    By magnitude, or by Wanda's scores with `moments` {module's name: H}. Give it to `magnitude`, `wanda` or `sparsegpt`.
+    """
+    scores = {n: layer.weight.detach().abs() for n, layer in linears(model)}
+    if moments:
+        scores = {n: s * moments[n].diagonal().sqrt() for n, s in scores.items() if n in moments}
+    gone = smallest(torch.cat([s.flatten() for s in scores.values()])[None], sparsity)[0]
+    pieces = gone.split([s.numel() for s in scores.values()])
+    return {n: piece.float().mean().item() for n, piece in zip(scores, pieces, strict=True)}
+
+
+def sparsity_of(model: nn.Module) -> dict[str, float]:
+    """The share of zeros in each linear layer: {module's name: share}."""
+    return {n: (layer.weight == 0).float().mean().item() for n, layer in linears(model)}
+
+
+def only(rows: Dataset, what: str) -> Dataset:
+    """Calibration rows of "text" alone, of the "picture" alone (no question, no answer), or "both"."""
+    if what not in ("text", "picture", "both"):
+        raise UserError(f"prune.only: {what!r}; expected 'text', 'picture' or 'both'")
+    if what == "text":
+        return rows.remove_columns("image")
+    if what == "both":
+        return rows
+    import pyarrow as pa
+    from datasets import Dataset
+
+    table = rows.with_format("arrow")[:]
+    for column in ("question", "answer"):
+        table = table.set_column(table.column_names.index(column), column, pa.array([""] * len(rows)))
+    return Dataset(table)
+
+
+# ---- bytes
+
+
+def sparse_bytes(model: nn.Module, bits: int = 16, group_size: int = 32) -> int:
+    """Bytes of a checkpoint that keeps, of a weight with zeros, one bit a weight (is it there?) and the rest in `bits` bits.
+
+    A weight that is smaller as it is stays so. Fewer than 16 bits come with a 16-bit scale a group. All else counts 16 bits.
+    """
+    total = 0
+    pruned = {id(layer.weight) for _, layer in linears(model)}
+    for p in model.parameters():
+        width = bits if id(p) in pruned else 16
+        dense = packed_weight_bytes(p, width, "group", group_size)
+        gone = int((p == 0).sum()) * width // 8
+        total += min(dense, dense - gone + -(-p.numel() // 8)) if id(p) in pruned else dense
+    return total
+
+
+def zipped_bytes(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes of all weights in `dtype` after zip's compression (deflate), which finds zeros by itself."""
+    tensors = (p.detach().to(dtype).flatten().view(torch.uint8).numpy() for p in model.parameters())
+    return sum(len(zlib.compress(t.tobytes())) for t in tensors)

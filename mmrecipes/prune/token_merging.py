@@ -1,0 +1,107 @@
+"""Visual tokens made fewer in the vision tower: like ones merged (ToMe), or a larger pixel shuffle. Built by hand in notebook 22.
+
+`tokens` uses it: there they are dropped in the language model.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmrecipes.errors import UserError
+from mmrecipes.models.modules import clone, parts
+
+
+def match(metric: Tensor, r: int, fixed: int = 0) -> Tensor:
+    """Where each token goes when `r` of them join their likes: (B, N, D) -> (B, N), numbers below N - r.
+
+    Bipartite soft matching (ToMe: Bolya et al. 2022, arXiv:2210.09461): each even token looks for its nearest odd one, by
+    cosine, and the `r` best pairs merge, half of all tokens at most. The first `fixed` (a class token) stay alone.
+    """
+    n = metric.shape[1]
+    even, odd = (torch.arange(fixed + i, n, 2, device=metric.device) for i in (0, 1))
+    unit = F.normalize(metric, dim=-1)
+    likeness, nearest = (unit[:, even] @ unit[:, odd].mT).max(-1)
+    pairs = likeness.topk(min(r, len(odd))).indices  # (B, r)
+    gone, joined = even[pairs], odd[nearest.gather(1, pairs)]
+    place = torch.ones(metric.shape[:2], dtype=torch.long, device=metric.device).scatter(1, gone, 0).cumsum(1) - 1
+    return place.scatter(1, gone, place.gather(1, joined))
+
+
+def combine(x: Tensor, size: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """Average tokens `x` (B, N, D), each of `size` (B, N) patches, into M at their `place` (B, N): (B, M, D), sizes (B, M)."""
+    batch, m = len(x), int(place.max()) + 1
+    flat = (place + m * torch.arange(batch, device=x.device)[:, None]).flatten()
+    total = size.new_zeros(batch * m).index_add_(0, flat, size.flatten())
+    summed = size.new_zeros(batch * m, x.shape[-1]).index_add_(0, flat, (x * size[..., None]).flatten(0, 1))
+    return (summed / total[:, None]).to(x.dtype).view(batch, m, -1), total.view(batch, m)
+
+
+def merged_layer(layer: nn.Module, x: Tensor, size: Tensor, r: int, fixed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer of a SigLIP or CLIP tower that merges `r` tokens between attention and MLP: new x, new size, and place (B, N).
+
+    Attention is proportional: a token of s patches counts s times, by adding log s to its scores.
+    """
+    attention, normed = layer.self_attn, layer.layer_norm1(x)
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    q, k, v = (p(normed).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for p in projections)
+    bias = size.log()[:, None, None].to(x.dtype) if size.max() > 1 else None
+    seen = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=attention.scale)
+    x = x + attention.out_proj(seen.transpose(1, 2).flatten(2))
+    place = match(k.mean(1), r, fixed)  # keys, the mean of the heads: they say what a token offers to others
+    x, size = combine(x, size, place)
+    return x + layer.mlp(layer.layer_norm2(x)), size, place
+
+
+def merged_vision(model: nn.Module, pixels: Tensor, merge: float) -> Tensor:
+    """Patches (pictures, N, D) as the connector wants them, from `pixels` (pictures, 3, H, W), a share `merge` merged on the way.
+
+    Early layers merge more than late ones (steps that shrink evenly), since what is gone early is saved in every layer after. At
+    the end each patch gets a copy of its token, as a pixel shuffle needs the whole grid.
+    Raises UserError for another kind of tower.
+    """
+    tower = parts(model)["vision"]
+    layers = getattr(getattr(tower, "encoder", None), "layers", None)
+    if layers is None or not hasattr(layers[0], "layer_norm1"):
+        raise UserError(f"merging is for SigLIP and CLIP towers, and this is {type(tower).__name__}; drop tokens instead")
+    classes = hasattr(tower.embeddings, "class_embedding")
+    if classes:  # CLIP
+        x = tower.pre_layrnorm(tower.embeddings(pixels))
+    else:
+        side = [s // tower.config.patch_size for s in pixels.shape[-2:]]
+        x = tower.embeddings(pixels, torch.ones(len(pixels), *side, dtype=torch.bool, device=pixels.device))
+    last = getattr(model.config, "vision_feature_layer", -1)  # LLaVA may leave out the last layers
+    used = layers[: last + 1 or None] if last < 0 else layers[:last]
+    n, size, source = x.shape[1], torch.ones(x.shape[:2], device=x.device), None
+    for i, layer in enumerate(used):
+        before, after = (round(merge * n * (1 - (1 - t / len(used)) ** 2)) for t in (i, i + 1))
+        x, size, place = merged_layer(layer, x, size, after - before, int(classes))
+        source = place if source is None else place.gather(1, source)
+    x = x.gather(1, source[..., None].expand(-1, -1, x.shape[-1]))
+    if not classes:
+        return tower.post_layernorm(x) if len(used) == len(layers) else x
+    return x[:, 1:] if model.config.vision_feature_select_strategy == "default" else x
+
+
+def coarser(model: nn.Module, factor: int = 2) -> nn.Module:
+    """A copy of an Idefics3 with `factor` times its pixel shuffle: 1 / `factor`² of the visual tokens.
+
+    Its connector starts out as the mean of what it was, which is not what the language model knows: it needs training.
+    """
+    found = getattr(getattr(model, "model", None), "connector", None)
+    if not hasattr(found, "scale_factor") or factor < 2:
+        given = f"{type(model).__name__}, factor={factor}"
+        raise UserError(f"coarser: {given}; expected a model with a pixel shuffle (Idefics3, SmolVLM) and a factor of 2 or more")
+    small = clone(model)
+    connector, old = small.model.connector, found.scale_factor
+    layer = connector.modality_projection.proj
+    rows = layer.weight.unflatten(1, (old, old, -1)).repeat(1, factor, factor, 1).flatten(1) / factor**2
+    connector.modality_projection.proj = nn.Linear(rows.shape[1], rows.shape[0], bias=False).to(rows)
+    connector.modality_projection.proj.weight = nn.Parameter(rows.detach().clone())
+    connector.scale_factor = small.config.scale_factor = old * factor
+    small.processor = copy.copy(model.processor)
+    small.processor.image_seq_len = model.processor.image_seq_len // factor**2
+    return small

@@ -1,0 +1,78 @@
+"""`shrink` for PyTorch: a checkpoint that transformers loads by itself, 4-bit NormalFloat of bitsandbytes, the rest in bf16."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mmrecipes.errors import UserError, one_line, require
+from mmrecipes.measure import machine
+from mmrecipes.models import saving
+from mmrecipes.models.modules import linears
+
+BLOCK = 64  # weights that share a scale; the scales are packed to 8 bits themselves ("double quantization")
+
+
+def nf4_rounded(weight: Tensor) -> Tensor:
+    """`weight` rounded to NF4 and back: QLoRA, arXiv:2305.14314."""
+    from bitsandbytes import functional
+
+    q, state = functional.quantize_4bit(weight.detach(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+    return functional.dequantize_4bit(q, state).to(weight.dtype)
+
+
+def nf4_bytes(weight: Tensor) -> int:
+    """Bytes of one weight in NF4: 4 bits, a scale of 8 bits a block, what unpacking needs, and the file's index of all that."""
+    return -(-weight.numel() // 2) + -(-weight.numel() // BLOCK) + 2100
+
+
+def write_nf4(model: nn.Module, four: set[str], folder: Path) -> None:
+    """Save `model` to `folder`: linear layers in `four` as NF4, all else in bf16, its processor beside it. UserError."""
+    from transformers import BitsAndBytesConfig
+
+    require("accelerate", "bitsandbytes")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        # with a list of its own, transformers leaves nothing else out
+        llm_int8_skip_modules=[name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in four],
+    )
+    with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+        saving.save(model, model.processor, Path(aside) / "whole", torch.bfloat16)
+        small = _from(Path(aside) / "whole", dtype=torch.bfloat16, **({"quantization_config": config} if four else {}))
+        small.save_pretrained(folder)
+    model.processor.save_pretrained(folder)
+
+
+def load_nf4(folder: Path) -> nn.Module:
+    """The checkpoint in `folder`, its processor attached; in float32 where the CPU has no instructions for bf16."""
+    from transformers import AutoProcessor
+
+    model = _from(folder, dtype="auto")
+    if not any("bf16" in c for c in machine.environment()["capabilities"]):
+        for p in model.parameters():  # from_pretrained(dtype=torch.float32) would only reach some of them
+            p.data = p.data.float() if p.is_floating_point() else p.data
+        for layer in model.modules():
+            if hasattr(layer, "compute_dtype"):
+                layer.compute_dtype = torch.float32
+    model.processor = AutoProcessor.from_pretrained(folder)
+    return model.eval()
+
+
+def can_nf4(model: nn.Module) -> set[str]:
+    """Linear layers that bitsandbytes can take."""
+    return {name for name, layer in linears(model) if layer.in_features % BLOCK == 0}
+
+
+def _from(folder: Path, **options) -> nn.Module:
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        return AutoModelForImageTextToText.from_pretrained(folder, **options)
+    except Exception as e:  # the libraries' own kinds, without a common parent
+        raise UserError(f"{folder}: transformers and bitsandbytes cannot load it ({one_line(e)}); try --runtime onnx") from e

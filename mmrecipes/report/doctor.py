@@ -1,0 +1,254 @@
+"""What will break or not pay off on this model and this machine, before you start: `mmrecipes doctor MODEL`.
+
+Nothing is guessed from names: the model answers one question about one picture while every operation is watched, and each
+technique is timed on a layer of the shape that costs most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmrecipes.measure import machine, size, timing
+from mmrecipes.models import modules as models_modules
+from mmrecipes.quantize import rounding
+
+GROUPS = (32, 64, 128)
+
+
+OWN = ("aten", "prim", "prims", "profiler", "inductor")  # PyTorch's own operators; every runtime and quantizer knows these
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing in the way: of which technique, where, what, and the cure."""
+
+    technique: str
+    where: str
+    what: str
+    cure: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One technique on one stage of this model, on this machine: will it run, and how much faster was its costliest layer?"""
+
+    technique: str
+    stage: str
+    runs: bool
+    faster: float | None  # than fp32 eager, on the layer shape with most work; None where it was not timed
+    layer: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Parts (as `measure.parameters`), what stands in the way, what would run and pay, and this CPU's capabilities."""
+
+    parts: list[dict]
+    findings: list[Finding]
+    verdicts: list[Verdict]
+    capabilities: list[str] = field(default_factory=list)
+
+
+class _Watch(TorchFunctionMode):
+    """Notes which linear layers' weights are read by others than the layer itself."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.owner = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        self.inside: list[str] = []
+        self.read: dict[str, str] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        for value in (*args, *(kwargs or {}).values()):
+            name = self.owner.get(id(value))
+            if name is not None and (not self.inside or self.inside[-1] != name):
+                what = getattr(func, "__self__", func)
+                self.read.setdefault(name, getattr(what, "__name__", str(what)))
+        return func(*args, **(kwargs or {}))
+
+
+class _Operators(TorchDispatchMode):
+    """Counts operators that are not PyTorch's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.foreign: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace not in OWN:
+            self.foreign[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _hooks(model: nn.Module, watch: _Watch, shapes: dict[str, list[int]]) -> Iterator[None]:
+    def enter(name):
+        return lambda *_: watch.inside.append(name)
+
+    def leave(name):
+        def hook(_, args, out):
+            watch.inside.pop()
+            if args and isinstance(args[0], Tensor):
+                shapes.setdefault(name, []).append(args[0].numel() // max(1, args[0].shape[-1]))
+
+        return hook
+
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            handles.append(module.register_forward_pre_hook(enter(name)))
+            handles.append(module.register_forward_hook(leave(name), always_call=True))
+    try:
+        yield
+    finally:
+        for h in handles:
+            h.remove()
+
+
+def examine(model: nn.Module, inputs: Mapping) -> Diagnosis:
+    """Run `model` once on `inputs` (as from `models.chat`) and look at all that happens; time what could replace it."""
+    watch, operators, tokens = _Watch(model), _Operators(), {}
+    with torch.no_grad(), _hooks(model, watch, tokens), operators, watch:
+        model(**inputs)
+    findings = [*_direct_reads(model, watch), *_foreign(operators), *_norms(model), *_odd_groups(model), *_dtypes(model)]
+    return Diagnosis(
+        size.parameters(model),
+        findings,
+        _verdicts(model, tokens, findings),
+        machine.environment()["capabilities"],
+    )
+
+
+def resists(module: nn.Module, pictures: Tensor) -> list[Finding]:
+    """What in a vision module keeps it from static int8: group norms, and custom operators seen on one run on `pictures`."""
+    operators = _Operators()
+    with torch.no_grad(), operators:
+        module(pictures)
+    return [*_foreign(operators), *_norms(module)]
+
+
+def _direct_reads(model: nn.Module, watch: _Watch) -> Iterator[Finding]:
+    free = {name for name, _ in models_modules.linears(model)}
+    for name, how in watch.read.items():
+        if name in free:
+            what = f"its weight is read from outside ({how}): a quantized layer in its place would break or be passed by"
+            yield Finding("dynamic int8, 4-bit layers", name, what, "leave it out, or call the layer instead of its weight")
+        else:
+            what = "its weight is that of the word embeddings, too"
+            yield Finding("4-bit weights", name, what, "quantize both together, or untie them first")
+
+
+def _foreign(operators: _Operators) -> Iterator[Finding]:
+    for name, count in operators.foreign.items():
+        yield Finding(
+            "static int8, export",
+            name,
+            f"a custom operator, called {count}x: no quantizer or exporter knows it",
+            "write it in PyTorch's operators, or keep it outside of the exported graph",
+        )
+
+
+def _norms(model: nn.Module) -> Iterator[Finding]:
+    for name, m in model.named_modules():
+        if isinstance(m, nn.GroupNorm | nn.InstanceNorm2d):
+            yield Finding(
+                "static int8",
+                name,
+                f"{type(m).__name__} can't be folded into a convolution, as batch norm can: it stays in floating point",
+                "replace it by a batch norm, retrain shortly, and fold that",
+            )
+
+
+def _odd_groups(model: nn.Module) -> Iterator[Finding]:
+    for name, m in models_modules.linears(model):
+        fits = [g for g in GROUPS if m.in_features % g == 0]
+        if len(fits) < len(GROUPS):
+            yield Finding(
+                "4-bit weights in groups",
+                name,
+                f"{m.in_features} inputs do not divide by {', '.join(str(g) for g in GROUPS if g not in fits)}",
+                f"use groups of {fits[-1]}" if fits else "pad the inputs, or use one scale a channel",
+            )
+
+
+def _dtypes(model: nn.Module) -> Iterator[Finding]:
+    found = Counter(str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point())
+    if len(found) > 1:
+        yield Finding("all", "parameters", f"mixed dtypes: {dict(found)}", "load with one dtype")
+    elif "float32" not in found:
+        what = f"they are {next(iter(found))}; eager int8 starts from float32"
+        yield Finding("dynamic int8", "parameters", what, "load with dtype=torch.float32")
+
+
+def _verdicts(model: nn.Module, tokens: dict[str, list[int]], findings: list[Finding]) -> list[Verdict]:
+    """The layer shape with most work of each stage, timed as fp32, bf16 and dynamic int8, with that stage's tokens."""
+    modules, parts, work = dict(model.named_modules()), models_modules.part_of(model), {}
+    for name, calls in tokens.items():
+        m, part = modules[name], parts.get(f"{name}.weight", "other")
+        stages = {"vision": ("vision",), "connector": ("vision",), "language": ("prefill", "decode")}.get(part, ())
+        for stage in stages:
+            rows = 1 if stage == "decode" else max(calls)
+            key = stage, rows, m.in_features, m.out_features
+            work[key] = work.get(key, 0) + rows * m.in_features * m.out_features
+    blocked = {f.where for f in findings if f.technique.startswith("dynamic int8")}
+    found = []
+    for stage in ("vision", "prefill", "decode"):
+        shapes = [k for k in work if k[0] == stage]
+        if not shapes:
+            continue
+        _, rows, n, m = max(shapes, key=work.get)
+        ms = _time_layer(rows, n, m)
+        layer = f"{n} x {m}, {rows} token{'s' if rows > 1 else ''}"
+        for technique in ("bf16", "dynamic int8"):
+            ratio = ms["fp32"]["median"] / ms[technique]["median"]
+            found.append(Verdict(technique, stage, technique == "bf16" or not blocked, ratio, layer))
+    return found
+
+
+def _time_layer(rows: int, inputs: int, outputs: int) -> dict[str, dict]:
+    x, layer = torch.randn(rows, inputs), nn.Sequential(nn.Linear(inputs, outputs, bias=False))
+    half, int8 = rounding.bf16(layer), rounding.dynamic_int8(layer)
+    runs = {"fp32": (layer, x), "bf16": (half, x.bfloat16()), "dynamic int8": (int8, x)}
+    with torch.inference_mode():
+        return timing.wall({k: lambda m=m, x=x: m(x) for k, (m, x) in runs.items()}, repeats=9)
+
+
+def show(found: Diagnosis) -> None:
+    """Print a diagnosis to the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table("part", "dtype", "parameters", "MB", title="What it holds")
+    for row in found.parts:
+        table.add_row(row["part"], row["dtype"], f"{row['parameters']:,}", f"{row['bytes'] / 1e6:.1f}")
+    console.print(table)
+    console.print("this CPU has:", ", ".join(found.capabilities) or "no vector instructions that we know", highlight=False)
+    table = Table(
+        "technique", "stage", "will it run", "its costliest layer, against fp32", "layer", title="Will it run, will it pay"
+    )
+    for v in found.verdicts:
+        pays = "not timed" if v.faster is None else f"{v.faster:.2f}x {'pays' if v.faster > 1.1 else 'does not pay'}"
+        table.add_row(v.technique, v.stage, "yes" if v.runs else "no, see below", pays, v.layer)
+    console.print(table)
+    table = Table("technique", "where", "what", "cure", title="What stands in the way")
+    for (technique, what, cure), where in _alike(found.findings).items():
+        more = f" and {len(where) - 1} more" if len(where) > 1 else ""
+        table.add_row(technique, where[0] + more, what, cure)
+    console.print(table if table.rows else "nothing stands in the way")
+
+
+def _alike(findings: list[Finding]) -> dict[tuple[str, str, str], list[str]]:
+    """Findings that differ only in the place, with all their places."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for f in findings:
+        found.setdefault((f.technique, f.what, f.cure), []).append(f.where)
+    return found

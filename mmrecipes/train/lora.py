@@ -1,0 +1,132 @@
+"""LoRA: large matrices stay as they are, and two thin ones beside each learn (Hu et al. 2021, arXiv:2106.09685), by peft.
+
+On plain, pruned and 4-bit models alike. Built by hand in notebook 33.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mmrecipes.errors import ParityError, UserError
+from mmrecipes.mini.curriculum import training_batches
+from mmrecipes.models import modules
+from mmrecipes.models.modules import clone, linears
+from mmrecipes.train.loop import TrainConfig, fit
+from mmrecipes.train.objectives import answer_loss
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+PARTS = ("vision", "connector", "language")
+
+
+@torch.no_grad()
+def add_tokens(model: nn.Module, words: Mapping[str, Sequence[str]]) -> tuple[nn.Module, list[int]]:
+    """A copy of `model` in which each of `words` is one token, and these tokens; `model` may have spelled them in pieces.
+
+    A new token begins as the mean of the tokens of other words, given with it: {"pink": ["red", "blue"]}. Its processor is a
+    copy, too. Raises UserError for no words, one that is one token already, or one without a list of others to begin as.
+    """
+    grown = clone(model)
+    grown.processor = copy.deepcopy(model.processor)
+    tokenizer = grown.processor.tokenizer
+    if not words or any(isinstance(like, str) for like in words.values()):
+        raise UserError(f"with_words: {dict(words)}; give new words, each with a list of known ones")
+    begin = {
+        w: [t for other in like for t in tokenizer.encode(f" {other}", add_special_tokens=False)] for w, like in words.items()
+    }
+    for word, like in begin.items():
+        if not like or len(tokenizer.encode(f" {word}", add_special_tokens=False)) < 2:
+            raise UserError(f"with_words: {word!r} like {list(words[word])}; give new words, each with some known ones")
+    tokenizer.add_tokens([f" {word}" for word in begin])
+    ids = [tokenizer.convert_tokens_to_ids(f" {word}") for word in begin]
+    if max(ids) >= len(grown.get_input_embeddings().weight):
+        grown.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    for table in (grown.get_input_embeddings(), grown.get_output_embeddings()):
+        for token, like in zip(ids, begin.values(), strict=True):
+            table.weight[token] = table.weight[like].mean(0)
+    return grown, ids
+
+
+def add_lora(
+    model: nn.Module, rank: int = 8, alpha: float | None = None, parts: Sequence[str] = PARTS, words: Sequence[int] = ()
+) -> PeftModel:
+    """A copy of `model` with an adapter of `rank` beside every linear layer of `parts`; nothing else requires a gradient.
+
+    But for the embeddings of the tokens `words`, new ones that `with_words` made: they learn, too. It computes what `model` does
+    until it is trained, since half of each adapter begins as zeros. `alpha` / rank scales what the adapters add; alpha is twice
+    the rank by default. `.get_base_model()` is the model with its adapters inside, and `.save_pretrained` writes these alone.
+    Raises UserError for a rank below 1, and for parts and tokens that the model does not have.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError("peft is not installed; get it with: pip install 'mmrecipes[train]'")
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    base = _laid_out(clone(model))
+    if getattr(base, "is_loaded_in_4bit", False):  # norms and embeddings, stored in bf16, work in floats while adapters learn
+        prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    found = modules.parts(base)
+    known = len(base.get_input_embeddings().weight)
+    if any(not 0 <= token < known for token in words):
+        raise UserError(f"adapted: tokens {list(words)} of {known}; give those that with_words gave for this model")
+    if rank < 1 or not parts or set(parts) - set(found):
+        raise UserError(f"adapted: rank {rank} in {', '.join(parts) or 'nothing'}; expected 1 or more, in {', '.join(found)}")
+    inside = {id(m) for part in parts for m in found[part].modules()}
+    names = [name for name, layer in linears(base) if id(layer) in inside]
+    with warnings.catch_warnings():  # peft asks transformers for an attribute by the name it had before 5.0
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        tables = {id(t): t for t in (base.get_output_embeddings(), base.get_input_embeddings()) if t is not None}
+        tables = {id(t.weight): t for t in tables.values()}  # one, where the head is tied to the words
+        own = {n: list(words) for n, m in base.named_modules() if words and any(m is t for t in tables.values())}
+        config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=names, trainable_token_indices=own or None)
+        return get_peft_model(base, config)
+
+
+def train_lora(model: PeftModel, course: TrainConfig, rows: Any = None, work: Path | None = None) -> PeftModel:
+    """`model` with its adapters trained on right answers, in place: those of the house model's lessons, or of `rows`.
+
+    `rows` (image, question, answer) are gone through over and over; that takes any VLM. `course.adam_lr` is the rate. Resumable
+    with `work`. Raises UserError as `train.fit` does.
+    """
+    base = _laid_out(model.get_base_model())
+    batches, words = training_batches(base, course, rows)
+
+    def loss(m: nn.Module, batch: Any) -> tuple[Tensor, dict[str, float]]:
+        right, _, logs = answer_loss(m.get_base_model(), batch, words)
+        return right, logs | {"answers": right.item()}
+
+    at = base.device  # the training may move it to a GPU
+    return fit(model, batches, loss, course, work, about="lora").to(at).eval()
+
+
+@torch.no_grad()
+def merge_lora(model: PeftModel) -> nn.Module:
+    """A plain copy of the model with its adapters added to its matrices: no slower than it was, and zeros are zeros no more.
+
+    A 4-bit matrix is taken back to floats first, and rounded again after. Raises ParityError when the sum is not finite.
+    """
+    with warnings.catch_warnings():  # "may get different generations due to rounding errors": as said above
+        warnings.filterwarnings("ignore", message="Merge lora module to 4-bit", category=UserWarning)
+        plain = _laid_out(clone(model)).merge_and_unload()
+    for name, p in plain.named_parameters():
+        if p.is_floating_point() and not torch.isfinite(p).all():
+            raise ParityError(f"merged: {name} is not finite; train with a lower rate")
+    return plain.eval()
+
+
+def _laid_out(model: nn.Module) -> nn.Module:
+    """`model` with its 4-bit weights as they were stored, in place.
+
+    On CPUs with AVX512-BF16 bitsandbytes 0.50 turns them round when a model first answers, to a layout through which no gradient
+    passes and which peft merges wrongly. To ask for the state dict turns them back.
+    """
+    model.state_dict()
+    return model
