@@ -17,7 +17,7 @@ import yaml
 
 import readme
 import recipes
-from conftest import ROOT
+from paths import ROOT
 
 BASH = re.compile(r"```(?:bash|sh|shell|console)\n(.*?)```", re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)|<(?:img|a)[^>]+(?:src|href)=\"([^\"]+)\"")

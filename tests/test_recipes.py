@@ -11,7 +11,7 @@ import nbformat
 import pytest
 
 import recipes
-from conftest import ROOT
+from paths import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

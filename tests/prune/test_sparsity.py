@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_calibrated import made
 
 import tiny
 from mmrecipes import data, distill, evaluate, export, inference, models, prune, quantize
 from mmrecipes.distill import recovery
 from mmrecipes.errors import UserError
-from test_calibrated import made
 
 SEEDS, SHARES = st.integers(0, 10**6), st.sampled_from([0.0, 0.25, 0.5, 0.75, "1:4", "2:4", "4:8"])
 METHODS = {

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from conftest import ROOT
 from mmrecipes import data, evaluate, measure, models, prune, quantize
 from mmrecipes.data import families, scenes
+from paths import ROOT
 
 SMALLER = 1000  # questions for damage of five points and more; the whole split elsewhere
 

@@ -24,12 +24,12 @@ TINY = (
     vlm.Stage("joint", 2, 2, 0.005, 1e-3),
 )
 RUN = """
-import sys; sys.path.insert(0, "tests")
+import sys; sys.path[:0] = ["tests", "tests/mini"]
 import torch; torch.set_num_threads(1)
 from pathlib import Path
-from test_train import TINY
-from mmrecipes import train
-train.train_mini_vlm(Path(sys.argv[1]), Path(sys.argv[2]), TINY, device="cpu", every=2)
+from test_vlm import TINY
+from mmrecipes.mini import vlm
+vlm.train_mini_vlm(Path(sys.argv[1]), Path(sys.argv[2]), TINY, device="cpu", every=2)
 """
 
 

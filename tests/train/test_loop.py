@@ -18,11 +18,11 @@ from mmrecipes.mini import batches as mini_batches
 from mmrecipes.mini import siglip
 
 RUN = """
-import sys; sys.path.insert(0, "tests")
+import sys; sys.path[:0] = ["tests", "tests/train"]
 import torch; torch.set_num_threads(1)
 from pathlib import Path
-import test_fit
-getattr(test_fit, sys.argv[1])(Path(sys.argv[2]))
+import test_loop
+getattr(test_loop, sys.argv[1])(Path(sys.argv[2]))
 """
 
 

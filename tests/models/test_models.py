@@ -18,10 +18,10 @@ import tiny
 from mmrecipes import models
 from mmrecipes.errors import UserError
 from mmrecipes.mini import model as mini_model
+from paths import ROOT
 
 RED = Image.new("RGB", (160, 120), "red")
 QUESTION = "What colour is the circle?"
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModel, AutoProcessor
 
-from conftest import ROOT
 from mmrecipes import data, distill, evaluate, models, train
 from mmrecipes.data import families, scenes
 from mmrecipes.errors import UserError
 from mmrecipes.mini import batches, siglip
+from paths import ROOT
 
 HOUSE = ROOT / "data" / "models" / "mini-siglip"
 
