@@ -33,7 +33,7 @@ def digest(seeds) -> str:
 
 
 def test_the_same_seed_gives_the_same_world_in_another_process():
-    code = f"import sys; sys.path.insert(0, 'tests'); import test_scenes as t; print(t.digest({list(range(20))}))"
+    code = f"import sys; sys.path[:0] = ['tests', 'tests/data']; import test_scenes as t; print(t.digest({list(range(20))}))"
     runs = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": s})
         for s in "12"

@@ -140,7 +140,7 @@ def test_hub_ids_offline_the_cached_loads_and_others_say_how_to_go_on(house_dir,
         (repo / "refs").mkdir(exist_ok=True)
         (repo / "refs" / revision).write_text(commit)
     code = """
-from mmrecipes import models
+from mmrecipes import errors, models
 for revision in (None, "v2"):
     print(models.load("someone/small-vlm", revision=revision).name_or_path)
 for absent, revision in (("someone/other-vlm", None), ("someone/small-vlm", "v3")):
