@@ -185,3 +185,12 @@ def save(model, out: Path) -> Path:
     if hasattr(model, "processor"):
         model.processor.save_pretrained(out)
     return out
+
+
+def weight_and_hessian(seed: int, outputs: int = 12, inputs: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight (outputs, inputs), and the Hessian of inputs that differ in size and correlate, as real ones do."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(outputs, inputs, generator=g)
+    x = torch.randn(400, inputs, generator=g) @ torch.randn(inputs, inputs, generator=g)
+    x = x * torch.logspace(-1, 1, inputs)[torch.randperm(inputs, generator=g)]
+    return w, x.T @ x / len(x)

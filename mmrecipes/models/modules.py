@@ -117,10 +117,10 @@ OUT = ("o_proj", "out_proj")
 # ---- where things are
 
 
-def layers(model: nn.Module, parts: Sequence[str] = TOWERS) -> dict[str, nn.ModuleList]:
-    """The transformer layers of "vision" and "language", or of some `parts`. Raises UserError where a tower has none."""
+def layers(model: nn.Module, names: Sequence[str] = TOWERS) -> dict[str, nn.ModuleList]:
+    """The transformer layers of "vision" and "language", or of some parts' `names`. Raises UserError where one has none."""
     found = {}
-    for part in parts:
+    for part in names:
         lists = [m for n, m in parts(model)[part].named_modules() if n.split(".")[-1] in ("layers", "blocks")]
         if not lists:
             raise UserError(f"{type(model).__name__}: no list of layers in its {part} part; give a transformer")

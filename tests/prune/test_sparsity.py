@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_calibrated import made
 
 import tiny
 from mmrecipes import data, distill, evaluate, export, inference, models, prune, quantize
@@ -49,7 +48,7 @@ def language(model) -> list[str]:
 @given(SEEDS, SHARES, st.sampled_from(sorted(METHODS)))
 @settings(max_examples=60, deadline=None)
 def test_every_method_leaves_the_zeros_asked_for(seed, sparsity, method):
-    w, h = made(seed)
+    w, h = tiny.weight_and_hessian(seed)
     thin = METHODS[method](w, h, sparsity)
     assert thin.shape == w.shape and thin.dtype == w.dtype and torch.isfinite(thin).all()
     assert (thin == 0).float().mean().item() == pytest.approx(share_of(sparsity), abs=0.01)
@@ -67,7 +66,7 @@ def test_what_looks_at_data_beats_what_does_not_on_the_output(sparsity):
     """As a rule, not on each matrix: of 25, the one in the middle."""
     wanda, sparsegpt = [], []
     for seed in range(25):
-        w, h = made(seed)  # inputs of very different size
+        w, h = tiny.weight_and_hessian(seed)  # inputs of very different size
         by_size, by_wanda = prune.magnitude_prune(w, sparsity), prune.wanda_prune(w, h, sparsity)
         wanda.append(quantize.output_error(w, by_wanda, h) / quantize.output_error(w, by_size, h))
         w, h = few_causes(seed)
@@ -116,7 +115,7 @@ def test_torchao_ranks_by_the_squared_norm_where_the_paper_has_the_norm():
 
 
 def test_sparsegpt_without_pruning_or_with_inputs_that_do_not_hang_together_moves_nothing_else():
-    w, h = made(3)
+    w, h = tiny.weight_and_hessian(3)
     assert torch.equal(prune.sparsegpt_prune(w, h, 0.0), w)
     thin = prune.sparsegpt_prune(w, torch.eye(32), 0.5)
     assert torch.allclose(thin[thin != 0], w[thin != 0])
@@ -147,14 +146,14 @@ def test_dead_inputs_and_ties(method):
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_bad_requests_say_what_to_do(method, sparsity, says):
-    w, h = made(0)
+    w, h = tiny.weight_and_hessian(0)
     with pytest.raises(UserError, match=says):
         METHODS[method](w, h, sparsity)
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_moments_of_another_layer_or_broken_ones_are_refused(method):
-    w, _ = made(0)
+    w, _ = tiny.weight_and_hessian(0)
     for h in (torch.eye(16), torch.full((32, 32), float("nan"))):
         with pytest.raises(UserError, match="moments"):
             METHODS[method](w, h, 0.5)
@@ -192,7 +191,7 @@ def test_pruning_after_rounding_keeps_the_marks_and_still_makes_up(seed, sparsit
 
 
 def test_rounding_in_groups_that_do_not_divide_is_refused():
-    w, h = made(0)
+    w, h = tiny.weight_and_hessian(0)
     with pytest.raises(UserError, match="32 inputs do not divide into groups of 20"):
         prune.round_rest(w, h, 4, 20)
 

@@ -17,19 +17,10 @@ METHODS = {
 SEEDS, BITS, GROUP = st.integers(0, 10**6), st.integers(2, 8), st.sampled_from([None, 16])
 
 
-def made(seed: int, outputs: int = 12, inputs: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight, and the moments of inputs that differ in size and hang together, as real ones do."""
-    g = torch.Generator().manual_seed(seed)
-    w = torch.randn(outputs, inputs, generator=g)
-    x = torch.randn(400, inputs, generator=g) @ torch.randn(inputs, inputs, generator=g)
-    x = x * torch.logspace(-1, 1, inputs)[torch.randperm(inputs, generator=g)]
-    return w, x.T @ x / len(x)
-
-
 @given(SEEDS, BITS, GROUP, st.sampled_from(sorted(METHODS)))
 @settings(max_examples=40, deadline=None)
 def test_every_method_leaves_few_values_a_row_and_beats_plain_rounding_on_the_output(seed, bits, group, method):
-    w, h = made(seed)
+    w, h = tiny.weight_and_hessian(seed)
     rounded = METHODS[method](w, h, bits, group)
     plain = quantize.round_to_nearest(w, bits, "group" if group else "channel", group or 32)
     assert torch.isfinite(rounded).all() and rounded.shape == w.shape and rounded.dtype == w.dtype
@@ -41,13 +32,13 @@ def test_every_method_leaves_few_values_a_row_and_beats_plain_rounding_on_the_ou
 @given(SEEDS, st.integers(2, 4))
 @settings(max_examples=20, deadline=None)
 def test_gptq_makes_up_for_errors_that_hang_together(seed, bits):
-    w, h = made(seed)
+    w, h = tiny.weight_and_hessian(seed)
     by_search = quantize.output_error(w, METHODS["search"](w, h, bits, None), h)
     assert quantize.output_error(w, quantize.gptq_round(w, h, bits), h) < by_search
 
 
 def test_the_output_error_is_the_mean_square_that_it_says():
-    w, _ = made(1)
+    w, _ = tiny.weight_and_hessian(1)
     x = torch.randn(500, 32)
     rounded = quantize.round_to_nearest(w, 3)
     want = (x @ (w - rounded).T).square().sum(1).mean().item()
@@ -57,7 +48,7 @@ def test_the_output_error_is_the_mean_square_that_it_says():
 @given(SEEDS, BITS, GROUP, st.floats(1e-3, 1e3))
 @settings(max_examples=30, deadline=None)
 def test_rounding_scales_along_with_the_weight(seed, bits, group, factor):
-    w, _ = made(seed)
+    w, _ = tiny.weight_and_hessian(seed)
     rounded = quantize.search_round(w, bits, group)
     assert torch.allclose(quantize.search_round(w * factor, bits, group), rounded * factor, rtol=1e-3, atol=1e-5 * factor)
 
@@ -73,7 +64,7 @@ def test_zero_and_constant_weights_and_dead_inputs(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bad_requests_say_what_to_do(method):
-    w, h = made(0)
+    w, h = tiny.weight_and_hessian(0)
     with pytest.raises(UserError, match="32 inputs do not divide into groups of 20"):
         METHODS[method](w, h, 4, 20)
     with pytest.raises(UserError, match="not finite"):
@@ -90,7 +81,7 @@ def test_moments_of_no_rows_are_refused():
 
 
 def test_gptq_refuses_moments_of_another_layer():
-    w, _ = made(0)
+    w, _ = tiny.weight_and_hessian(0)
     for h in (torch.eye(16), torch.full((32, 32), float("inf"))):
         with pytest.raises(UserError, match=r"expected finite \(32, 32\)"):
             quantize.gptq_round(w, h, 4)
