@@ -3,42 +3,82 @@
 # Extracted by tools/recipes.py; change the notebook instead. Licence: Apache-2.0.
 
 import os
+import random
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolVLM-256M-Instruct")
-KEEP, LAYER, WORDS, PICTURE, QUESTION = 0.25, 2, 8, Image.new("RGB", (512, 512), "teal"), "What colour is this?"
-torch.set_grad_enabled(False)
-processor = AutoProcessor.from_pretrained(MODEL)
-model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32).eval()
-turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
-inputs = processor(images=[PICTURE], text=[processor.apply_chat_template(turn, add_generation_prompt=True)], return_tensors="pt")
-language = getattr(model.model, "text_model", None) or model.model.language_model
-visual = inputs["input_ids"][0] == model.config.image_token_id
-seen = torch.cat(model.get_image_features(**{k: v for k, v in inputs.items() if "pixel" in k}).pooler_output)
-x = language.embed_tokens(inputs["input_ids"]).masked_scatter(visual[:, None], seen.flatten(0, -2))
-cache, length, drop = DynamicCache(config=language.config), x.shape[1], min(LAYER, len(language.layers) - 1)
-positions = torch.arange(length)[None]
-for i, block in enumerate(language.layers):
-    if i == max(drop - 1, 0):  # what the tokens after the picture look at, in the layer before the drop
-        shape, h = (1, length, -1, block.self_attn.head_dim), block.input_layernorm(x)
-        q, k = (p(h).view(shape).transpose(1, 2) for p in (block.self_attn.q_proj, block.self_attn.k_proj))
-        q, k = apply_rotary_pos_emb(q, k, *language.rotary_emb(x, positions))
-        scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * block.self_attn.scaling
-        scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf).softmax(-1)[0].mean(0)
-        best = scores[visual.nonzero().max() + 1 :, visual].amax(0).topk(max(1, round(KEEP * int(visual.sum())))).indices
-    if i == drop:
-        kept = torch.cat([(~visual).nonzero()[:, 0], visual.nonzero()[best, 0]]).sort().values
-        x, positions = x[:, kept], kept[None]  # in order, with the positions they had
-    x = block(x, position_embeddings=language.rotary_emb(x, positions), past_key_values=cache, use_cache=True)
-said = [model.lm_head(language.norm(x[:, -1])).argmax(-1)]
-for at in range(length, length + WORDS - 1):  # positions go on after the whole prompt
-    x, rope = language.embed_tokens(said[-1][None]), language.rotary_emb(x, torch.tensor([[at]]))
-    for block in language.layers:
-        x = block(x, position_embeddings=rope, past_key_values=cache, use_cache=True)
-    said.append(model.lm_head(language.norm(x[:, -1])).argmax(-1))
-answer = processor.tokenizer.decode(torch.cat(said)).split(processor.tokenizer.eos_token)[0]
-print(f"{len(best)} of {int(visual.sum())} visual tokens: {answer!r}")
+MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolVLM-256M-Instruct")  # its language model must be Llama-like
+KEEP = 0.25  # share of the visual tokens that stay
+LAYER = 1  # its attention ranks the visual tokens; it and the layers after it run without the others
+NEW_TOKENS = 8  # at most, per answer
+TEST = range(24)  # seeds of drawn scenes; put your own images and questions in their place
+
+
+def load():
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="eager")
+        return model, AutoProcessor.from_pretrained(MODEL)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise SystemExit(f"MODEL={MODEL!r}: set it to the hub id or directory of a vision-language model ({reason})") from None
+
+
+def draw_scene(seed):
+    rng = random.Random(seed)
+    image = Image.new("RGB", (512, 512), "lightgrey")
+    colours = rng.sample(("red", "orange", "yellow", "green", "blue", "purple", "black"), 3)
+    for left, colour in zip((20, 190, 360), colours, strict=True):
+        top = rng.randint(20, 360)  # and below, a corner radius of 0 for a square or 60 for a circle
+        ImageDraw.Draw(image).rounded_rectangle((left, top, left + 120, top + 120), rng.choice((0, 60)), fill=colour)
+    return image, rng.choice(("What shape is the {} object?", "Is there a {} circle?")).format(colours[0])
+
+
+def run_layers(decoder, layers, x, positions, cache):
+    causal = torch.full((1, 1, x.shape[1], x.shape[1]), -torch.inf).triu(1)
+    for layer in layers:
+        x = layer(x, position_embeddings=decoder.rotary_emb(x, positions), attention_mask=causal, past_key_values=cache)
+    return x
+
+
+def tokens_to_keep(layer, x, rotary, visual):
+    causal = torch.full((1, 1, x.shape[1], x.shape[1]), -torch.inf).triu(1)
+    attention = layer.self_attn(layer.input_layernorm(x), position_embeddings=rotary, attention_mask=causal)[1][0].mean(0)
+    received = attention[visual.nonzero().max() + 1 :, visual].amax(0)  # the most that a token after the image gives
+    best = received.topk(max(1, round(KEEP * len(received)))).indices
+    return torch.cat([(~visual).nonzero()[:, 0], visual.nonzero()[best, 0]]).sort().values
+
+
+def generate(model, inputs):
+    decoder = model.get_decoder()
+    visual = inputs["input_ids"][0] == model.config.image_token_id
+    features = torch.cat(model.get_image_features(**{k: v for k, v in inputs.items() if "pixel" in k}).pooler_output)
+    x = decoder.embed_tokens(inputs["input_ids"]).masked_scatter(visual[:, None], features.flatten(0, -2))
+    cache = DynamicCache(config=decoder.config)
+    positions = torch.arange(len(visual))[None]
+    x = run_layers(decoder, decoder.layers[:LAYER], x, positions, cache)
+    kept = tokens_to_keep(decoder.layers[LAYER], x, decoder.rotary_emb(x, positions), visual)
+    x = run_layers(decoder, decoder.layers[LAYER:], x[:, kept], kept[None], cache)  # at the positions they had
+    tokens = []
+    for position in range(len(visual), len(visual) + NEW_TOKENS):  # on from the whole prompt's length
+        tokens.append(model.lm_head(decoder.norm(x[:, -1])).argmax(-1))
+        x = run_layers(decoder, decoder.layers, decoder.embed_tokens(tokens[-1][None]), torch.tensor([[position]]), cache)
+    return torch.cat(tokens)
+
+
+@torch.no_grad()
+def main():
+    model, processor = load()
+    same = 0
+    for image, question in map(draw_scene, TEST):
+        turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        text = processor.apply_chat_template(turn, add_generation_prompt=True)
+        inputs = processor(images=[image], text=[text], return_tensors="pt")
+        full = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        same += torch.equal(full, generate(model, inputs)[: len(full)])
+    print(f"{KEEP:.0%} of the visual tokens from layer {LAYER} on: same answer as with all in {same} of {len(TEST)} scenes")
+
+
+if __name__ == "__main__":
+    main()
