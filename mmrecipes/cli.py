@@ -27,7 +27,7 @@ def tour(
     out: Annotated[Path, typer.Option(help="the page to write")] = Path("tour.html"),
     n: Annotated[int, typer.Option(help="questions from the test split", min=1)] = 600,
 ) -> None:
-    """Meet a model, see where its time goes, shrink it three ways, and read what that cost."""
+    """Load a model, see where its time goes, compress it four ways, and read what that cost."""
     from mmrecipes.report import tour as report_tour
 
     report_tour.run(model, images, question, out, n)
@@ -65,9 +65,9 @@ def shrink(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and the predicted size, write nothing")] = False,
 ) -> None:
     """Make your own model smaller, check on your pictures what that costs, and get a report and code to run it."""
-    from mmrecipes.shrink import pipeline, request
+    from mmrecipes import shrink as shrinking
 
-    pipeline.run(request.Request(model, out, runtime, budget, max_loss, calib, images, n), dry_run)
+    shrinking.run(shrinking.Request(model, out, runtime, budget, max_loss, calib, images, n), dry_run)
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,16 @@ import torch
 
 from mmrecipes.errors import ParityError, UserError
 from mmrecipes.evaluate import generation
-from mmrecipes.evaluate import statistics as evaluate_statistics
-from mmrecipes.measure import machine, memory, timing
+from mmrecipes.evaluate.statistics import Paired, Share, agreement, paired
+from mmrecipes.measure import exported, machine, memory, timing
 from mmrecipes.measure import size as measure_size
+from mmrecipes.models.prompts import chat
 from mmrecipes.models.saving import write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from mmrecipes.inference.exported import Exported
 
 COLUMNS = {  # key of a row -> (heading, how a value is printed)
     "name": ("variant", "{}"),
@@ -41,37 +45,38 @@ class Comparison:
     environment: dict[str, Any]
     notes: list[str] = field(default_factory=list)
 
-    def cells(self) -> tuple[list[str], list[list[str]]]:
-        """Headings, and one list of printed cells a row; columns that no row has are left out."""
+    def frame(self):  # -> pandas.DataFrame
+        """Printed cells, a row a variant; columns that no row has are left out."""
+        import pandas as pd
+
         keys = [k for k in COLUMNS if any(row.get(k) is not None for row in self.rows)]
-        return [COLUMNS[k][0] for k in keys], [
-            ["-" if row.get(k) is None else COLUMNS[k][1].format(_text(row[k])) for k in keys] for row in self.rows
-        ]
+        cells = [["-" if row.get(k) is None else COLUMNS[k][1].format(_text(row[k])) for k in keys] for row in self.rows]
+        return pd.DataFrame(cells, columns=[COLUMNS[k][0] for k in keys])
 
     def __str__(self) -> str:
-        head, body = self.cells()
-        width = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(line, width, strict=True)).rstrip() for line in [head, *body]]
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([self.frame().to_string(index=False, line_width=1000), *self.notes])
 
     def __rich__(self):  # -> rich.console.RenderableType
+        """For a terminal of 80 columns: intervals without spaces, an n that all share below, headings on two lines."""
         from rich.console import Group
         from rich.table import Table
 
-        table = Table()
-        head, body = self.cells()
-        for i, heading in enumerate(head):
-            table.add_column(heading, justify="left" if i == 0 else "right")
-        for line in body:
-            table.add_row(*line)
-        return Group(table, *self.notes)
+        table, frame, notes = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False), self.frame(), self.notes
+        shared = {value.n for row in self.rows for value in row.values() if isinstance(value, Share)}
+        if len(shared) == 1:
+            note = f" n={shared.pop()}"
+            frame, notes = frame.replace(note, "", regex=True), [f"{note.strip()} for each row.", *notes]
+        for i, heading in enumerate(frame.columns):
+            table.add_column(
+                heading if i == 0 else heading.replace(" ", "\n", 1), justify="right" if i else "left", no_wrap=i > 0
+            )
+        for cells in frame.replace(", ", ",", regex=True).itertuples(index=False):
+            table.add_row(*cells)
+        return Group(table, *notes)
 
     def _repr_html_(self) -> str:
-        head, body = self.cells()
-        top = "".join(f"<th>{html.escape(c)}</th>" for c in head)
-        lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>" for line in body)
         notes = "".join(f"<p><small>{html.escape(n)}</small></p>" for n in self.notes)
-        return f"<table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table>{notes}"
+        return self.frame().to_html(index=False, border=0) + notes
 
     def plot(self, x: str = "ttft_ms"):  # -> matplotlib.figure.Figure
         """Accuracy (or agreement) with its interval against `x`, a numeric column; better is up and to the left."""
@@ -98,9 +103,9 @@ class Comparison:
 
 
 def _text(value: Any) -> Any:
-    if isinstance(value, evaluate_statistics.Share):
+    if isinstance(value, Share):
         return f"{100 * value.value:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}] n={value.n}"
-    if isinstance(value, evaluate_statistics.Paired):
+    if isinstance(value, Paired):
         return f"{value.points:+.1f} [{value.low:+.1f}, {value.high:+.1f}]"
     return value
 
@@ -136,57 +141,70 @@ def compare(
     seconds: float = 60,
     simulated: dict[str, torch.nn.Module] | None = None,
     timed: bool = True,
-    **models: torch.nn.Module,
+    **variants: torch.nn.Module | Exported,
 ) -> Comparison:
-    """Measure every model (name=model; the first is the baseline) on the same questions, interleaved in time.
+    """Measure every model (name=model; the first, a PyTorch model, is the baseline) on the same questions.
 
     `rows` defaults to the first `n` of the committed test split; without an `answer` column agreement with the first
     model is measured instead of accuracy. A variant that would need more than `seconds` answers fewer questions, its n
     shown. `simulated` gives, for a variant that runs on other kernels, a simulation of the same arithmetic: a variant that
-    disagrees with it, or whose outputs are not finite, raises ParityError.
+    disagrees with it, or whose outputs are not finite, raises ParityError. PyTorch models are timed interleaved; an exported
+    model (which its export compared with its source) in a fresh process of its own, with as many threads.
     """
     from mmrecipes.data import datasets
-    from mmrecipes.models.prompts import chat
 
-    if not models:
+    if not variants:
         raise UserError("compare: no model given; call compare(fp32=model, int8=smaller)")
     rows = datasets.test_split(n) if rows is None else rows
-    baseline = next(iter(models.values()))
-    inputs = chat(baseline, rows[0]["image"], rows[0]["question"])
-    for name, twin in (simulated or {}).items():
-        check_parity(
-            models[name], twin, [chat(baseline, r["image"], r["question"]) for r in rows.select(range(min(7, len(rows))))]
-        )
-    speed = timing.latency(models, inputs) if timed else {}
+    baseline = next(iter(variants.values()))
+    probes = [chat(baseline, r["image"], r["question"]) for r in rows.select(range(min(7, len(rows))))]
+    for name, simulation in (simulated or {}).items():
+        check_parity(variants[name], simulation, probes)
+    costs = _costs(variants, probes[0], rows[0], timed)
     table, reference, notes = [], None, []
-    for name, model in models.items():
+    for name, model in variants.items():
         predictions = _predict(model, rows, seconds)
-        part = rows.select(range(len(predictions)))
-        row: dict[str, Any] = {"name": name}
-        if "answer" in rows.column_names:
-            result = generation.score(predictions, part["answer"][:], part["family"][:], datasets.majority_floor(part))
-            row |= {"accuracy": result.overall, "families": result.families, "floors": result.floors}
-            right = result.right
-            if reference is not None:
-                both = min(len(reference), len(right))  # the questions that both had time for
-                row["change"] = evaluate_statistics.paired(reference[:both], right[:both])
-            reference = right if reference is None else reference
-        else:
-            reference = predictions if reference is None else reference
-            both = min(len(reference), len(predictions))
-            row["agreement"] = evaluate_statistics.agreement(predictions[:both], reference[:both])
-        row["predictions"] = predictions
-        if timed:
-            row |= {"ttft_ms": speed[name]["ttft"]["median"], "tokens_per_s": speed[name]["tokens_per_s"]["median"]}
-            row |= {"latency": speed[name], "peak_mb": memory.peak_memory(model, inputs)["peak_mb"]}
-        row["disk_mb"] = measure_size.disk_bytes(model) / 1e6
-        table.append(row)
+        row, reference = _scored(predictions, rows.select(range(len(predictions))), reference)
+        table.append({"name": name} | row | {"predictions": predictions} | costs[name])
         if len(predictions) < len(rows):
             notes.append(f"{name} answered {len(predictions)} of {len(rows)} questions: that took the {seconds:.0f} s allowed.")
     return Comparison(table, machine.environment(), notes)
 
 
-def _predict(model: torch.nn.Module, rows: Dataset, seconds: float) -> list[str]:
+def _costs(variants: Mapping[str, Any], inputs: Mapping, first: Mapping, timed: bool) -> dict[str, dict[str, Any]]:
+    """Of each variant, by name: milliseconds, tokens per second, peak memory (unless not `timed`), and size on disk."""
+    eager = {name: model for name, model in variants.items() if isinstance(model, torch.nn.Module)}
+    speed, found = timing.latency(eager, inputs) if timed else {}, {}
+    for name, model in variants.items():
+        size = {"disk_mb": measure_size.disk_bytes(model if name in eager else model.folder) / 1e6}
+        if timed and name in eager:
+            size |= {"ttft_ms": speed[name]["ttft"]["median"], "tokens_per_s": speed[name]["tokens_per_s"]["median"]}
+            size |= {"latency": speed[name], "peak_mb": memory.peak_memory(model, inputs)["peak_mb"]}
+        elif timed:
+            threads = torch.get_num_threads()
+            alone = exported.profile_exported(model.folder, first["image"], first["question"], 8, 7, threads)
+            size |= {k: alone[k] for k in ("ttft_ms", "tokens_per_s", "peak_mb")}
+        found[name] = size
+    return found
+
+
+def _scored(predictions: list[str], rows: Dataset, reference: list | None) -> tuple[dict[str, Any], list]:
+    """Accuracy with what changed against the baseline's `reference`, or agreement with it; and the baseline's, if this is it."""
+    from mmrecipes.data import datasets
+
+    if "answer" not in rows.column_names:
+        reference = predictions if reference is None else reference
+        both = min(len(reference), len(predictions))
+        return {"agreement": agreement(predictions[:both], reference[:both])}, reference
+    result = generation.score(predictions, rows["answer"][:], rows["family"][:], datasets.majority_floor(rows))
+    row = {"accuracy": result.overall, "families": result.families, "floors": result.floors}
+    if reference is not None:
+        both = min(len(reference), len(result.right))  # the questions that both had time for
+        row["change"] = paired(reference[:both], result.right[:both])
+    return row, result.right if reference is None else reference
+
+
+def _predict(model: torch.nn.Module | Exported, rows: Dataset, seconds: float) -> list[str]:
     """Answers to as many of `rows`, from the top, as fit in about `seconds`."""
     found: list[str] = []
     started, size = time.perf_counter(), 10
@@ -196,6 +214,5 @@ def _predict(model: torch.nn.Module, rows: Dataset, seconds: float) -> list[str]
         spent = time.perf_counter() - started
         if spent > seconds:
             break
-        left = (seconds - spent) * len(found) / spent  # questions that still fit at the pace so far
-        size = max(10, min(200, int(left)))
+        size = max(10, min(200, int((seconds - spent) * len(found) / spent)))  # what still fits at the pace so far
     return found

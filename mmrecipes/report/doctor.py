@@ -1,6 +1,6 @@
 """What will break or not pay off on this model and this machine, before you start: `mmrecipes doctor MODEL`.
 
-Nothing is guessed from names: the model answers one question about one picture while every operation is watched, and each
+Nothing is guessed from names: the model answers one question about one image while every operation is watched, and each
 technique is timed on a layer of the shape that costs most.
 """
 
@@ -21,8 +21,6 @@ from mmrecipes.models import modules as models_modules
 from mmrecipes.quantize import rounding
 
 GROUPS = (32, 64, 128)
-
-
 OWN = ("aten", "prim", "prims", "profiler", "inductor")  # PyTorch's own operators; every runtime and quantizer knows these
 
 
@@ -43,7 +41,7 @@ class Verdict:
     technique: str
     stage: str
     runs: bool
-    faster: float | None  # than fp32 eager, on the layer shape with most work; None where it was not timed
+    faster: float  # than fp32 eager, on the layer shape with most work
     layer: str
 
 
@@ -119,19 +117,15 @@ def examine(model: nn.Module, inputs: Mapping) -> Diagnosis:
     with torch.no_grad(), _hooks(model, watch, tokens), operators, watch:
         model(**inputs)
     findings = [*_direct_reads(model, watch), *_foreign(operators), *_norms(model), *_odd_groups(model), *_dtypes(model)]
-    return Diagnosis(
-        size.parameters(model),
-        findings,
-        _verdicts(model, tokens, findings),
-        machine.environment()["capabilities"],
-    )
+    capabilities = machine.environment()["capabilities"]
+    return Diagnosis(size.parameters(model), findings, _verdicts(model, tokens, findings), capabilities)
 
 
-def resists(module: nn.Module, pictures: Tensor) -> list[Finding]:
-    """What in a vision module keeps it from static int8: group norms, and custom operators seen on one run on `pictures`."""
+def resists(module: nn.Module, pixels: Tensor) -> list[Finding]:
+    """What in a vision module keeps it from static int8: group norms, and custom operators seen on one run on `pixels`."""
     operators = _Operators()
     with torch.no_grad(), operators:
-        module(pictures)
+        module(pixels)
     return [*_foreign(operators), *_norms(module)]
 
 
@@ -142,7 +136,7 @@ def _direct_reads(model: nn.Module, watch: _Watch) -> Iterator[Finding]:
             what = f"its weight is read from outside ({how}): a quantized layer in its place would break or be passed by"
             yield Finding("dynamic int8, 4-bit layers", name, what, "leave it out, or call the layer instead of its weight")
         else:
-            what = "its weight is that of the word embeddings, too"
+            what = "its weight is that of the token embeddings, too"
             yield Finding("4-bit weights", name, what, "quantize both together, or untie them first")
 
 
@@ -190,26 +184,25 @@ def _dtypes(model: nn.Module) -> Iterator[Finding]:
 
 def _verdicts(model: nn.Module, tokens: dict[str, list[int]], findings: list[Finding]) -> list[Verdict]:
     """The layer shape with most work of each stage, timed as fp32, bf16 and dynamic int8, with that stage's tokens."""
-    modules, parts, work = dict(model.named_modules()), models_modules.part_of(model), {}
+    layers, parts, work = dict(model.named_modules()), models_modules.part_of(model), Counter()
+    stages = {"vision": ("vision",), "connector": ("vision",), "language": ("prefill", "decode")}
     for name, calls in tokens.items():
-        m, part = modules[name], parts.get(f"{name}.weight", "other")
-        stages = {"vision": ("vision",), "connector": ("vision",), "language": ("prefill", "decode")}.get(part, ())
-        for stage in stages:
+        layer = layers[name]
+        for stage in stages.get(parts.get(f"{name}.weight", "other"), ()):
             rows = 1 if stage == "decode" else max(calls)
-            key = stage, rows, m.in_features, m.out_features
-            work[key] = work.get(key, 0) + rows * m.in_features * m.out_features
-    blocked = {f.where for f in findings if f.technique.startswith("dynamic int8")}
+            work[stage, rows, layer.in_features, layer.out_features] += rows * layer.in_features * layer.out_features
+    blocked = any(f.technique.startswith("dynamic int8") for f in findings)
     found = []
     for stage in ("vision", "prefill", "decode"):
-        shapes = [k for k in work if k[0] == stage]
+        shapes = [key for key in work if key[0] == stage]
         if not shapes:
             continue
-        _, rows, n, m = max(shapes, key=work.get)
-        ms = _time_layer(rows, n, m)
-        layer = f"{n} x {m}, {rows} token{'s' if rows > 1 else ''}"
+        _, rows, inputs, outputs = max(shapes, key=work.get)
+        ms = _time_layer(rows, inputs, outputs)
+        shape = f"{inputs} x {outputs}, {rows} token{'s' if rows > 1 else ''}"
         for technique in ("bf16", "dynamic int8"):
             ratio = ms["fp32"]["median"] / ms[technique]["median"]
-            found.append(Verdict(technique, stage, technique == "bf16" or not blocked, ratio, layer))
+            found.append(Verdict(technique, stage, technique == "bf16" or not blocked, ratio, shape))
     return found
 
 
@@ -232,23 +225,22 @@ def show(found: Diagnosis) -> None:
         table.add_row(row["part"], row["dtype"], f"{row['parameters']:,}", f"{row['bytes'] / 1e6:.1f}")
     console.print(table)
     console.print("this CPU has:", ", ".join(found.capabilities) or "no vector instructions that we know", highlight=False)
-    table = Table(
-        "technique", "stage", "will it run", "its costliest layer, against fp32", "layer", title="Will it run, will it pay"
-    )
+    head = ("technique", "stage", "will it run", "its costliest layer, against fp32", "layer")
+    table = Table(*head, title="Will it run, will it pay")
     for v in found.verdicts:
-        pays = "not timed" if v.faster is None else f"{v.faster:.2f}x {'pays' if v.faster > 1.1 else 'does not pay'}"
+        pays = f"{v.faster:.2f}x {'pays' if v.faster > 1.1 else 'does not pay'}"
         table.add_row(v.technique, v.stage, "yes" if v.runs else "no, see below", pays, v.layer)
     console.print(table)
     table = Table("technique", "where", "what", "cure", title="What stands in the way")
-    for (technique, what, cure), where in _alike(found.findings).items():
-        more = f" and {len(where) - 1} more" if len(where) > 1 else ""
-        table.add_row(technique, where[0] + more, what, cure)
+    for row in finding_rows(found.findings):
+        table.add_row(*row)
     console.print(table if table.rows else "nothing stands in the way")
 
 
-def _alike(findings: list[Finding]) -> dict[tuple[str, str, str], list[str]]:
-    """Findings that differ only in the place, with all their places."""
-    found: dict[tuple[str, str, str], list[str]] = {}
+def finding_rows(findings: list[Finding]) -> list[tuple[str, str, str, str]]:
+    """Technique, where, what and cure: a row for all findings that differ only in the place."""
+    places: dict[tuple[str, str, str], list[str]] = {}
     for f in findings:
-        found.setdefault((f.technique, f.what, f.cure), []).append(f.where)
-    return found
+        places.setdefault((f.technique, f.what, f.cure), []).append(f.where)
+    more = {key: f" and {len(where) - 1} more" if len(where) > 1 else "" for key, where in places.items()}
+    return [(key[0], where[0] + more[key], *key[1:]) for key, where in places.items()]

@@ -9,7 +9,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "candidates": "",
         "pipeline": "run",
         "report": "",
-        "request": "",
+        "request": "Request",
         "sizes": "",
+        "source": "",
     },
 )

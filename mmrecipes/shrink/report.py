@@ -1,4 +1,4 @@
-"""What `shrink` tells: the plan in the terminal, time and memory before and after, example.py, report.json and report.html."""
+"""What `shrink` tells: the plan and the result in the terminal, report.json and report.html."""
 
 from __future__ import annotations
 
@@ -6,51 +6,52 @@ import html
 import importlib.metadata
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
-from mmrecipes.evaluate import fidelity
-from mmrecipes.measure import size as measure_size
-from mmrecipes.models import modules, saving
-from mmrecipes.quantize import mixed_precision
+from mmrecipes.evaluate import fidelity, generation
+from mmrecipes.measure.size import WEIGHT_FILES
+from mmrecipes.models import saving
 from mmrecipes.report import doctor, page
-from mmrecipes.report.page import STYLE, html_table, html_wide
-from mmrecipes.shrink.artifact import EXAMPLE, PICTURE
+from mmrecipes.shrink.artifact import EXAMPLE, IMAGE, open_artifact
 
 if TYPE_CHECKING:
     from mmrecipes.shrink.candidates import Candidate
-    from mmrecipes.shrink.request import Evaluator, Request
+    from mmrecipes.shrink.request import Evaluator
+    from mmrecipes.shrink.source import Source
 
-SHOWN = 4  # pictures with the same answer, and as many with another one
-
-
+SHOWN = 4  # images with the same answer, and as many with another one
 PACKAGES = ("onnxruntime", "openvino", "nncf", "executorch", "bitsandbytes", "transformers", "torch")
+MEANING = {
+    "accuracy": "Accuracy: the share of questions answered as the labels say. Points are differences on the same questions.",
+    "agreement": "Agreement: given the same tokens before, the share of the original's tokens that the small model would choose, "
+    "too. There were no labels that the original knows, so this stands in for accuracy; another token may be as good.",
+}
 
 
-# ---- in the terminal
-
-
-def show_plan(console: Console, base: nn.Module, rungs: Sequence[Candidate], at: int, request: Request) -> None:
-    """Print the plans that were looked at, and the one that is to be made, part by part."""
-    home, whole = modules.part_of(base), 4 * sum(p.numel() for p in base.parameters())
+def show_plan(console: Console, source: Source, candidates: Sequence[Candidate], chosen: int) -> None:
+    """Print the plans that were tried, and the one that is to be made, part by part."""
     table = Table("plan", "predicted MB", "of float32", "sum of losses, nats", "lost when tried")
-    for i, rung in enumerate(rungs):
-        four = sum(b == 4 for b in rung.plan.values())
-        name = f"{'> ' if i == at else '  '}4 bits in {four} of {len(rung.plan)} units"
-        tried = "not tried" if rung.loss is None else str(rung.loss)
-        table.add_row(name, f"{rung.bytes / 1e6:.2f}", f"{rung.bytes / whole:.3f}x", f"{rung.divergence:.4f}", tried)
+    for i, candidate in enumerate(candidates):
+        name, megabytes, tried = _row(candidate)
+        share = f"{candidate.bytes / source.float_bytes:.3f}x"
+        table.add_row(f"{'> ' if i == chosen else '  '}{name}", megabytes, share, f"{candidate.divergence:.4f}", tried)
     console.print(table)
-    counts: dict[tuple[str, int], int] = {}
-    for unit, bits in rungs[at].plan.items():
-        key = home[f"{mixed_precision.units(base)[unit][0]}.weight"], bits
-        counts[key] = counts.get(key, 0) + 1
-    words = ", ".join(f"{part} {bits} bits in {count} units" for (part, bits), count in sorted(counts.items()))
-    console.print(f"The plan for {request.runtime}: {words}.", highlight=False)
+    counts = Counter((source.part[unit], bits) for unit, bits in candidates[chosen].plan.items())
+    text = ", ".join(f"{part} {bits} bits in {count} units" for (part, bits), count in sorted(counts.items()))
+    console.print(f"The plan for {source.runtime}: {text}.", highlight=False)
+
+
+def _row(candidate: Candidate) -> tuple[str, str, str]:
+    """A candidate in words: its plan, predicted megabytes, what it lost when tried."""
+    four = sum(bits == 4 for bits in candidate.plan.values())
+    tried = "not tried" if candidate.loss is None else str(candidate.loss)
+    return f"4 bits in {four} of {len(candidate.plan)} units", f"{candidate.bytes / 1e6:.2f}", tried
 
 
 def show(console: Console, found: Mapping[str, Any], out: Path) -> None:
@@ -58,7 +59,7 @@ def show(console: Console, found: Mapping[str, Any], out: Path) -> None:
     console.print(found["table"])
     console.print(f"\n{verdict(found)}", highlight=False)
     question = json.dumps(found["example"]["question"], ensure_ascii=False)
-    console.print(f"Look at [bold]{out / 'report.html'}[/]. Run: python {out / EXAMPLE} {out / PICTURE} {question}")
+    console.print(f"Look at [bold]{out / 'report.html'}[/]. Run: python {out / EXAMPLE} {out / IMAGE} {question}")
 
 
 def verdict(found: Mapping[str, Any]) -> str:
@@ -68,48 +69,43 @@ def verdict(found: Mapping[str, Any]) -> str:
     if loss.measure == "accuracy":
         text += f"It lost {loss.points:.1f} points of accuracy [{loss.low:.1f}, {loss.high:.1f}] on {loss.n} questions"
     else:
-        text += f"It would choose {100 * loss.share.value:.1f}% of the original's words [{100 * loss.share.low:.1f}, "
+        text += f"It would choose {100 * loss.share.value:.1f}% of the original's tokens [{100 * loss.share.low:.1f}, "
         text += f"{100 * loss.share.high:.1f}], n={loss.n} tokens of {found['rows']['verified on']} answers"
     text += f"; {found['limit']:g} points were allowed."
-    if loss.high > found["limit"]:
-        text += " The interval reaches beyond that: more questions would tell more."
-    return text
+    return text + (" The interval reaches beyond that: more questions would tell more." if loss.high > found["limit"] else "")
 
 
-# ---- the report
-
-
-def write(made: Path, base: nn.Module, judge: Evaluator, found: dict[str, Any]) -> None:
+def write(made: Path, verify: Evaluator, found: dict[str, Any]) -> None:
     """Write report.json and report.html into `made`."""
-    request, diagnosis, rungs = found["request"], found["diagnosis"], found["rungs"]
-    found["examples"] = _examples(made, judge, found)
-    found["versions"] = {n: v for n in PACKAGES if (v := _version(n))}
+    found["examples"] = _examples(made, verify, found)
+    found["versions"] = {name: version for name in PACKAGES if (version := _version(name))}
+    candidates, chosen = found["candidates"], found["chosen"]
     content = {
         "environment": found["table"].environment | {"versions": found["versions"]},
-        "request": {k: v if isinstance(v, int | float | None) else str(v) for k, v in vars(request).items()},
+        "request": {k: v if isinstance(v, int | float | None) else str(v) for k, v in vars(found["request"]).items()},
         "verdict": verdict(found),
         "measure": found["loss"].measure,
         "loss": found["loss"],
         "allowed_points": found["limit"],
         "bytes": {
             "float32": found["float_bytes"],
-            "predicted": rungs[found["chosen"]].bytes,
-            "files": {p.name: p.stat().st_size for p in sorted(made.iterdir()) if p.suffix in measure_size.WEIGHT_FILES},
+            "predicted": candidates[chosen].bytes,
+            "files": {p.name: p.stat().st_size for p in sorted(made.iterdir()) if p.suffix in WEIGHT_FILES},
             "all": found["bytes"],
         },
         "rows": found["table"].rows,
         "times_ms": found["times"],
         "data": found["rows"] | {"notes": found["notes"]},
-        "plan": rungs[found["chosen"]].plan,
+        "plan": candidates[chosen].plan,
         "sensitivity": found["costs"],
-        "tried": rungs,
-        "findings": diagnosis.findings,
-        "verdicts": diagnosis.verdicts,
+        "tried": candidates,
+        "findings": found["diagnosis"].findings,
+        "verdicts": found["diagnosis"].verdicts,
         "answers": [{k: v for k, v in e.items() if k != "image"} for e in found["examples"]],
         "example": found["example"],
     }
     saving.write_json(made / "report.json", content)
-    (made / "report.html").write_text(_page(content, found), encoding="utf-8")
+    (made / "report.html").write_text(_page(found), encoding="utf-8")
 
 
 def _version(package: str) -> str | None:
@@ -119,81 +115,62 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _examples(made: Path, judge: Evaluator, found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A few rows, first those with another answer than the original's: picture, question, both answers."""
-    from mmrecipes.evaluate import generation
-    from mmrecipes.shrink.artifact import open_artifact
-
-    given = found["answers"]
-    differs = [a != b for a, b in zip(given, judge.said, strict=True)] if judge.right else [not all(same) for same in given]
-    order = [i for i, d in enumerate(differs) if d][:SHOWN] + [i for i, d in enumerate(differs) if not d][:SHOWN]
-    rows = judge.rows.select(order)
-    if judge.right:
+def _examples(made: Path, verify: Evaluator, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A few rows, first those with another answer than the original's: image, question, both answers."""
+    given, labelled = found["answers"], verify.right is not None
+    pairs = zip(given, verify.answers, strict=True)
+    differs = [a != b for a, b in pairs] if labelled else [not all(same) for same in given]
+    order = sorted(range(len(differs)), key=lambda i: not differs[i])
+    order = [i for i in order if differs[i]][:SHOWN] + [i for i in order if not differs[i]][:SHOWN]
+    rows = verify.rows.select(order)
+    if labelled:
         now = [given[i] for i in order]
     else:
-        small = open_artifact(made, found["request"].runtime)
-        now = generation.answers(
-            small, rows["image"][:], rows["question"][:], 1, max_new_tokens=fidelity.MAX_ANSWER_TOKENS, progress=False
-        )
+        small, most = open_artifact(made, found["request"].runtime), fidelity.MAX_ANSWER_TOKENS
+        now = generation.answers(small, rows["image"][:], rows["question"][:], 1, max_new_tokens=most, progress=False)
+    keys = ("image", "name", "question", *(("answer",) if labelled else ()))
     return [
-        {"image": row["image"], "name": row["name"], "question": row["question"], "original": judge.said[i], "shrunk": said}
-        | ({"answer": row["answer"]} if judge.right else {})
-        for i, row, said in zip(order, rows, now, strict=True)
+        {k: row[k] for k in keys} | {"original": verify.answers[i], "shrunk": answer}
+        for i, row, answer in zip(order, rows, now, strict=True)
     ]
 
 
-def _page(content: dict[str, Any], found: Mapping[str, Any]) -> str:
-    e, request = html.escape, found["request"]
+def _page(found: Mapping[str, Any]) -> str:
+    e, request, rows, env = html.escape, found["request"], found["rows"], found["table"].environment
     name = Path(request.model).name if Path(request.model).exists() else request.model  # a page goes places: no local path
+    measure = found["loss"].measure
     asked = [("model", name), ("runtime", request.runtime), ("budget", request.budget or "none: as small as holds")]
-    asked += [("may lose", f"{found['limit']:g} points of {found['loss'].measure}")]
-    rows = found["rows"]
-    asked += [("verified on", f"{rows['verified on']} questions about {rows['pictures']} pictures")]
+    asked += [("may lose", f"{found['limit']:g} points of {measure}")]
+    asked += [("verified on", f"{rows['verified on']} questions about {rows['images']} images")]
     asked += [("calibrated on", f"{rows['calibrated on']} questions; plans compared on {rows['chosen on']} others")]
-    meaning = (
-        "Accuracy: the share of questions answered as the labels say. Points are differences on the same questions."
-        if found["loss"].measure == "accuracy"
-        else "Agreement: given the same words before, the share of the original's words that the small model would choose, too. "
-        "There were no labels that the original knows, so this stands in for accuracy; a different word may be as good."
-    )
-    env = found["table"].environment
+    kept = [(*_row(c), "kept" if i == found["chosen"] else "") for i, c in enumerate(found["candidates"])]
     parts = [
-        f"<h1>{e(name)}, made smaller</h1><p class=verdict>{e(content['verdict'])}</p>",
-        f"<h2>What was asked</h2>{html_table(None, asked, 'words')}",
+        f"<h1>{e(name)}, made smaller</h1><p class=verdict>{e(verdict(found))}</p>",
+        f"<h2>What was asked</h2>{page.html_table(None, asked, 'text')}",
         *(f"<p><small>{e(note)}</small></p>" for note in found["notes"]),
-        f"<h2>Before and after</h2>{found['table']._repr_html_()}<p>{e(meaning)} Intervals are 95%.</p>",
-        f"<h2>What it says</h2>{_pictures(found['examples'])}",
-        "<h2>The plan</h2><p>Each square is a unit: the weights of one attention, one MLP, or the words. It says how many bits "
-        "the unit has now; the darker, the more the model changes when this unit alone has 4 bits.</p>",
-        html_wide(page.png(_squares(found))),
-        f"<h2>Plans that were looked at</h2>{_plans(found)}",
-        f"<h2>What the doctor found</h2>{_findings(content)}",
+        f"<h2>Before and after</h2>{found['table']._repr_html_()}<p>{e(MEANING[measure])} Intervals are 95%.</p>",
+        f"<h2>What it says</h2>{''.join(map(_figure, found['examples']))}",
+        "<h2>The plan</h2><p>Each square is a unit: the weights of one attention, one MLP, or the embeddings. It says how many "
+        "bits the unit has now; the darker, the more the model changes when this unit alone has 4 bits.</p>",
+        page.png(_squares(found), "wide"),
+        f"<h2>Plans that were tried</h2>{page.html_table(('plan', 'predicted MB', 'lost when tried in PyTorch', ''), kept)}",
+        f"<h2>What the doctor found</h2>{_findings(found['diagnosis'])}",
         f"<h2>Where</h2><p>{e(page.hardware(env))}. The CPU has {e(', '.join(env['capabilities']) or 'no known extensions')}. "
         f"Versions: {e(', '.join(f'{k} {v}' for k, v in found['versions'].items()))}.</p>",
         "<h2>How to run it</h2><p>This folder is complete: copy it to where you need it. <code>example.py</code> imports public "
-        f"libraries only.</p><pre>python example.py {PICTURE} &quot;{e(found['example']['question'])}&quot;</pre>",
-        "<p>From Python, with this package: <code>mmrecipes.load_exported(&quot;FOLDER&quot;).generate(picture, question)"
-        "</code></p>"
-        if request.runtime != "torch"
-        else "",
+        f"libraries only.</p><pre>python example.py {IMAGE} &quot;{e(found['example']['question'])}&quot;</pre>",
     ]
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{e(name)}, made smaller</title>'
-        f"<style>{STYLE}</style>{''.join(parts)}</html>\n"
-    )
+    if request.runtime != "torch":
+        call = "mmrecipes.load_exported(&quot;FOLDER&quot;).generate(image, question)"
+        parts.append(f"<p>From Python, with this package: <code>{call}</code></p>")
+    return page.document(f"{name}, made smaller", *parts)
 
 
-def _pictures(examples: Sequence[Mapping[str, Any]]) -> str:
-    figures = []
-    for each in examples:
-        lines = [html.escape(each["question"])]
-        if "answer" in each:
-            lines.append(f"right: <b>{html.escape(each['answer'])}</b>")
-        differs = ' class="no"' if each["original"] != each["shrunk"] else ""
-        lines.append(f"original: <b>{html.escape(each['original'])}</b>")
-        lines.append(f"<span{differs}>shrunk: <b>{html.escape(each['shrunk'])}</b></span>")
-        figures.append(f"<figure>{page.image_tag(each['image'])}<figcaption>{'<br>'.join(lines)}</figcaption></figure>")
-    return "".join(figures)
+def _figure(example: Mapping[str, Any]) -> str:
+    lines = [("right", example["answer"], False)] if "answer" in example else []
+    lines.append(("original", example["original"], False))
+    lines.append(("shrunk", example["shrunk"], example["original"] != example["shrunk"]))
+    return page.figure_tag(example["image"], lines, example["question"])
 
 
 def _squares(found: Mapping[str, Any]):  # -> matplotlib.figure.Figure
@@ -201,56 +178,35 @@ def _squares(found: Mapping[str, Any]):  # -> matplotlib.figure.Figure
     import numpy as np
     from matplotlib.figure import Figure
 
-    bits = found["rungs"][found["chosen"]].plan
+    bits, part = found["candidates"][found["chosen"]].plan, found["part"]
     lost = {c.unit: c.loss for c in found["costs"] if c.bits == 4}
-    part = {c.unit: c.part for c in found["costs"]}
-    kinds, depth = [], {}
+    place = {}  # unit -> (kind, depth)
     for unit in bits:
         number = re.search(r"\.(\d+)\.", unit)
-        kind = f"{part.get(unit, '')} {unit.rpartition('.')[2]}".strip()
-        depth[unit] = kind, int(number[1]) if number else 0
-        if kind not in kinds:
-            kinds.append(kind)
-    width = 1 + max(d for _, d in depth.values())
-    shade = np.full((len(kinds), width), np.nan)
-    for unit, (kind, d) in depth.items():
+        place[unit] = f"{part[unit]} {unit.rpartition('.')[2]}", int(number[1]) if number else 0
+    kinds = list(dict.fromkeys(kind for kind, _ in place.values()))
+    depth = 1 + max(d for _, d in place.values())
+    shade = np.full((len(kinds), depth), np.nan)
+    for unit, (kind, d) in place.items():
         shade[kinds.index(kind), d] = np.log10(max(lost.get(unit, 1e-6), 1e-6))
-    figure = Figure(figsize=(4.5 + 0.42 * width, 1.3 + 0.42 * len(kinds)), layout="constrained")
+    low, high = np.nanmin(shade), max(np.nanmax(shade), -4)
+    figure = Figure(figsize=(4.5 + 0.42 * depth, 1.3 + 0.42 * len(kinds)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(shade, cmap="Greys", aspect="equal", vmin=np.nanmin(shade) - 0.5, vmax=max(np.nanmax(shade), -4) + 0.8)
-    middle = (np.nanmin(shade) + max(np.nanmax(shade), -4) + 0.3) / 2
-    for unit, (kind, d) in depth.items():
+    image = axes.imshow(shade, cmap="Greys", aspect="equal", vmin=low - 0.5, vmax=high + 0.8)
+    for unit, (kind, d) in place.items():
         row = kinds.index(kind)
-        axes.text(d, row, str(bits[unit]), ha="center", va="center", color="white" if shade[row, d] > middle else "black")
+        colour = "white" if shade[row, d] > (low + high + 0.3) / 2 else "black"
+        axes.text(d, row, str(bits[unit]), ha="center", va="center", color=colour)
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set_xlabel("layer")
-    axes.set_xticks(range(0, width, 1 + width // 20))
+    axes.set_xticks(range(0, depth, 1 + depth // 20))
     figure.colorbar(image, ax=axes, label="loss alone in 4 bits\n(log10 nats a token)")
     return figure
 
 
-def _plans(found: Mapping[str, Any]) -> str:
-    rows = []
-    for i, rung in enumerate(found["rungs"]):
-        four = sum(b == 4 for b in rung.plan.values())
-        tried = "not tried" if rung.loss is None else str(rung.loss)
-        kept = "kept" if i == found["chosen"] else ""
-        rows.append((f"4 bits in {four} of {len(rung.plan)} units", f"{rung.bytes / 1e6:.2f}", tried, kept))
-    return html_table(("plan", "predicted MB", "lost when tried in PyTorch", ""), rows)
-
-
-def _findings(content: Mapping[str, Any]) -> str:
-    alike = doctor._alike(content["findings"])
-    rows = [
-        (t, where[0] + (f" and {len(where) - 1} more" if len(where) > 1 else ""), what, cure)
-        for (t, what, cure), where in alike.items()
-    ]
-    text = html_table(("technique", "where", "what", "cure"), rows, "words") if rows else "<p>Nothing stands in the way.</p>"
-    timed = [
-        (v.technique, v.stage, "not timed" if v.faster is None else f"{v.faster:.2f}x", v.layer) for v in content["verdicts"]
-    ]
-    return (
-        text
-        + "<p>Eager PyTorch on this machine, the costliest layer of each stage against float32:</p>"
-        + html_table(("technique", "stage", "speed", "layer"), timed)
-    )
+def _findings(diagnosis: doctor.Diagnosis) -> str:
+    rows = doctor.finding_rows(diagnosis.findings)
+    text = page.html_table(("technique", "where", "what", "cure"), rows, "text") if rows else "<p>Nothing stands in the way.</p>"
+    timed = [(v.technique, v.stage, f"{v.faster:.2f}x", v.layer) for v in diagnosis.verdicts]
+    text += "<p>Eager PyTorch on this machine, the costliest layer of each stage against float32:</p>"
+    return text + page.html_table(("technique", "stage", "speed", "layer"), timed)

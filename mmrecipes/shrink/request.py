@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from mmrecipes.errors import UserError, require
 from mmrecipes.evaluate import fidelity, generation
 from mmrecipes.evaluate.fidelity import Loss
 from mmrecipes.export import pipeline
+from mmrecipes.models.saving import check_replaceable
+from mmrecipes.shrink.sizes import budget_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -18,17 +21,15 @@ if TYPE_CHECKING:
     from mmrecipes.inference.exported import Exported
 
 RUNTIMES = (*pipeline.PRECISIONS, "torch")
-
-
-MAX_LOSS = {"accuracy": 1.0, "agreement": 5.0}  # points that may be lost; words that differ are often as good, so more of these
-
-
-STAGE_SECONDS = 120.0  # seconds that each stage may take: it works on fewer rows where a model is slow
+MAX_LOSS = {"accuracy": 1.0, "agreement": 5.0}  # points; another token is often as good, so more of these may differ
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for. `budget` is "0.25x" of the float32 weights, or "80MB"; `max_loss` is in points (None: MOST)."""
+    """What was asked for. `budget` is "0.25x" of the float32 weights, or "80MB"; `max_loss` is in points (None: MAX_LOSS).
+
+    Each stage may take about `stage_seconds`: it works on fewer rows where a model is slow.
+    """
 
     model: str
     out: Path
@@ -38,35 +39,51 @@ class Request:
     calib: Path | None = None
     images: Path | None = None
     n: int | None = None
+    stage_seconds: float = 120.0
 
 
-# ---- how it compares
+def check_request(request: Request) -> None:
+    """UserError for what can be seen to be wrong before the model is read."""
+    if request.runtime not in RUNTIMES:
+        raise UserError(f"--runtime {request.runtime!r}: expected one of {', '.join(RUNTIMES)}")
+    if request.budget is not None:
+        budget_bytes(request.budget, 1)
+    if request.max_loss is not None and not 0 <= request.max_loss <= 100:
+        raise UserError(f"--max-loss {request.max_loss:g}: expected points between 0 and 100, such as 1.0")
+    if request.runtime == "torch":
+        require("accelerate", "bitsandbytes")
+    check_replaceable(request.out)
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Rows, and what the original says to them: labels where it knows them, else its own words."""
+    """Rows, and how the original answers them. With labels that it knows accuracy counts, else agreement of tokens."""
 
     rows: Dataset
-    words: list[list[int]]
-    said: list[str]
+    tokens: list[list[int]]
+    answers: list[str]
     right: list[bool] | None  # None: without labels
+
+    @property
+    def measure(self) -> str:
+        """Which of the two counts."""
+        return "agreement" if self.right is None else "accuracy"
 
     def loss(self, model: nn.Module | Exported) -> tuple[Loss, list[str] | list[list[bool]]]:
         """What `model` loses, and its answers; without labels which tokens agree."""
         if self.right is None:
-            same = fidelity.token_agreement(model, self.rows, self.words)
+            same = fidelity.token_agreement(model, self.rows, self.tokens)
             return fidelity.agreement_loss(same, self.rows["name"]), same
-        asked = self.rows["image"][:], self.rows["question"][:]
-        answers = generation.answers(model, *asked, batch_size=8, max_new_tokens=fidelity.MAX_ANSWER_TOKENS)
+        images, questions = self.rows["image"][:], self.rows["question"][:]
+        answers = generation.answers(model, images, questions, batch_size=8, max_new_tokens=fidelity.MAX_ANSWER_TOKENS)
         return fidelity.accuracy_loss(self.right, fidelity.right(answers, self.rows["answer"])), answers
 
 
 def make_evaluator(base: nn.Module, rows: Dataset, labelled: bool | None = None) -> Evaluator:
-    """How `base` answers `rows`. Labels count if it knows them (`evaluate.knows`), or as `labelled` says."""
-    words = fidelity.greedy_tokens(base, rows)
-    said = [base.processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in words]
-    right = fidelity.right(said, rows["answer"]) if "answer" in rows.column_names else None
-    if right is not None and not (fidelity.knows(right, rows["answer"]) if labelled is None else labelled):
+    """How `base` answers `rows`. Labels count if it knows them (`fidelity.knows`), or as `labelled` says."""
+    tokens = fidelity.greedy_tokens(base, rows)
+    answers = [base.processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens]
+    right = fidelity.right(answers, rows["answer"]) if "answer" in rows.column_names and labelled is not False else None
+    if right is not None and labelled is None and not fidelity.knows(right, rows["answer"]):
         right = None
-    return Evaluator(rows, words, said, right if labelled is not False else None)
+    return Evaluator(rows, tokens, answers, right)

@@ -1,26 +1,19 @@
-"""Budgets and predicted bytes."""
+"""Budgets, and the bytes that a plan's files should take."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from mmrecipes.errors import UserError
-from mmrecipes.models import modules
-from mmrecipes.models.modules import block_of
-from mmrecipes.quantize import mixed_precision, nf4
+from mmrecipes.quantize import nf4
 from mmrecipes.quantize.groups import GROUP
-
-if TYPE_CHECKING:
-    pass
+from mmrecipes.shrink.source import Source
 
 UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-
-
-# ---- the budget and the bytes
+GRAPH_BYTES = {"openvino": 62_000, "onnx": 12_000}  # what describes the graph itself, a numbered block, as exporters write it
 
 
 def budget_bytes(text: str, whole: int) -> int:
@@ -34,39 +27,37 @@ def budget_bytes(text: str, whole: int) -> int:
     return int(float(found[1]) * (whole if unit == "x" else UNITS[unit]))
 
 
-def float_bytes(model: nn.Module) -> int:
-    """Bytes of all weights in float32, tied ones once."""
-    return 4 * sum(p.numel() for p in model.parameters())
+def predicted_bytes(source: Source, plan: Mapping[str, int]) -> int:
+    """Bytes of the files in which each unit has the bits of `plan` (4, or `source.high`), before they are written."""
+    plain = 2 if source.runtime == "torch" else 4
+    rest = source.float_bytes * plain // 4 - sum(plain * m.weight.numel() for m in source.modules.values())
+    if source.runtime == "openvino":  # whose 8 bits reach convolutions, too
+        rest -= sum(m.weight.numel() * 3 - 4 * len(m.weight) for m in source.model.modules() if isinstance(m, nn.Conv2d))
+    rest += source.blocks * GRAPH_BYTES.get(source.runtime, 0)
+    return rest + sum(unit_bytes(source, unit, bits) for unit, bits in plan.items())
 
 
-def predicted_bytes(model: nn.Module, bits: Mapping[str, int], runtime: str) -> int:
-    """Bytes of the files in which each unit has its `bits` (4, or 8; 16 for torch), before they are written."""
-    words = model.get_input_embeddings()
-    tied = getattr(model.get_output_embeddings(), "weight", None) is words.weight
-    total = float_bytes(model) // (2 if runtime == "torch" else 1)
-    for name, width in mixed_precision.bits_by_module(model, bits).items():
-        module = model.get_submodule(name)
-        plain = module.weight.numel() * (2 if runtime == "torch" else 4)
-        total += _packed(name, module, width, runtime, 1 + (tied and module is words)) - plain
-    if runtime == "openvino":  # whose 8 bits reach convolutions, too
-        total -= sum(m.weight.numel() * 3 - 4 * len(m.weight) for m in model.modules() if isinstance(m, nn.Conv2d))
-    blocks = len({block_of(n) for n, _ in modules.linears(model)})
-    # what describes the graph itself, a numbered block, as the exporters write it
-    return total + blocks * {"openvino": 62_000, "onnx": 12_000}.get(runtime, 0)
+def unit_bytes(source: Source, unit: str, bits: int) -> int:
+    """Bytes of one unit's weights at `bits`, scales included."""
+    return sum(_packed_bytes(source, name, bits) for name in source.units[unit])
 
 
-def _packed(name: str, module: nn.Module, width: int, runtime: str, copies: int) -> int:
+def _packed_bytes(source: Source, name: str, bits: int) -> int:
+    module, runtime = source.modules[name], source.runtime
+    embedding = isinstance(module, nn.Embedding)
+    head = getattr(source.model.get_output_embeddings(), "weight", None)
+    copies = 2 if embedding and head is module.weight else 1  # a tied head is stored a second time, to multiply with
     weights, rows = module.weight.numel(), len(module.weight)
     if runtime == "torch":
-        return nf4.nf4_bytes(module.weight) if width == 4 else 2 * weights
-    grouped = weights * width // 8 + weights // GROUP * 4  # a float32 scale a group
-    channels = weights + 5 * rows  # a scale and a zero a row
-    if runtime == "executorch" and isinstance(module, nn.Embedding):  # only the head's copy is rounded
-        return 4 * weights + (copies - 1) * (grouped if width == 4 else channels)
+        return nf4.nf4_bytes(module.weight) if bits == 4 else 2 * weights
+    grouped = weights * bits // 8 + weights // GROUP * 4  # a float32 scale a group
+    channels = weights + 5 * rows  # a scale and a zero point a row
+    if runtime == "executorch" and embedding:  # only the head's copy is rounded
+        return 4 * weights + (copies - 1) * (grouped if bits == 4 else channels)
     if runtime != "onnx":
-        return grouped if width == 4 else channels
-    if width == 4:
+        return grouped if bits == 4 else channels
+    if bits == 4:
         return grouped * copies
-    if isinstance(module, nn.Embedding):  # to look up, and once more to multiply with
+    if embedding:
         return grouped + (copies - 1) * channels
     return grouped if any(last in name for last in ("down_proj", "fc2", "w2")) and "vision" not in name else channels

@@ -21,8 +21,8 @@ from mmrecipes.data import folders as data_folders
 from mmrecipes.data import scenes
 from mmrecipes.errors import UserError
 from mmrecipes.shrink import artifact, candidates
-from mmrecipes.shrink import request as shrink_request
 from mmrecipes.shrink import sizes as shrink_sizes
+from mmrecipes.shrink.source import Source
 
 ALONE = "import runpy, sys; sys.modules['mmrecipes'] = None; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
 MB = 1e6
@@ -30,13 +30,9 @@ MB = 1e6
 
 def run(dry_run=False, **request):
     """The command, quick: few rows to plan on. Returns what it found and what it printed."""
-    before, shrink_request.STAGE_SECONDS = shrink_request.STAGE_SECONDS, 1.5
     console = Console(record=True, width=150, file=open(os.devnull, "w"))  # noqa: SIM115
-    try:
-        return shrink.run(shrink_request.Request(**request), dry_run, console), console.export_text()
-    finally:
-        shrink_request.STAGE_SECONDS = before
-        console.file.close()
+    with console.file:
+        return shrink.run(shrink.Request(**request, stage_seconds=1.5), dry_run, console), console.export_text()
 
 
 def draw(folder, count, side=64):
@@ -123,7 +119,7 @@ def test_the_house_model_gets_small_and_keeps_its_answers(small):
 @pytest.mark.parametrize("made", ["small", "plain"])
 def test_the_predicted_size_is_the_real_one(made, request):
     out, found, _ = request.getfixturevalue(made)
-    predicted, real = found["rungs"][found["chosen"]].bytes, measure.disk_bytes(out)
+    predicted, real = found["candidates"][found["chosen"]].bytes, measure.disk_bytes(out)
     assert predicted == pytest.approx(real, rel=0.1)
     assert real == found["bytes"]
 
@@ -134,7 +130,7 @@ def test_without_labels_agreement_is_the_measure_and_a_killed_run_leaves_nothing
     assert sorted(p.name for p in out.parent.iterdir()) == ["mine", "out"], "and its remains are gone"
     assert found["loss"].measure == "agreement" and "agreement" in printed and "accuracy" not in printed
     assert found["loss"].n == sum(len(same) for same in found["answers"])
-    assert found["rows"]["pictures"] == 2, "the other half calibrated"
+    assert found["rows"]["images"] == 2, "the other half calibrated"
     assert found["loss"].high > 30, "two pictures prove little"
     assert inference.load_exported(out).manifest["runtime"] == "openvino"
 
@@ -145,7 +141,7 @@ def test_answers_that_the_original_does_not_know_are_no_measure(plain):
     model = quantize.load_nf4(out)
     kinds = [type(m).__name__ for m in model.modules()]
     assert kinds.count("Linear4bit") == sum(
-        len(quantize.units(tiny.house())[u]) for u, b in found["rungs"][found["chosen"]].plan.items() if b == 4
+        len(quantize.units(tiny.house())[u]) for u, b in found["candidates"][found["chosen"]].plan.items() if b == 4
     )
     assert kinds.count("Linear4bit") > 5
 
@@ -157,7 +153,7 @@ def test_the_plan_is_in_the_files(small):
     nodes = [n.op_type for part in ("vision", "language") for n in onnx.load(out / f"{part}.onnx").graph.node]
     assert "MatMulNBits" in nodes
     content = json.loads((out / "report.json").read_text())
-    assert content["plan"] == found["rungs"][found["chosen"]].plan and 4 in content["plan"].values()
+    assert content["plan"] == found["candidates"][found["chosen"]].plan and 4 in content["plan"].values()
     assert content["bytes"]["all"] == sum(content["bytes"]["files"].values())
     assert content["loss"]["points"] == found["loss"].points and content["environment"]["versions"]["onnxruntime"]
     assert {c["unit"] for c in content["sensitivity"]} <= set(content["plan"])
@@ -203,11 +199,11 @@ def test_the_example_runs_anywhere(small, tmp_path):
 
 def test_a_dry_run_climbs_to_a_plan_that_holds_and_writes_nothing(spiky, tmp_path):
     found, printed = run(dry_run=True, model=str(spiky), out=tmp_path / "new" / "out", max_loss=15.0)
-    rungs, at = found["rungs"], found["chosen"]
-    assert rungs[0].loss.points > 15, "4 bits everywhere break this model"
-    assert at > 0 and rungs[at].loss.points <= 15
-    assert [r.bytes for r in rungs] == sorted(r.bytes for r in rungs)
-    assert all(b == 4 for b in rungs[0].plan.values()) and all(b == 8 for b in rungs[-1].plan.values())
+    tried, chosen = found["candidates"], found["chosen"]
+    assert tried[0].loss.points > 15, "4 bits everywhere break this model"
+    assert chosen > 0 and tried[chosen].loss.points <= 15
+    assert [c.bytes for c in tried] == sorted(c.bytes for c in tried)
+    assert all(b == 4 for b in tried[0].plan.values()) and all(b == 8 for b in tried[-1].plan.values())
     assert "predicted MB" in printed and "Nothing was written" in printed
     assert list(tmp_path.iterdir()) == []
 
@@ -227,27 +223,22 @@ def test_what_loses_too_much_is_not_kept_and_the_older_result_stays(spiky, tmp_p
 
 @pytest.mark.parametrize("runtime", ["onnx", "openvino", "torch"])
 def test_a_budget_is_kept_and_spent_where_it_helps_most(runtime):
-    model = tiny.house()
-    four = candidates.eligible_units(model, runtime)
+    source = Source(tiny.house(), runtime)
+    four = candidates.eligible_units(source)
     table = []
     for i, unit in enumerate(four):  # a loss for each, made up
-        widths = (4, candidates.high(runtime))
-        sizes = {b: shrink_sizes.predicted_bytes(model, _all(model, runtime) | {unit: b}, runtime) for b in widths}
-        table += [quantize.Cost(unit, "", b, size, (i + 1.0) if b == 4 else 0.0) for b, size in sizes.items()]
-    most = shrink_sizes.predicted_bytes(model, _all(model, runtime), runtime)
-    least = shrink_sizes.predicted_bytes(model, _all(model, runtime) | dict.fromkeys(four, 4), runtime)
-    middle = candidates.best(model, table, runtime, (least + most) / 2)
+        for bits in (source.high, 4):
+            size = shrink_sizes.unit_bytes(source, unit, bits)
+            table.append(quantize.Cost(unit, "", bits, size, (i + 1.0) if bits == 4 else 0.0))
+    most, least = (shrink_sizes.predicted_bytes(source, source.plan(units)) for units in ((), four))
+    middle = candidates.best(source, table, (least + most) / 2)
     assert least < middle.bytes <= (least + most) / 2
-    assert candidates.best(model, table, runtime, least).plan == _all(model, runtime) | dict.fromkeys(four, 4)
-    assert candidates.best(model, table, runtime, most).divergence == 0
-    ladder = candidates.candidates(model, table, runtime)
-    assert [r.divergence for r in ladder] == sorted((r.divergence for r in ladder), reverse=True)
+    assert candidates.best(source, table, least).plan == source.plan(four)
+    assert candidates.best(source, table, most).divergence == 0
+    tried = candidates.series(source, table)
+    assert [c.divergence for c in tried] == sorted((c.divergence for c in tried), reverse=True)
     with pytest.raises(UserError, match=r"with 4 bits wherever they fit the model takes [\d.]+ MB \(0\.\d+x\)"):
-        candidates.best(model, table, runtime, least - 1)
-
-
-def _all(model, runtime):
-    return dict.fromkeys(quantize.units(model), candidates.high(runtime))
+        candidates.best(source, table, least - 1)
 
 
 @pytest.mark.parametrize(
