@@ -3,6 +3,7 @@
 # Extracted by tools/recipes.py; change the notebook instead. Licence: Apache-2.0.
 
 import os
+import random
 import time
 import warnings
 
@@ -12,26 +13,68 @@ from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolVLM-256M-Instruct")
-QUESTION = "What colour is the circle?"
+SCENES = 5  # images to ask about, three questions each; replace draw_scene with your own images
+COLOURS = ("red", "blue", "green", "yellow")  # colours that any VLM can name
+MAX_NEW_TOKENS = 8  # short answers
 
-processor = AutoProcessor.from_pretrained(MODEL)
-model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32).eval()
 
-picture = Image.new("RGB", (512, 512), "white")
-ImageDraw.Draw(picture).ellipse((150, 150, 280, 280), fill=(214, 39, 40))
-turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
-prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
-inputs = processor(images=[picture], text=[prompt], return_tensors="pt")
+def load(model_id):
+    try:
+        processor = AutoProcessor.from_pretrained(model_id)
+        model = AutoModelForImageTextToText.from_pretrained(model_id, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        message = f"MODEL={model_id!r} does not load; set it to the hub id or directory of a vision-language model: {error}"
+        raise SystemExit(message.partition("\n")[0]) from None
+    return processor, model.eval()
 
-# linear layers become int8, one scale an output channel; the head stays as it is, it may share its weights with the embedding
-warnings.filterwarnings("ignore", message="(?s).*torch.(ao.)?quanti.*deprecated.*")  # on its way out, and still the quickest
-linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n]
-small = quantize_dynamic(model, dict.fromkeys(linear, per_channel_dynamic_qconfig))
 
-for name, m in {"fp32": model, "int8": small}.items():
-    m.generate(**inputs, max_new_tokens=2, do_sample=False)  # warm-up
+def draw_scene(seed):
+    """An image of a circle and a square, and questions about it with their answers."""
+    rng = random.Random(seed)
+    circle, square, absent = rng.sample(COLOURS, 3)
+    top = rng.randint(40, 330)
+    image = Image.new("RGB", (512, 512), "gainsboro")
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((70, top, 210, top + 140), fill=circle)
+    draw.rectangle((300, 370 - top, 430, 500 - top), fill=square)
+    questions = {"What colour is the circle?": circle, "What colour is the square?": square, f"Is there a {absent} square?": "no"}
+    return image, questions
+
+
+def ask(model, processor, image, question):
+    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
+    inputs = processor(images=[image], text=[prompt], return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+    answer = tokens[:, inputs["input_ids"].shape[1] :]
+    return processor.batch_decode(answer, skip_special_tokens=True)[0].strip().lower().rstrip(".")
+
+
+def quantize_linears(model):
+    """A copy with int8 linear layers, a scale per output channel. The head stays: it may share weights with the embedding."""
+    warnings.filterwarnings("ignore", message="(?s).*torch.(ao.)?quanti.*deprecated.*")  # deprecated, still the quickest to try
+    linears = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name]
+    return quantize_dynamic(model, dict.fromkeys(linears, per_channel_dynamic_qconfig))
+
+
+def evaluate(model, processor, examples):
+    """The answers to all examples (image, question, truth), and the mean seconds per answer."""
+    ask(model, processor, *examples[0][:2])  # warm-up
     start = time.perf_counter()
-    out = m.generate(**inputs, max_new_tokens=8, do_sample=False)
-    seconds = time.perf_counter() - start
-    answer = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
-    print(f"{name}: {answer.strip()!r} in {seconds:.2f} s")
+    answers = [ask(model, processor, image, question) for image, question, _ in examples]
+    return answers, (time.perf_counter() - start) / len(examples)
+
+
+def main(model_id):
+    processor, model = load(model_id)
+    scenes = [draw_scene(seed) for seed in range(SCENES)]
+    examples = [(image, question, truth) for image, questions in scenes for question, truth in questions.items()]
+    truths = [truth for _, _, truth in examples]
+    for name, variant in {"fp32": model, "int8": quantize_linears(model)}.items():
+        answers, seconds = evaluate(variant, processor, examples)
+        right = sum(truth in answer.split() for truth, answer in zip(truths, answers, strict=True))
+        print(f"{name}: {right} of {len(truths)} questions right, {seconds:.2f} s per answer; the first: {answers[0]!r}")
+
+
+if __name__ == "__main__":
+    main(MODEL)

@@ -10,35 +10,75 @@ from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolVLM-256M-Instruct")
-processor, model = AutoProcessor.from_pretrained(MODEL), AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
-tower = next(m for n, m in model.named_modules() if n.split(".")[-1] in ("vision_model", "vision_tower", "visual"))
-layers = {n: m for n, m in tower.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}
-prompt = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], add_generation_prompt=True)
+VISION_ENCODERS = ("vision_model", "vision_tower", "visual")  # what model families call their vision encoder
+IMAGES = 8  # to calibrate on, and others to evaluate; they must look like those of production
 
 
-def draw(seed):  # put your own pictures here
-    rng, picture = random.Random(seed), Image.new("RGB", (512, 512), "white")
+def load(model_id):
+    try:
+        processor = AutoProcessor.from_pretrained(model_id)
+        model = AutoModelForImageTextToText.from_pretrained(model_id, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        message = f"MODEL={model_id!r} does not load; set it to the hub id or directory of a vision-language model: {error}"
+        raise SystemExit(message.partition("\n")[0]) from None
+    return processor, model.eval()
+
+
+def draw_scene(seed):  # three coloured circles: put your own images here
+    rng = random.Random(seed)
+    image = Image.new("RGB", (512, 512), "white")
     for x in (10, 180, 350):
-        box = (x, y := rng.randint(0, 380), x + 130, y + 130)
-        ImageDraw.Draw(picture).ellipse(box, fill=tuple(rng.choices(range(256), k=3)))
-    return picture
+        y = rng.randint(0, 380)
+        ImageDraw.Draw(image).ellipse((x, y, x + 130, y + 130), fill=tuple(rng.choices(range(256), k=3)))
+    return image
 
 
-def features(picture, act=lambda name, x: None):  # act sees each layer's input, and may replace it
-    hooks = [m.register_forward_pre_hook(lambda _, a, n=n: act(n, a[0])) for n, m in layers.items()]
-    hooks.append(tower.register_forward_hook(lambda *a: outputs.append(a[2].last_hidden_state)))
-    torch.no_grad()(model)(**processor(images=[picture], text=[prompt], return_tensors="pt"))
-    [h.remove() for h in hooks]
-    return outputs.pop()
+@torch.no_grad()
+def encode(processor, model, encoder, images, layers=(), pre_hook=None):
+    """The vision encoder's features of all images, with `pre_hook` on the layers' inputs."""
+    features = []
+    hooks = [layer.register_forward_pre_hook(pre_hook) for layer in layers]
+    hooks.append(encoder.register_forward_hook(lambda module, args, output: features.append(output.last_hidden_state)))
+    prompt = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], add_generation_prompt=True)
+    for image in images:
+        model(**processor(images=[image], text=[prompt], return_tensors="pt"))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(features)
 
 
-noise, outputs, top = Image.effect_noise((512, 512), 80).convert("RGB"), [], {}
-wanted = torch.stack([features(draw(i)) for i in range(4)])
-for m in layers.values():  # weights: symmetric, a scale an output channel
-    scale = m.weight.flatten(1).abs().amax(1).view(-1, *[1] * (m.weight.ndim - 1)).clamp(min=1e-12) / 127
-    m.weight.data = (m.weight / scale).round() * scale
-for name, pictures in {"noise": [noise], "pictures": map(draw, range(10, 18))}.items():
-    top.clear()
-    [features(p, lambda n, x: top.update({n: max(top.get(n, 0), x.abs().max())})) for p in pictures]
-    moved = [features(draw(i), lambda n, x: (x / top[n]).mul(127).round().clamp(-127, 127) / 127 * top[n]) for i in range(4)]
-    print(f"calibrated on {name}: features move by {(torch.stack(moved) - wanted).norm() / wanted.norm():.3f} (relative)")
+def quantize_weight_(layer):  # symmetric, a scale per output channel
+    weight = layer.weight.data.flatten(1)
+    scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+    layer.weight.data = ((weight / scale).round() * scale).view_as(layer.weight)
+
+
+def observe(layer, args):  # calibration: the largest magnitude among the layer's inputs so far
+    layer.largest = torch.maximum(layer.largest, args[0].abs().max())
+
+
+def quantize_input(layer, args):  # to the range that was found, for good: what lies outside is clipped
+    return (args[0] / layer.largest * 127).round().clamp(-127, 127) / 127 * layer.largest
+
+
+def main(model_id):
+    processor, model = load(model_id)
+    encoder = next((m for name, m in model.named_modules() if name.split(".")[-1] in VISION_ENCODERS), None)
+    if encoder is None:
+        raise SystemExit(f"MODEL={model_id!r} has no module called one of {VISION_ENCODERS}: add its vision encoder's name there")
+    layers = [m for m in encoder.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
+    evaluation = [draw_scene(seed) for seed in range(IMAGES)]
+    noise = [Image.effect_noise((512, 512), 80).convert("RGB") for _ in range(IMAGES)]
+    reference = encode(processor, model, encoder, evaluation)
+    for layer in layers:
+        quantize_weight_(layer)
+    for name, images in {"noise": noise, "scenes": [draw_scene(1000 + seed) for seed in range(IMAGES)]}.items():
+        for layer in layers:
+            layer.largest = torch.tensor(1e-12)
+        encode(processor, model, encoder, images, layers, observe)
+        change = encode(processor, model, encoder, evaluation, layers, quantize_input) - reference
+        print(f"calibrated on {name}: features move by {change.norm() / reference.norm():.3f} (relative, n = {IMAGES} images)")
+
+
+if __name__ == "__main__":
+    main(MODEL)

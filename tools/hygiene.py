@@ -19,7 +19,7 @@ from nbformat import NotebookNode
 from nbformat.v4.rwbase import rejoin_lines
 
 MAX_BYTES = 3_000_000
-MAX_LINES, MEDIAN_LINES = 40, 12
+MAX_LINES, MAX_RECIPE_LINES, MEDIAN_LINES = 40, 80, 12  # a recipe is a program: knobs, functions, main
 MIN_SOLUTIONS = 2
 TAGS = {"recipe", "solution", "nbval-ignore-output"}
 # a slash before the folder's name and nothing that would make it part of a web address or of a word
@@ -121,8 +121,9 @@ def local_paths(nb: NotebookNode, path: Path) -> Iterator[str]:
 def lengths(nb: NotebookNode, path: Path) -> Iterator[str]:
     lines = [len(cell.source.splitlines()) for cell in code_cells(nb)]
     for cell, n in zip(code_cells(nb), lines, strict=True):
-        if n > MAX_LINES:
-            yield f"cell [{cell.execution_count}] has {n} lines, more than {MAX_LINES}: split it"
+        limit = MAX_RECIPE_LINES if cell in tagged(nb, "recipe") else MAX_LINES
+        if n > limit:
+            yield f"cell [{cell.execution_count}] has {n} lines, more than {limit}: split it"
     if lines and statistics.median(lines) > MEDIAN_LINES:
         yield f"code cells have {statistics.median(lines):.0f} lines in the median, more than {MEDIAN_LINES}: one idea a cell"
 
@@ -162,8 +163,8 @@ def recipe(nb: NotebookNode, path: Path) -> Iterator[str]:
         yield f"{len(found)} cells are tagged recipe; every notebook has exactly one"
         return
     lines = found[0].source.splitlines()
-    if len(lines) > MAX_LINES:
-        yield f"the recipe has {len(lines)} lines, more than {MAX_LINES}"
+    if len(lines) > MAX_RECIPE_LINES:
+        yield f"the recipe has {len(lines)} lines, more than {MAX_RECIPE_LINES}"
     try:
         body = ast.parse(found[0].source).body
     except SyntaxError as e:
@@ -183,6 +184,24 @@ def recipe(nb: NotebookNode, path: Path) -> Iterator[str]:
         for module in names:
             if module.split(".")[0] not in public:
                 yield f"the recipe imports {module}: it must run where only public libraries are installed"
+
+
+def statements(nb: NotebookNode, path: Path) -> Iterator[str]:
+    """One statement a line in the recipe: people copy it, read it and change it."""
+    for cell in tagged(nb, "recipe"):
+        try:
+            nodes = list(ast.walk(ast.parse(cell.source)))
+        except SyntaxError:  # `recipe` says so
+            continue
+        starts = [node.lineno for node in nodes if isinstance(node, ast.stmt)]
+        for line in sorted({line for line in starts if starts.count(line) > 1}):
+            yield f"line {line} of the recipe holds several statements: put each on its own line"
+        for node in nodes:
+            if isinstance(node, ast.NamedExpr):
+                yield f"line {node.lineno} of the recipe assigns with `:=`: assign on a line of its own"
+            pairs = [t for t in node.targets if isinstance(t, ast.Tuple)] if isinstance(node, ast.Assign) else []
+            if pairs and isinstance(node.value, ast.Tuple):
+                yield f"line {node.lineno} of the recipe assigns several values at once: one a line"
 
 
 Check = Callable[[NotebookNode, Path], Iterable[str]]
