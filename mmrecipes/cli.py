@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -78,7 +79,7 @@ def train(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
     steps: Annotated[int, typer.Option(help="of mini-cnn, each on 32 pictures", min=1)] = 900,
 ) -> None:
-    """Train a house model from nothing. Interrupted, it resumes from its last checkpoint (mini-cnn does not)."""
+    """Train a house model from nothing. Interrupted, it resumes from its last checkpoint."""
     out, work = out or Path("data/models") / name, work or Path("runs") / name
     if name == "mini-vlm":
         from mmrecipes.mini.vlm import train_mini_vlm
@@ -89,9 +90,9 @@ def train(
 
         typer.echo(f"wrote {train_mini_siglip(out, work, device=device)}")
     elif name == "mini-cnn":
-        from mmrecipes.mini.cnn import train_mini_cnn
+        from mmrecipes.mini.cnn import CONFIG, train_mini_cnn
 
-        typer.echo(f"wrote {train_mini_cnn(out, steps, device=device)}")
+        typer.echo(f"wrote {train_mini_cnn(out, work, replace(CONFIG, steps=steps, device=device))}")
     else:
         raise UserError(f"no house model {name!r} to train; expected mini-vlm, mini-siglip or mini-cnn")
 

@@ -12,6 +12,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "families": "",
         "folders": "GENERAL_QUESTIONS NEEDED QUESTIONS_FILE Rows gather read_folder",
         "scenes": "",
-        "splits": "SPLITS STUDENT_FIRST",
+        "splits": "BLOCKS SPLITS block",
     },
 )

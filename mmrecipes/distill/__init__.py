@@ -5,7 +5,7 @@ from mmrecipes.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "contrastive": "CAPTION_FIRST CONTRAST_ONLY ContrastiveWeights RowPairs TRAINED distill_dual",
+        "contrastive": "CONTRAST_ONLY ContrastiveWeights RowPairs TRAINED distill_dual",
         "encoder_swap": (
             "ENCODERS EncoderWithMap align_connector channels_last fold_map_ least_squares_map match_features swap_vision_encoder"
         ),
@@ -14,7 +14,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "CaptionBatch RELATION_HEADS affinity_loss embed embedding_loss feature_loss interactive_loss kl_loss "
             "pair_loss relation_loss ridge siglip_loss"
         ),
-        "recovery": "Course FIRST imitate lessons recover",
+        "recovery": "Course imitate lessons recover",
         "students": "PROJECTION SLICE StudentSize make_dual_student make_student",
         "encoders": "",
     },

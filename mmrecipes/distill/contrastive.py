@@ -6,7 +6,7 @@ For SigLIP and CLIP alike. Built by hand in notebook 32.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,11 @@ from torch import Tensor, nn
 from mmrecipes.distill.losses import CaptionBatch, affinity_loss, embed, embedding_loss, interactive_loss, pair_loss
 from mmrecipes.distill.students import PROJECTION
 from mmrecipes.errors import UserError
-from mmrecipes.mini.batches import CaptionBatches
+from mmrecipes.mini.curriculum import caption_batches
 from mmrecipes.mini.model import IMAGE_SIZE
 from mmrecipes.models import modules
 from mmrecipes.models.modules import clone
 from mmrecipes.train.loop import TrainConfig, fit
-
-CAPTION_FIRST = 640_000  # the first scene of a student's captions: those of the house model's own training lie below
-
 
 TRAINED = ("all", "small", "nothing")
 
@@ -101,13 +98,12 @@ def distill_dual(
             raise UserError(
                 f"distill: the house captions come with pictures of {IMAGE_SIZE} px, this model takes {size}: give rows"
             )
-        first = CAPTION_FIRST // max(1, course.batch)
-        batches = CaptionBatches(first, first + course.steps, course.batch, student.processor.tokenizer)
+        batches = caption_batches("student", course, student.processor.tokenizer)
     else:
         batches = RowPairs(student, rows, course)
     at = student.device  # the training may move it to a GPU
     teacher = None if teacher is None else clone(teacher).requires_grad_(False)
-    return fit(model, batches, loss, course, work, about=f"{aims} {trained}").to(at)
+    return fit(model, batches, loss, replace(course, about=f"{aims} {trained}"), work).to(at)
 
 
 class RowPairs(Sequence):

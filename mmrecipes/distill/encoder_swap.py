@@ -19,7 +19,6 @@ from mmrecipes.errors import UserError, one_line
 from mmrecipes.mini import curriculum
 from mmrecipes.models import modules
 from mmrecipes.models.modules import clone
-from mmrecipes.train import objectives
 from mmrecipes.train.loop import TrainConfig, fit
 
 ENCODERS = {  # name -> config of the backbone; MobileNetV2 keeps 8 x 8 positions to its end, as for segmentation
@@ -77,6 +76,7 @@ class EncoderWithMap(nn.Module):
     def __init__(self, tower: nn.Module, width: int, wanted: int):
         super().__init__()
         self.tower, self.maps = tower, nn.Linear(width, wanted, bias=False)  # the connector has no bias to fold one into
+        self.maps.use_adamw = True
 
     def forward(self, images: Tensor) -> Tensor:
         return self.maps(self.tower(images).last_hidden_state)
@@ -128,7 +128,7 @@ def match_features(
 
     at = student.device  # the training may move it to a GPU
     with channels_last(matched.tower):
-        fit(matched, curriculum.image_batches(course), loss, course, work)
+        fit(matched, curriculum.image_batches("encoder-swap", course), loss, course, work)
     student.to(at)
     fold_map_(student, old.to(at), matched.maps.weight)
     return student.eval()
@@ -144,9 +144,9 @@ def align_connector(student: nn.Module, teacher: nn.Module, course: TrainConfig,
     pupil, aims = kd.StudentWithProjections(student, old), kd.LossWeights(hidden=0, vision=0)
     pupil.vision_maps.requires_grad_(False)
     pupil.hidden_maps.requires_grad_(False)
-    batches, words = curriculum.training_batches(student, course)
+    batches = curriculum.chat_batches("connector", course, student.processor.tokenizer)
     at = student.device
-    fit(pupil, batches, kd.distillation_loss(old, aims, lambda m, batch: objectives.answer_loss(m, batch, words)), course, work)
+    fit(pupil, batches, kd.distillation_loss(old, aims, batches.answer_loss), course, work)
     return student.to(at).eval()
 
 

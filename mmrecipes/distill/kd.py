@@ -7,7 +7,7 @@ the vision tower's output), and the training. Built by hand in notebook 30; `mmr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from mmrecipes.distill.losses import feature_loss, kl_loss, relation_loss, ridge
 from mmrecipes.errors import UserError
-from mmrecipes.mini.curriculum import image_batches, training_batches
+from mmrecipes.mini.curriculum import chat_batches, image_batches
 from mmrecipes.models import modules
 from mmrecipes.models.modules import VisionWithConnector, clone
 from mmrecipes.train import hooks
 from mmrecipes.train.hooks import captured_with_attention
 from mmrecipes.train.loop import Loss, TrainConfig, fit, mean_over_processes, shard
-from mmrecipes.train.objectives import answer_loss
+from mmrecipes.train.objectives import RowBatches
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class StudentWithProjections(nn.Module):
         self.hidden_maps = nn.ModuleList(
             nn.Linear(*widths["language"]) for _ in modules.layers(student, ("language",))["language"]
         )
+        self.vision_maps.use_adamw = self.hidden_maps.use_adamw = True
 
     @torch.no_grad()
     def fit_maps_(self, own: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -118,7 +119,11 @@ def distill(
     if teacher is None and (aims.logits or aims.hidden or aims.vision or aims.attention):
         raise UserError(f"distill: {aims} needs a teacher; give one, or aims=LABELS")
     pupil = StudentWithProjections(clone(student).requires_grad_(True), teacher or student)
-    batches, words = training_batches(student, course, rows)
+    is_batches = rows is not None and hasattr(rows, "answer_loss")
+    batches = rows if is_batches else None
+    if batches is None:
+        house = rows is None
+        batches = chat_batches("student", course, student.processor.tokenizer) if house else RowBatches(student, rows, course)
     at = student.device  # the training may move it to a GPU
     if teacher is not None:  # frozen, or its vision tower would compute gradients that nobody wants
         teacher = clone(teacher).requires_grad_(False).to(at)
@@ -126,15 +131,14 @@ def distill(
         first = shard(batches[0], 0, 1, at)
         with torch.no_grad(), captured_with_attention(pupil.student) as own, captured_with_attention(teacher) as wanted:
             for m in (pupil.student, teacher):
-                answer_loss(m, first, words)
+                batches.answer_loss(m, first)
         pupil.fit_maps_(own, wanted)
     fit(
         pupil,
         batches,
-        distillation_loss(teacher, aims, lambda m, batch: answer_loss(m, batch, words)),
-        course,
+        distillation_loss(teacher, aims, batches.answer_loss),
+        replace(course, about=repr(aims)),
         work,
-        about=repr(aims),
     )
     return pupil.student.to(at).eval()
 
@@ -160,5 +164,5 @@ def match_vision_encoder(student: nn.Module, teacher: nn.Module, course: TrainCo
         return far, {"tokens": far.item()}
 
     at = student.device  # the training may move it to a GPU
-    fit(VisionWithConnector(student), image_batches(course), loss, course, work)
+    fit(VisionWithConnector(student), image_batches("student", course), loss, course, work)
     return student.to(at).eval()

@@ -23,8 +23,6 @@ from mmrecipes.models.modules import clone, linears
 from mmrecipes.train.hooks import captured, layer_pairs
 from mmrecipes.train.optim import optimizers, schedule
 
-FIRST = 20_000  # the first batch of lessons for a recovery: the house model's own training ends far below
-
 
 @dataclass(frozen=True)
 class Course:
@@ -38,9 +36,9 @@ class Course:
 
 def lessons(model: nn.Module, course: Course) -> Sequence[Any]:
     """The house model's lessons for `course`: pictures and questions that it has never seen."""
-    from mmrecipes.mini.batches import ChatBatches
+    from mmrecipes.mini.curriculum import chat_batches
 
-    return ChatBatches(FIRST, FIRST + course.steps, course.batch, model.processor.tokenizer)
+    return chat_batches("recovery", course, model.processor.tokenizer)
 
 
 def recover(

@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "batches": "",
         "cnn": "",
         "curriculum": "",
+        "labels": "",
         "losses": "",
         "model": "",
         "siglip": "",

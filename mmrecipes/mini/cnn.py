@@ -1,4 +1,4 @@
-"""`mini-cnn`: a MobileNetV2 that names what lies in each cell of a picture. Chapter 1 quantizes it statically.
+"""`mini-cnn`: a MobileNetV2 that names what lies in each cell of an image. Chapter 1 quantizes it statically.
 
 The library's own class with its own segmentation head, trained from nothing in minutes on the same targets as the first stage
 of `mini-vlm`: which (colour, shape) covers each of 8 x 8 cells.
@@ -7,7 +7,6 @@ of `mini-vlm`: which (colour, shape) covers each of 8 x 8 cells.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,20 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmrecipes.data import scenes, splits
+from mmrecipes.data import scenes
 from mmrecipes.data.scenes import COLOURS, SHAPES, Scene
-from mmrecipes.errors import UserError
-from mmrecipes.evaluate import statistics
-from mmrecipes.mini.batches import VisionBatches, patch_labels, pixels
+from mmrecipes.data.splits import SPLITS, block
+from mmrecipes.mini.batches import VisionBatches
+from mmrecipes.mini.labels import patch_labels, pixels
 from mmrecipes.mini.model import GRID, IMAGE_SIZE
 from mmrecipes.models import saving
-from mmrecipes.train.optim import Muon, schedule
+from mmrecipes.train.loop import TrainConfig, fit, main_process, read_log
 
 CLASSES = ("nothing", *(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES))
+CONFIG = TrainConfig(900, 32, 0.02, 0.004)
 
 
 def make_cnn(seed: int = 0):  # -> transformers.MobileNetV2ForSemanticSegmentation
-    """MobileNetV2 with an 8 x 8 output of 49 classes for 128 px pictures, random weights, float32, in training mode."""
+    """MobileNetV2 with an 8 x 8 output of 49 classes for 128 px images, random weights, float32, in training mode."""
     from transformers import MobileNetV2Config, MobileNetV2ForSemanticSegmentation
 
     torch.manual_seed(seed)
@@ -62,41 +62,31 @@ def cells(labels: np.ndarray | Tensor) -> np.ndarray | Tensor:
     return (there * (1 + colour * len(SHAPES) + shape)).reshape(*labels.shape[:-2], GRID, GRID)
 
 
-def train_mini_cnn(
-    out: Path, steps: int = 900, batch: int = 32, lr: float = 0.02, device: str | None = None, progress: bool = True
-) -> Path:
-    """Train `mini-cnn` from nothing into directory `out`, with its log: minutes on two CPU cores. Returns `out`."""
-    from rich.progress import Progress
+def train_mini_cnn(out: Path, work: Path = Path("runs/mini-cnn"), config: TrainConfig = CONFIG) -> Path:
+    """Train `mini-cnn` from nothing into directory `out`, with its log: minutes on two CPU cores. Returns `out`.
 
+    A killed run goes on where its last checkpoint in `work` was. Raises UserError when `out` holds something that is not a model,
+    before any work, and as `train.fit` does.
+    """
     saving.check_replaceable(out)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, log, start = make_cnn().to(device), [], time.perf_counter()
-    dense = [p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 1]  # depthwise convolutions mix no channels
-    rest = [p for p in model.parameters() if p.ndim != 4 or p.shape[1] == 1]
-    steppers = [Muon(dense, lr), torch.optim.AdamW(rest, lr / 5, weight_decay=0.0)]
-    rates = [lr, lr / 5]
-    batches = VisionBatches(0, steps, batch)
-    with Progress(disable=not progress) as bar:
-        task = bar.add_task("mini-cnn", total=steps)
-        for step in range(steps):
-            images, labels, _ = batches[step]
-            loss = model(images.to(device), labels=cells(labels).to(device)).loss
-            if not torch.isfinite(loss):
-                raise UserError(f"train: the loss of step {step} is {loss.item()}; lower lr (it is {lr})")
-            loss.backward()
-            for stepper, rate in zip(steppers, rates, strict=True):
-                stepper.param_groups[0]["lr"] = rate * schedule(step, steps)
-                stepper.step()
-            model.zero_grad()
-            log.append({"step": step, "loss": round(loss.item(), 4), "seconds": round(time.perf_counter() - start, 1)})
-            bar.update(task, advance=1, description=f"mini-cnn, loss {loss.item():.2f}")
-    made = {"training.json": json.dumps({"steps": steps, "batch": batch, "lr": lr, "log": log[:: max(1, steps // 100)]})}
-    return saving.save(model.eval(), make_image_processor(), out, dtype=torch.bfloat16, extra=made)
+    model = make_cnn()
+    fit(model, VisionBatches(block("mini-cnn/images"), config.steps, config.batch), _cell_loss, config, work)
+    if not main_process():
+        return out
+    every = max(1, config.steps // 100)
+    history = {"steps": config.steps, "batch": config.batch, "lr": config.lr}
+    history["log"] = {k: v[::every] for k, v in read_log(work).items()}
+    return saving.save(model.eval(), make_image_processor(), out, torch.bfloat16, {"training.json": json.dumps(history)})
 
 
-def pictures(split: str, n: int) -> Tensor:
-    """The first `n` pictures of a split of `data.SPLITS`: pixels (n, 3, 128, 128) in [-1, 1]."""
-    return torch.from_numpy(np.stack([pixels(scenes.make_scene(s)) for s in splits.SPLITS[split][:n]]))
+def _cell_loss(model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float]]:
+    images, labels, _ = batch
+    return model(images, labels=cells(labels)).loss, {}
+
+
+def images(split: str, n: int) -> Tensor:
+    """The first `n` images of a split of `data.SPLITS`: pixels (n, 3, 128, 128) in [-1, 1]."""
+    return torch.from_numpy(np.stack([pixels(scenes.make_scene(s)) for s in SPLITS[split][:n]]))
 
 
 def named(logits_of: Callable[[Tensor], Tensor], drawn: list[Scene], batch: int = 50) -> list[bool]:
@@ -116,9 +106,3 @@ def named(logits_of: Callable[[Tensor], Tensor], drawn: list[Scene], batch: int 
                 guess = CLASSES[int(votes[mine].sum(0).argmax())] if mine.any() else ""
                 right.append(guess == t.name)
     return right
-
-
-def accuracy(logits_of: Callable[[Tensor], Tensor], n: int = 1000) -> statistics.Share:
-    """Share of the objects in `n` test pictures that are named right, with its interval."""
-    right = named(logits_of, [scenes.make_scene(s) for s in splits.SPLITS["test"][:n]])
-    return statistics.wilson(sum(right), len(right))

@@ -1,38 +1,27 @@
-"""Which batches of scenes each training of the book's models sees."""
+"""Batches of scenes for each training of the book's models: each purpose draws from its own block of seeds (`data.BLOCKS`)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor, nn
-
-from mmrecipes.data.splits import STUDENT_FIRST
+from mmrecipes.data.splits import block
+from mmrecipes.mini.batches import MANY, CaptionBatches, ChatBatches, NovelBatches, VisionBatches
 from mmrecipes.train.loop import TrainConfig
-from mmrecipes.train.objectives import RowBatches
-
-if TYPE_CHECKING:
-    pass
 
 
-def training_batches(model: nn.Module, course: TrainConfig, rows: Any = None) -> tuple[Sequence, Tensor | None]:
-    """Batches for `right_answers`, and its `words`: the house model's lessons, never seen before, or `rows` over and over.
-
-    `rows` may be lessons, too (`mini.batches.NovelBatches`)."""
-    if hasattr(rows, "word_ids"):
-        return rows, rows.word_ids
-    if rows is not None:
-        return RowBatches(model, rows, course), None
-    from mmrecipes.mini.batches import ChatBatches
-
-    first = STUDENT_FIRST * 16 // max(1, course.batch)
-    batches = ChatBatches(first, first + course.steps, course.batch, model.processor.tokenizer)
-    return batches, batches.word_ids
+def chat_batches(purpose: str, config: TrainConfig, tokenizer) -> ChatBatches:
+    """Images and questions for a student, recovery, lora, connector or encoder-swap. Raises UserError for other purposes."""
+    return ChatBatches(block(f"{purpose}/chat"), config.steps, config.batch, tokenizer)
 
 
-def image_batches(course: TrainConfig) -> Sequence:
-    """The house model's pictures for `course`, never seen before; every other batch has much printed in it."""
-    from mmrecipes.mini.batches import MANY, VisionBatches
+def novel_batches(config: TrainConfig, tokenizer, replay: bool = False) -> NovelBatches:
+    """Images and questions for LoRA about colours and shapes that no model of the book has seen; half of it with `replay`."""
+    return NovelBatches(block("lora/chat"), config.steps, config.batch, tokenizer, replay)
 
-    first = (STUDENT_FIRST - 10_000) * 16 // course.batch  # between those of recoveries and those of the lessons
-    return VisionBatches(first, first + course.steps, course.batch, MANY, alternate=True)
+
+def image_batches(purpose: str, config: TrainConfig) -> VisionBatches:
+    """Images for a student or encoder-swap; every other batch has much printed in it, since reading is learned last."""
+    return VisionBatches(block(f"{purpose}/images"), config.steps, config.batch, MANY, alternate=True)
+
+
+def caption_batches(purpose: str, config: TrainConfig, tokenizer) -> CaptionBatches:
+    """Images, captions and hard negatives for a student or recovery."""
+    return CaptionBatches(block(f"{purpose}/captions"), config.steps, config.batch, tokenizer)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmrecipes.data.families import FAMILIES
-from mmrecipes.mini.batches import PATCH_TARGETS, ChatBatch
+from mmrecipes.mini.labels import PATCH_TARGETS, ChatBatch
 from mmrecipes.mini.model import GRID
 
 
@@ -27,6 +27,7 @@ class Probes(nn.Module):
         self.point = nn.Linear(language, 3)
         self.between = nn.Linear(language, 2)
         self.middle = nn.Linear(language, 1)
+        self.classes.use_adamw = self.centre.use_adamw = self.point.use_adamw = True
 
     def places(self, hidden_states: tuple[Tensor, ...], is_image: Tensor, batch: ChatBatch) -> tuple[Tensor, dict]:
         """Where things are, asked of the language model on its way, hidden_states being (B, T, D) before each layer and after.

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmrecipes.data.splits import block
 from mmrecipes.distill.losses import CaptionBatch, embed, siglip_loss
 from mmrecipes.mini.batches import CAPTION_LENGTH, CaptionBatches, VisionBatches
 from mmrecipes.mini.losses import Probes
@@ -60,7 +63,7 @@ def make_siglip(vocab: int, width: int = 192, vision_layers: int = 4, text_layer
     return model.train()
 
 
-class Dual(nn.Module):
+class DualWithProbes(nn.Module):
     """The model beside two heads that are thrown away: from either tower's vector, what is there, and what of it is large?
 
     Contrast alone says only which caption is wrong, not in what; in a training of minutes that is too little.
@@ -72,7 +75,7 @@ class Dual(nn.Module):
         self.names = nn.ModuleDict({"image": nn.Linear(width, 96), "text": nn.Linear(width, 96)})
 
 
-def dual_loss(both: Dual, batch: CaptionBatch) -> tuple[Tensor, dict[str, float]]:
+def dual_loss(both: DualWithProbes, batch: CaptionBatch) -> tuple[Tensor, dict[str, float]]:
     """Contrast against captions and hard negatives, and the helpers' question; logs how often each is right."""
     image = embed(both.model, batch.images)
     text = embed(both.model, ids=torch.cat([batch.captions, batch.negatives]))
@@ -91,28 +94,30 @@ def dual_loss(both: Dual, batch: CaptionBatch) -> tuple[Tensor, dict[str, float]
 
 
 def dense_loss(both: nn.ModuleDict, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float]]:
-    """Per patch: what is there? The image tower alone, before it meets words."""
-    return both["probes"].patches(both["tower"](batch[0]).last_hidden_state, *batch[1:])
+    """Per patch: what is there? The vision encoder alone, before it meets words."""
+    return both["probes"].patches(both["encoder"](batch[0]).last_hidden_state, *batch[1:])
 
 
 def train_mini_siglip(
     out: Path,
     work: Path = Path("runs/mini-siglip"),
-    stages: dict[str, TrainConfig] | None = None,
+    stages: Mapping[str, TrainConfig] | None = None,
     device: str | None = None,
-    every: int = 100,
 ) -> Path:
-    """Train `mini-siglip` from nothing into directory `out`; a killed run goes on at its last checkpoint. Returns `out`."""
+    """Train `mini-siglip` from nothing into directory `out`; a killed run goes on at its last checkpoint. Returns `out`.
+
+    Raises UserError when `out` holds something that is not a model, before any work, and as `train.fit` does.
+    """
     saving.check_replaceable(out)
-    stages, processor = stages or STAGES, make_processor()
+    processor = make_processor()
+    stages = {name: replace(config, device=device or config.device) for name, config in (stages or STAGES).items()}
     model = make_siglip(len(processor.tokenizer))
     width = model.config.vision_config.hidden_size
-    dense, after = stages["dense"], stages["contrast"]
-    seeing = nn.ModuleDict({"tower": model.vision_model, "probes": Probes(width)})
-    fit(seeing, VisionBatches(0, dense.steps, dense.batch), dense_loss, dense, work / "dense", every, device)
-    first = dense.steps * dense.batch // after.batch + 1  # pictures that the first stage did not see
-    batches = CaptionBatches(first, first + after.steps, after.batch, processor.tokenizer)
-    fit(Dual(model, width), batches, dual_loss, after, work / "contrast", every, device)
+    dense, contrast = stages["dense"], stages["contrast"]
+    encoder = nn.ModuleDict({"encoder": model.vision_model, "probes": Probes(width)})
+    fit(encoder, VisionBatches(block("mini-siglip/images"), dense.steps, dense.batch), dense_loss, dense, work / "dense")
+    batches = CaptionBatches(block("mini-siglip/captions"), contrast.steps, contrast.batch, processor.tokenizer)
+    fit(DualWithProbes(model, width), batches, dual_loss, contrast, work / "contrast")
     if not main_process():
         return out
     history = {name: {k: v[::20] for k, v in read_log(work / name).items()} for name in stages}

@@ -8,7 +8,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "hooks": "captured captured_with_attention layer_pairs",
         "loop": "Loss LossModule TrainConfig fit main_process mean_over_processes read_log shard",
         "lora": "PARTS add_lora add_tokens merge_lora train_lora",
-        "objectives": "RowBatches answer_loss",
-        "optim": "KEPT Muon optimizers orthogonalize schedule",
+        "objectives": "RowBatches",
+        "optim": "Muon optimizers orthogonalize schedule",
     },
 )

@@ -1,30 +1,28 @@
 """One training loop, on one process or many: `accelerate launch` runs it unchanged, on CPUs or GPUs (DDP).
 
-The distillations of chapter 3 and the dual encoder's training use it. A batch is a pure function of its step, so a killed run
-goes on where its last checkpoint was, and every process takes its own rows of the same global batch.
+Every training of the package is a call of `fit`. A batch is a pure function of its step, so a killed run goes on where its last
+checkpoint was, and every process takes its own rows of the same global batch.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmrecipes import quiet
-from mmrecipes.errors import UserError, one_line
+from mmrecipes.errors import UserError, one_line, require
 from mmrecipes.models import saving
 from mmrecipes.train.optim import optimizers, schedule
-
-if TYPE_CHECKING:
-    pass
 
 Loss = Callable[[nn.Module, Any], tuple[Tensor, dict[str, float]]]
 
@@ -34,6 +32,8 @@ class TrainConfig:
     """How long and how fast. `batch` is the global one: all processes together, all parts of an accumulated step together.
 
     `lr` is for Muon (matrices), `adam_lr` for everything else. `accumulate` steps one batch in so many parts, to save memory.
+    `device` is cpu or cuda, by default cuda where there is one. `about` says what else makes a run what it is (loss weights,
+    say): a checkpoint of another is refused.
     """
 
     steps: int
@@ -41,6 +41,9 @@ class TrainConfig:
     lr: float = 0.004
     adam_lr: float = 1e-3
     accumulate: int = 1
+    device: str | None = None
+    checkpoint_every: int = 100
+    about: str = ""
 
 
 class LossModule(nn.Module):
@@ -59,64 +62,80 @@ def fit(
     model: nn.Module,
     batches: Sequence[Any],
     loss: Loss,
-    course: TrainConfig,
+    config: TrainConfig,
     work: Path | None = None,
-    every: int = 100,
-    device: str | None = None,
-    about: str = "",
+    after_step: Callable[[], None] | None = None,
 ) -> nn.Module:
     """Train what in `model` requires a gradient, in place: step `i` on `batches[i]`, a tensor or tuple of tensors, rows first.
 
-    `loss(model, batch)` gives the mean over the batch's rows, and numbers to log. With a folder `work` there are a log, and a
-    checkpoint `every` so many steps. A GPU is taken where there is one, unless `device` is "cpu"; its arithmetic is bf16 mixed
-    precision unless `accelerate launch` says otherwise. A batch in parts is contrasted part by part: only a loss that is a mean
-    over rows stays the same. `about` says what else makes this run what it is: a checkpoint of another is refused. Raises
-    UserError when the loss is not finite, when rows do not divide evenly, or when a checkpoint is damaged or foreign.
+    `loss(model, batch)` gives the mean over the batch's rows, and numbers to log. `after_step` is called after each step of the
+    optimizers. With a folder `work` there are a log and a checkpoint, and a finished run is loaded, not run again. On a GPU the
+    arithmetic is bf16 mixed precision unless `accelerate launch` says otherwise. A batch in parts gives the gradient of the
+    whole only where the loss is a mean over rows (not in contrastive training). Raises UserError when the loss is not finite,
+    when rows do not divide evenly, or when a checkpoint is damaged or of another run.
     """
     from rich.progress import track
 
-    accelerator = _accelerator(device)
-    parts = accelerator.num_processes * course.accumulate
-    if course.steps < 1 or course.batch < 1 or course.accumulate < 1 or course.batch % parts:
-        expected = f"steps >= 1, and a batch that {accelerator.num_processes} processes x {course.accumulate} parts divide"
-        raise UserError(f"fit: {course}; expected {expected}")
+    accelerator = _accelerator(config.device)
+    parts = accelerator.num_processes * config.accumulate
+    if config.steps < 1 or config.batch < 1 or config.accumulate < 1 or config.batch % parts:
+        expected = f"steps >= 1, and a batch that {accelerator.num_processes} processes x {config.accumulate} parts divide"
+        raise UserError(f"fit: {config}; expected {expected}")
     model.train()
     for m in model.modules():  # a frozen batch norm keeps its statistics, too
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in m.parameters()):
             m.eval()
     trained = [p for p in model.parameters() if p.requires_grad]
-    lesson, *steppers = accelerator.prepare(LossModule(model, loss), *optimizers([model], course.lr, course.adam_lr))
+    module, *steppers = accelerator.prepare(LossModule(model, loss), *optimizers([model], config.lr, config.adam_lr))
     rates = [stepper.param_groups[0]["lr"] for stepper in steppers]
-    begin, seconds = _resume(accelerator, work, f"{course} {about}") if work else (0, 0.0)
-    started = time.perf_counter() - seconds
+    begin, seconds = _resume(accelerator, model, work, config) if work else (0, 0.0)
+    started, warmup = time.perf_counter() - seconds, max(1, min(50, config.steps // 10))
     hidden = quiet.progress_hidden() or not accelerator.is_main_process
-    for step in track(range(begin, course.steps), "training", disable=hidden):
+    drawn = _draw(batches, begin, config.steps, accelerator.device)
+    for step in track(range(begin, config.steps), "training", disable=hidden):
         for stepper, rate in zip(steppers, rates, strict=True):
-            stepper.param_groups[0]["lr"] = rate * schedule(step, course.steps, max(1, min(50, course.steps // 10)))
-        batch, total = batches[step], 0.0
-        if parts > 1 and (lengths := _lengths(batch)) != {course.batch}:  # Qwen-VL's patches are no rows
-            raise UserError(f"fit: tensors of {sorted(lengths)} rows; to cut it in {parts} parts all must have {course.batch}")
-        for part in range(course.accumulate):
-            mine = shard(batch, accelerator.process_index * course.accumulate + part, parts, accelerator.device)
-            last = part + 1 == course.accumulate
-            with torch.enable_grad() if last else accelerator.no_sync(lesson), accelerator.autocast():
-                found, logs = lesson(mine)
-                accelerator.backward(found / course.accumulate)
-            total += found.detach() / course.accumulate
-        total = accelerator.reduce(total, "mean").item()  # every process sees the same, so all stop or none
-        if total != total or abs(total) == float("inf"):
-            raise UserError(f"fit: the loss of step {step} is {total}; lower the course's lr (it is {course.lr})")
+            stepper.param_groups[0]["lr"] = rate * schedule(step, config.steps, warmup)
+        total, logs = _backward(accelerator, module, next(drawn), config)
+        if not math.isfinite(total):
+            raise UserError(f"fit: the loss of step {step} is {total}; lower lr (it is {config.lr})")
         accelerator.clip_grad_norm_(trained, 1.0)
         for stepper in steppers:
             stepper.step()
             stepper.zero_grad()
+        if after_step:
+            after_step()
+        spent = time.perf_counter() - started
         if work and accelerator.is_main_process:
-            row = {"step": step, "seconds": round(time.perf_counter() - started, 1), "loss": round(total, 4)}
+            row = {"step": step, "seconds": round(spent, 1), "loss": round(total, 4)}
             with (work / "log.jsonl").open("a") as f:
                 f.write(json.dumps(row | {k: round(float(v), 4) for k, v in logs.items()}) + "\n")
-        if work and ((step + 1) % every == 0 or step + 1 == course.steps):
-            _write(accelerator, work, f"{course} {about}", step + 1, time.perf_counter() - started)
+        if work and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
+            _write(accelerator, work, {"run": _identity(config), "step": step + 1, "seconds": spent})
     return model.eval()
+
+
+def _draw(batches: Sequence[Any], begin: int, steps: int, device: torch.device) -> Iterator[Any]:
+    """The batches from step `begin` on. Beside a GPU worker processes make those of a torch Dataset, so that it need not wait."""
+    if device.type == "cpu" or not isinstance(batches, torch.utils.data.Dataset):
+        yield from (batches[step] for step in range(begin, steps))
+        return
+    rest = torch.utils.data.Subset(batches, range(begin, steps))
+    yield from torch.utils.data.DataLoader(rest, batch_size=None, num_workers=min(8, os.cpu_count() or 1))
+
+
+def _backward(accelerator: Any, module: nn.Module, batch: Any, config: TrainConfig) -> tuple[float, dict[str, float]]:
+    """Add the gradients of one batch, part by part; its loss, a mean over all processes, and what to log."""
+    parts, total = accelerator.num_processes * config.accumulate, 0.0
+    if parts > 1 and (lengths := _lengths(batch)) != {config.batch}:  # Qwen-VL's patches are not rows
+        raise UserError(f"fit: tensors of {sorted(lengths)} rows; to cut it in {parts} parts all must have {config.batch}")
+    for part in range(config.accumulate):
+        rows = shard(batch, accelerator.process_index * config.accumulate + part, parts, accelerator.device)
+        last = part + 1 == config.accumulate
+        with torch.enable_grad() if last else accelerator.no_sync(module), accelerator.autocast():
+            loss, logs = module(rows)
+            accelerator.backward(loss / config.accumulate)
+        total += loss.detach() / config.accumulate
+    return accelerator.reduce(total, "mean").item(), logs  # every process sees the same, so all stop or none
 
 
 def mean_over_processes(value: float) -> float:
@@ -125,9 +144,9 @@ def mean_over_processes(value: float) -> float:
 
     if not (dist.is_available() and dist.is_initialized()):
         return value
-    held = torch.tensor(float(value), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(held)
-    return held.item() / dist.get_world_size()
+    total = torch.tensor(float(value), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
 
 
 def read_log(work: Path) -> dict[str, list[float]]:
@@ -144,24 +163,22 @@ def main_process() -> bool:
 
 
 def _accelerator(device: str | None):  # -> accelerate.Accelerator
-    from mmrecipes.errors import require
-
     require("accelerate")
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     if device not in (None, "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"fit: device {device!r} cannot be used here; expected cpu, or cuda where there is a GPU")
     on_cpu = device == "cpu" or not torch.cuda.is_available()
-    wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no" if on_cpu else "bf16")
-    # a tower's last layers may feed nothing, and frozen ones get no gradient
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no" if on_cpu else "bf16")
+    # an encoder's last layers may feed nothing, and frozen ones get no gradient
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     try:
-        found = Accelerator(mixed_precision=wanted, cpu=on_cpu, kwargs_handlers=[unused])
+        accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, kwargs_handlers=[unused])
     except ValueError as e:  # accelerate keeps one setting a process
         raise UserError(f"fit: this process already trained on another device ({one_line(e)}); start a new one") from e
-    if str(found.distributed_type).endswith("FSDP"):
+    if str(accelerator.distributed_type).endswith("FSDP"):
         raise UserError("fit: FSDP cuts matrices that Muon needs whole; launch it with DDP (--multi_gpu)")
-    return found
+    return accelerator
 
 
 def _lengths(batch: Any) -> set[int]:
@@ -180,43 +197,48 @@ def shard(batch: Any, part: int, parts: int, device: torch.device) -> Any:
     return type(batch)(*cut) if hasattr(batch, "_fields") else tuple(cut)
 
 
-def _write(accelerator: Any, work: Path, course: str, step: int, seconds: float) -> None:
-    part, done = work / "checkpoint.part", work / "checkpoint"
+def _identity(config: TrainConfig) -> str:
+    """What a checkpoint belongs to: where it runs and how often it is saved may change."""
+    return repr(replace(config, device=None, checkpoint_every=100))
+
+
+def _write(accelerator: Any, work: Path, progress: dict[str, Any]) -> None:
+    part = work / "checkpoint.part"
     if accelerator.is_main_process:
         shutil.rmtree(part, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(part), safe_serialization=False)  # tied weights: safetensors would warn of them
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (part / "at.json").write_text(json.dumps({"course": course, "step": step, "seconds": seconds}))
-        saving.take_place(part, done)
+        (part / "progress.json").write_text(json.dumps(progress))
+        saving.take_place(part, work / "checkpoint")
     accelerator.wait_for_everyone()
 
 
-def _resume(accelerator: Any, work: Path, course: str) -> tuple[int, float]:
-    if work.exists() and not work.is_dir():
-        raise UserError(f"fit: {work} is a file; give a folder for the checkpoints")
-    work.mkdir(parents=True, exist_ok=True)
-    done, path = work / "checkpoint", work / "log.jsonl"
-    if not done.exists():
-        path.unlink(missing_ok=True)
+def _resume(accelerator: Any, model: nn.Module, work: Path, config: TrainConfig) -> tuple[int, float]:
+    """Load the checkpoint in `work`, if there is one, and cut the log behind it: how many steps it had, and seconds."""
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as e:  # it, or what should hold it, is a file or read-only
+        raise UserError(f"fit: {work} cannot be a folder for checkpoints ({one_line(e)}); give another") from e
+    checkpoint, log = work / "checkpoint", work / "log.jsonl"
+    if not checkpoint.exists():
+        log.unlink(missing_ok=True)
         return 0, 0.0
     try:
-        at = json.loads((done / "at.json").read_text())
-        if at["course"] != course:
-            raise UserError(
-                f"fit: {done} was written by another course or with other aims; move it away, or give another work folder"
-            )
+        progress = json.loads((checkpoint / "progress.json").read_text())
+        if progress["run"] != _identity(config):
+            raise UserError(f"fit: {checkpoint} is of another run ({progress['run']}); move it away, or give another work folder")
         # a 4-bit layer writes its scales beside its weight and does not read them; it is frozen, so they are the same
-        packed = any(p.dtype == torch.uint8 for m in accelerator._models for p in m.parameters())
-        accelerator.load_state(str(done), strict=not packed)
+        packed = any(p.dtype == torch.uint8 for p in model.parameters())
+        accelerator.load_state(str(checkpoint), strict=not packed)
     except UserError:
         raise
     except Exception as e:  # whatever a damaged or foreign file makes the readers raise
-        raise UserError(f"fit: {done} cannot be resumed ({one_line(e)}); remove it to begin anew") from e
-    if accelerator.is_main_process and path.exists():
-        lines = path.read_text().splitlines()[: at["step"]]  # a line a step; what came after the checkpoint comes again
-        aside = path.with_suffix(".part")
+        raise UserError(f"fit: {checkpoint} cannot be resumed ({one_line(e)}); remove it to begin anew") from e
+    if accelerator.is_main_process and log.exists():
+        lines = log.read_text().splitlines()[: progress["step"]]  # a line a step; what came after the checkpoint comes again
+        aside = log.with_suffix(".part")
         aside.write_text("".join(line + "\n" for line in lines))
-        os.replace(aside, path)
-    return at["step"], at["seconds"]
+        os.replace(aside, log)
+    return progress["step"], progress["seconds"]

@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from mmrecipes.errors import ParityError, UserError
-from mmrecipes.mini.curriculum import training_batches
 from mmrecipes.models import modules
 from mmrecipes.models.modules import clone, linears
 from mmrecipes.train.loop import TrainConfig, fit
-from mmrecipes.train.objectives import answer_loss
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -70,7 +69,7 @@ def add_lora(
         raise ImportError("peft is not installed; get it with: pip install 'mmrecipes[train]'")
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    base = _laid_out(clone(model))
+    base = _restore_layout(clone(model))
     if getattr(base, "is_loaded_in_4bit", False):  # norms and embeddings, stored in bf16, work in floats while adapters learn
         prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     found = modules.parts(base)
@@ -87,24 +86,25 @@ def add_lora(
         tables = {id(t.weight): t for t in tables.values()}  # one, where the head is tied to the words
         own = {n: list(words) for n, m in base.named_modules() if words and any(m is t for t in tables.values())}
         config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=names, trainable_token_indices=own or None)
-        return get_peft_model(base, config)
+        adapted = get_peft_model(base, config)
+    adapted.use_adamw = True  # adapters are thin: Muon's orthogonal updates are for whole matrices
+    return adapted
 
 
-def train_lora(model: PeftModel, course: TrainConfig, rows: Any = None, work: Path | None = None) -> PeftModel:
-    """`model` with its adapters trained on right answers, in place: those of the house model's lessons, or of `rows`.
+def train_lora(model: PeftModel, batches: Any, config: TrainConfig, work: Path | None = None) -> PeftModel:
+    """`model` with its adapters trained on right answers, in place.
 
-    `rows` (image, question, answer) are gone through over and over; that takes any VLM. `course.adam_lr` is the rate. Resumable
-    with `work`. Raises UserError as `train.fit` does.
+    `batches` bring their objective, `answer_loss`: `train.RowBatches` for any VLM, `mini.curriculum` for the book's models.
+    `config.adam_lr` is the rate. Resumable with `work`. Raises UserError as `train.fit` does.
     """
-    base = _laid_out(model.get_base_model())
-    batches, words = training_batches(base, course, rows)
+    base = _restore_layout(model.get_base_model())
 
     def loss(m: nn.Module, batch: Any) -> tuple[Tensor, dict[str, float]]:
-        right, _, logs = answer_loss(m.get_base_model(), batch, words)
-        return right, logs | {"answers": right.item()}
+        answers, _, logs = batches.answer_loss(m.get_base_model(), batch)
+        return answers, logs | {"answers": answers.item()}
 
-    at = base.device  # the training may move it to a GPU
-    return fit(model, batches, loss, course, work, about="lora").to(at).eval()
+    device = base.device  # the training may move it to a GPU
+    return fit(model, batches, loss, replace(config, about="lora"), work).to(device)
 
 
 @torch.no_grad()
@@ -115,14 +115,14 @@ def merge_lora(model: PeftModel) -> nn.Module:
     """
     with warnings.catch_warnings():  # "may get different generations due to rounding errors": as said above
         warnings.filterwarnings("ignore", message="Merge lora module to 4-bit", category=UserWarning)
-        plain = _laid_out(clone(model)).merge_and_unload()
+        plain = _restore_layout(clone(model)).merge_and_unload()
     for name, p in plain.named_parameters():
         if p.is_floating_point() and not torch.isfinite(p).all():
             raise ParityError(f"merged: {name} is not finite; train with a lower rate")
     return plain.eval()
 
 
-def _laid_out(model: nn.Module) -> nn.Module:
+def _restore_layout(model: nn.Module) -> nn.Module:
     """`model` with its 4-bit weights as they were stored, in place.
 
     On CPUs with AVX512-BF16 bitsandbytes 0.50 turns them round when a model first answers, to a layout through which no gradient

@@ -1,4 +1,4 @@
-"""The optimizer: Muon for matrices, AdamW for the rest, and the course of their rates."""
+"""The optimizers: Muon for matrices, AdamW for the rest, and the schedule of their rates."""
 
 from __future__ import annotations
 
@@ -46,21 +46,27 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     return (x.T if tall else x).to(g.dtype)
 
 
-KEPT = ("embed", "lm_head", "classes", "centre", "point", "maps", "lora_")  # matrices, but for AdamW
+def _kept_for_adamw(name: str, module: nn.Module) -> bool:
+    """Are the matrices of `module` no maps between hidden features: embeddings, heads, or marked `use_adamw` by who made it?"""
+    of_image = isinstance(module, nn.Conv2d) and module.in_channels <= 4
+    patches = of_image and module.kernel_size == module.stride != (1, 1)
+    embeds = isinstance(module, nn.Embedding) or name.rpartition(".")[-1] == "lm_head"
+    return embeds or patches or getattr(module, "use_adamw", False)
 
 
 def optimizers(modules: Iterable[nn.Module], lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the trainable matrices, those of convolutions included; AdamW for embeddings, patches, biases, norms, adapters,
-    depthwise convolutions and maps to another model."""
-    matrices, rest, seen = [], [], set()
-    for module in modules:
-        for name, p in module.named_parameters():
-            if p.requires_grad and id(p) not in seen:
-                seen.add(id(p))
-                is_matrix = (p.ndim == 2 or (p.ndim == 4 and p.shape[1] > 1)) and not any(k in name for k in KEPT)
-                (matrices if is_matrix else rest).append(p)
-    made = [Muon(matrices, lr=lr)] if matrices else []
-    return made + ([torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)] if rest else [])
+    """Muon for the trainable matrices, those of convolutions included; AdamW for biases, norms, depthwise convolutions,
+    embeddings (of tokens, positions, patches), the language model's head, and modules with an attribute `use_adamw`."""
+    parameters, kept = {}, set()
+    for model in modules:
+        parameters |= {id(p): p for p in model.parameters() if p.requires_grad}
+        kept |= {id(p) for name, m in model.named_modules() if _kept_for_adamw(name, m) for p in m.parameters()}
+    matrices, rest = [], []
+    for key, p in parameters.items():
+        is_matrix = p.ndim == 2 or (p.ndim == 4 and p.shape[1] > 1)
+        (matrices if is_matrix and key not in kept else rest).append(p)
+    muon = [Muon(matrices, lr=lr)] if matrices else []
+    return muon + ([torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)] if rest else [])
 
 
 def schedule(step: int, steps: int, warmup: int = 50) -> float:

@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoProcessor
 from mmrecipes import data, distill, evaluate, models, train
 from mmrecipes.data import families, scenes
 from mmrecipes.errors import UserError
-from mmrecipes.mini import batches, siglip
+from mmrecipes.mini import batches, labels, siglip
 from paths import ROOT
 
 HOUSE = ROOT / "data" / "models" / "mini-siglip"
@@ -33,23 +33,22 @@ def test_captions_are_padded_to_one_length_and_end_in_the_same_token(processor):
 def test_pixels_are_what_the_processor_makes(processor):
     scene = scenes.make_scene(5)
     made = processor(images=[scenes.render(scene)], return_tensors="pt")["pixel_values"][0]
-    assert (made - torch.from_numpy(batches.pixels(scene))).abs().max() < 1e-6
+    assert (made - torch.from_numpy(labels.pixels(scene))).abs().max() < 1e-6
 
 
 def test_a_batch_is_a_function_of_its_number(processor):
-    one, two = (batches.CaptionBatches(5, 9, 4, processor.tokenizer)[k] for k in (2, 2))
+    one, two, other = (batches.CaptionBatches(range(20, 60), 9, 4, processor.tokenizer)[k] for k in (2, 2, 1))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-    assert not torch.equal(one.images, batches.CaptionBatches(5, 9, 4, processor.tokenizer)[1].images)
+    assert not torch.equal(one.images, other.images)
     scene = scenes.make_scene(7 * 4)
-    names = batches.CaptionBatches(0, 1, 1, processor.tokenizer).names
-    assert {k for k, i in names.items() if one.there[0, 0, i]} == {t.name for t in scene.things}
+    assert {k for k, i in batches.NAMES.items() if one.there[0, 0, i]} == {t.name for t in scene.things}
     assert processor.tokenizer.decode(one.captions[0], skip_special_tokens=True) == families.caption(scene)
     assert (one.captions != one.negatives).any(-1).all()
 
 
 def test_the_loss_is_the_librarys(processor):
     model = siglip.make_siglip(len(processor.tokenizer), 64, 1, 1).eval()
-    batch = batches.CaptionBatches(0, 1, 6, processor.tokenizer)[0]
+    batch = batches.CaptionBatches(range(6), 1, 6, processor.tokenizer)[0]
     with torch.no_grad():
         wanted = model(input_ids=batch.captions, pixel_values=batch.images, return_loss=True).loss
         image, text = distill.embed(model, batch.images), distill.embed(model, ids=batch.captions)

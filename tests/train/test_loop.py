@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,7 @@ from torch import nn
 
 from mmrecipes import models, train
 from mmrecipes.errors import UserError
-from mmrecipes.mini import batches as mini_batches
-from mmrecipes.mini import siglip
+from mmrecipes.mini import curriculum, losses, siglip
 
 RUN = """
 import sys; sys.path[:0] = ["tests", "tests/train"]
@@ -30,8 +31,9 @@ def contrast(work: Path, steps: int = 4) -> nn.Module:
     """A tiny SigLIP learns from pairs; its weights go to `work`/weights.pt."""
     processor = siglip.make_processor()
     model = siglip.make_siglip(len(processor.tokenizer), 64, 1, 1)
-    batches = mini_batches.CaptionBatches(0, steps, 4, processor.tokenizer)
-    train.fit(siglip.Dual(model, 64), batches, siglip.dual_loss, train.TrainConfig(steps, 4, 0.01, 1e-3), work, every=2)
+    config = train.TrainConfig(steps, 4, 0.01, 1e-3, checkpoint_every=2)
+    batches = curriculum.caption_batches("student", config, processor.tokenizer)
+    train.fit(siglip.DualWithProbes(model, 64), batches, siglip.dual_loss, config, work)
     torch.save(model.state_dict(), work / "weights.pt")
     return model
 
@@ -42,7 +44,7 @@ def long_contrast(work: Path) -> None:
 
 
 def answers(work: Path) -> None:
-    """A tiny VLM learns from a larger one, pictures and packed questions; its weights go to `work`/weights.pt."""
+    """A tiny VLM learns from a larger one, images and packed questions; its weights go to `work`/weights.pt."""
     import tiny
     from mmrecipes import distill
 
@@ -82,7 +84,7 @@ def test_a_killed_run_goes_on_to_the_weights_of_one_never_killed(tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
     command = [sys.executable, "-c", RUN, "long_contrast", str(killed)]
     process, deadline = subprocess.Popen(command, env=env), time.time() + 300
-    while not (killed / "checkpoint" / "at.json").exists() and time.time() < deadline and process.poll() is None:
+    while not (killed / "checkpoint" / "progress.json").exists() and time.time() < deadline and process.poll() is None:
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -9, "the run was over before it could be killed"
@@ -125,17 +127,17 @@ def test_frozen_weights_stay_and_the_loss_falls(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "course",
+    "config",
     [train.TrainConfig(0), train.TrainConfig(1, 0), train.TrainConfig(1, 8, accumulate=3), train.TrainConfig(1, 8, accumulate=0)],
 )
-def test_a_course_that_does_not_divide_is_refused(course):
+def test_a_config_that_does_not_divide_is_refused(config):
     with pytest.raises(UserError, match="a batch that 1 processes"):
-        train.fit(*task(), squares, course)
+        train.fit(*task(), squares, config)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     model, batches = task()
-    with pytest.raises(UserError, match=r"step 0 is nan; lower the course's lr"):
+    with pytest.raises(UserError, match=r"step 0 is nan; lower lr \(it is 0.004\)"):
         train.fit(model, batches, lambda m, b: (m(b).sum() * float("nan"), {}), train.TrainConfig(6, 8), tmp_path)
     assert not (tmp_path / "checkpoint").exists()
 
@@ -143,14 +145,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 def test_foreign_and_damaged_checkpoints_are_refused_and_kept(tmp_path):
     model, batches = task()
     train.fit(model, batches, squares, train.TrainConfig(6, 8), tmp_path)
-    with pytest.raises(UserError, match="another course"):
+    with pytest.raises(UserError, match="is of another run"):
         train.fit(*task(), squares, train.TrainConfig(5, 8), tmp_path)
     (tmp_path / "checkpoint" / "pytorch_model.bin").write_bytes(b"not weights")
     with pytest.raises(UserError, match="cannot be resumed"):
         train.fit(*task(), squares, train.TrainConfig(6, 8), tmp_path)
     assert (tmp_path / "checkpoint" / "pytorch_model.bin").read_bytes() == b"not weights"
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match="cannot be a folder for checkpoints"):
         train.fit(*task(), squares, train.TrainConfig(6, 8), tmp_path / "file")
 
 
@@ -171,13 +173,73 @@ def test_the_library_loads_what_was_trained(tmp_path):
 def test_devices_and_ragged_batches_are_refused(tmp_path):
     for device in ("banana", "cuda:7"):
         with pytest.raises(UserError, match=f"device '{device}' cannot be used here"):
-            train.fit(*task(), squares, train.TrainConfig(6, 8), device=device)
+            train.fit(*task(), squares, train.TrainConfig(6, 8, device=device))
     ragged = [(torch.randn(8, 3), torch.randn(20, 3))]
     with pytest.raises(UserError, match=r"tensors of \[8, 20\] rows; to cut it in 2 parts all must have 8"):
         train.fit(nn.Linear(3, 2), ragged, squares, train.TrainConfig(1, 8, accumulate=2))
 
 
-def test_a_run_with_other_aims_is_not_resumed(tmp_path):
-    train.fit(*task(), squares, train.TrainConfig(6, 8), tmp_path, about="these aims")
-    with pytest.raises(UserError, match="by another course or with other aims"):
-        train.fit(*task(), squares, train.TrainConfig(6, 8), tmp_path, about="those aims")
+def test_a_run_about_something_else_is_not_resumed(tmp_path):
+    config = train.TrainConfig(6, 8, about="these loss weights")
+    train.fit(*task(), squares, config, tmp_path)
+    with pytest.raises(UserError, match=r"is of another run .*these loss weights"):
+        train.fit(*task(), squares, replace(config, about="those loss weights"), tmp_path)
+    train.fit(*task(), squares, replace(config, device="cpu", checkpoint_every=3), tmp_path)  # where and how often may change
+
+
+def test_something_may_be_done_after_each_step_of_the_optimizers():
+    model, batches = task()
+    mask = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
+    model.weight.data.mul_(mask)
+    calls = []
+
+    @torch.no_grad()
+    def keep_zeros():
+        calls.append((model.weight[mask == 0] != 0).any().item())
+        model.weight.mul_(mask)
+
+    train.fit(model, batches, squares, train.TrainConfig(6, 8, 0.1, 0.1), after_step=keep_zeros)
+    assert calls == [True] * 6, "a step fills the zeros, and comes before"
+    assert (model.weight[mask == 0] == 0).all() and (model.weight[mask == 1] != 0).all()
+
+
+# ---- which parameters Muon trains
+
+
+class Mixed(nn.Module):
+    """A matrix, a point-wise and a depthwise convolution, an image's patches, an embedding, a head, and a marked map."""
+
+    def __init__(self):
+        super().__init__()
+        self.embeddings = nn.Linear(4, 4, bias=False)  # a name says nothing
+        self.point_wise_conv = nn.Conv2d(4, 8, 1, bias=False)
+        self.stem = nn.Conv2d(3, 4, 3, stride=2, bias=False)
+        self.depthwise = nn.Conv2d(4, 4, 3, groups=4, bias=False)
+        self.patches = nn.Conv2d(3, 4, 16, stride=16, bias=False)
+        self.table = nn.Embedding(5, 4)
+        self.lm_head = nn.Linear(4, 5, bias=False)
+        self.tied_head = nn.Linear(4, 5, bias=False)
+        self.tied_head.weight = self.table.weight
+        self.maps = nn.Linear(4, 4)
+        self.maps.use_adamw = True
+        self.frozen = nn.Linear(4, 4, bias=False).requires_grad_(False)
+
+
+def test_muon_trains_matrices_and_not_what_is_marked():
+    for model in (Mixed(), copy.deepcopy(Mixed())):  # a mark outlives a copy
+        muon, adamw = ([p for g in o.param_groups for p in g["params"]] for o in train.optimizers([model], 0.1, 0.1))
+        names = {id(p): name for name, p in model.named_parameters()}
+        assert {names[id(p)] for p in muon} == {"embeddings.weight", "point_wise_conv.weight", "stem.weight"}
+        assert {names[id(p)] for p in adamw} == {
+            *("depthwise.weight", "patches.weight", "table.weight", "lm_head.weight", "maps.weight", "maps.bias")
+        }
+
+
+def test_probes_and_adapters_are_marked():
+    import tiny
+
+    adapted = train.add_lora(tiny.house(), 2)
+    assert [type(o).__name__ for o in train.optimizers([adapted, copy.deepcopy(adapted)], 0.1, 0.1)] == ["AdamW"]
+    probes = losses.Probes(8)
+    muon, _ = train.optimizers([probes], 0.1, 0.1)
+    assert {id(p) for p in muon.param_groups[0]["params"]} == {id(probes.between.weight), id(probes.middle.weight)}

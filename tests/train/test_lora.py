@@ -8,13 +8,22 @@ import torch
 import tiny
 from mmrecipes import data, evaluate, models, prune, quantize, train
 from mmrecipes.errors import ParityError, UserError
+from mmrecipes.mini import curriculum
 
-COURSE = train.TrainConfig(6, 4, 0.001, 5e-3)
+CONFIG = train.TrainConfig(6, 4, 0.001, 5e-3)
 
 
 @pytest.fixture(scope="module")
 def rows():
     return data.questions("train", 8)
+
+
+def on_rows(model, rows, config=CONFIG, work=None):
+    return train.train_lora(model, train.RowBatches(model.get_base_model(), rows, config), config, work)
+
+
+def on_scenes(model, config, work=None):
+    return train.train_lora(model, curriculum.chat_batches("lora", config, model.processor.tokenizer), config, work)
 
 
 def logits(model, rows):
@@ -28,7 +37,7 @@ def test_adapters_begin_as_nothing_and_learn_alone(make, rows):
     assert torch.allclose(logits(model.get_base_model(), rows), logits(base, rows), atol=1e-5)
     assert all("lora_" in n for n, p in model.named_parameters() if p.requires_grad)
     before = {n: p.clone() for n, p in model.named_parameters()}
-    model = train.train_lora(model, COURSE, rows)
+    model = on_rows(model, rows)
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved and all("lora_" in n for n in moved)
     assert all(torch.equal(p, q) for p, q in zip(base.parameters(), make().parameters(), strict=True)), "a copy is adapted"
@@ -45,26 +54,26 @@ def test_the_loss_of_its_rows_falls(rows):
         return torch.nn.functional.cross_entropy(found, wanted).item()
 
     base = tiny.house()
-    taught = train.merge_lora(train.train_lora(train.add_lora(base, 4), train.TrainConfig(20, 4, 0.001, 1e-2), rows))
+    taught = train.merge_lora(on_rows(train.add_lora(base, 4), rows, train.TrainConfig(20, 4, 0.001, 1e-2)))
     assert loss(taught) < loss(base) - 0.3
 
 
-def test_house_lessons_are_the_default_and_parts_can_be_chosen(house_vlm, tmp_path):
+def test_parts_can_be_chosen_and_answers_are_logged_by_family(house_vlm, tmp_path):
     model = train.add_lora(models.load(house_vlm), 2, parts=("language",))
     assert not any("vision" in n for n, p in model.named_parameters() if p.requires_grad)
-    train.train_lora(model, train.TrainConfig(2, 4, 0.001, 1e-3), work=tmp_path)
-    assert "reading" in train.read_log(tmp_path), "lessons log what is right, by family"
+    on_scenes(model, train.TrainConfig(2, 4, 0.001, 1e-3), tmp_path)
+    assert "reading" in train.read_log(tmp_path)
 
 
-def test_house_lessons_reach_every_adapter(house_vlm):
-    model = train.train_lora(train.add_lora(models.load(house_vlm), 2), train.TrainConfig(2, 4, 0.001, 1e-3))
+def test_scenes_reach_every_adapter(house_vlm):
+    model = on_scenes(train.add_lora(models.load(house_vlm), 2), train.TrainConfig(2, 4, 0.001, 1e-3))
     assert all(p.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
 
 
 def test_a_training_is_taken_up_where_it_was_left(rows, tmp_path):
-    whole = train.train_lora(train.add_lora(tiny.house(), 2), COURSE, rows)
-    train.train_lora(train.add_lora(tiny.house(), 2), COURSE, rows, tmp_path)
-    again = train.train_lora(train.add_lora(tiny.house(), 2), COURSE, rows, tmp_path)  # its last checkpoint is the end
+    whole = on_rows(train.add_lora(tiny.house(), 2), rows)
+    on_rows(train.add_lora(tiny.house(), 2), rows, work=tmp_path)
+    again = on_rows(train.add_lora(tiny.house(), 2), rows, work=tmp_path)  # its last checkpoint is the end
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
 
@@ -74,7 +83,7 @@ def test_merging_fills_zeros_and_adapters_beside_keep_them(rows):
     with torch.no_grad():
         for _, layer in models.linears(sparse):
             layer.weight.copy_(prune.magnitude_prune(layer.weight, 0.5))
-    model = train.train_lora(train.add_lora(sparse, 4), COURSE, rows)
+    model = on_rows(train.add_lora(sparse, 4), rows)
 
     def zeros(m):
         return {n.replace(".base_layer", "").replace("base_model.model.", ""): (p == 0).float().mean().item()
@@ -93,12 +102,12 @@ def test_four_bit_matrices_are_adapted_too(house_vlm, rows, tmp_path):
         p.data = p.data.bfloat16() if p.is_floating_point() else p.data
     before = logits(four, rows).float()  # an answer may turn its weights round, where nothing could be trained or merged
     model = train.add_lora(four, 4)
-    lessons = train.TrainConfig(1, 4, 0.001, 0.0)  # the house model's own are in floats
-    train.train_lora(model, lessons, work=tmp_path / "w")
-    train.train_lora(train.add_lora(four, 4), lessons, work=tmp_path / "w")  # nothing left to do, but to read what was written
+    step = train.TrainConfig(1, 4, 0.001, 0.0)  # the scenes' images are in floats
+    on_scenes(model, step, tmp_path / "w")
+    on_scenes(train.add_lora(four, 4), step, tmp_path / "w")  # nothing left to do, but to read what was written
     packed = {n: p.clone() for n, p in model.named_parameters() if p.dtype == torch.uint8}
     assert packed, "the matrices are packed"
-    model = train.train_lora(model, COURSE, rows)
+    model = on_rows(model, rows)
     assert all(torch.equal(p, packed[n]) for n, p in model.named_parameters() if n in packed)
     found = logits(model.get_base_model(), rows)
     assert torch.isfinite(found).all() and not torch.allclose(found, before, atol=1e-3)
@@ -117,7 +126,7 @@ def test_bad_input_is_refused(rows):
     with pytest.raises(UserError, match="in wings; expected 1 or more, in vision"):
         train.add_lora(tiny.house(), 2, parts=("wings",))
     with pytest.raises(UserError, match="8 rows for batches of 16"):
-        train.train_lora(train.add_lora(tiny.house(), 2), train.TrainConfig(1, 16), rows)
+        on_rows(train.add_lora(tiny.house(), 2), rows, train.TrainConfig(1, 16))
     broken = train.add_lora(tiny.house(), 2)
     with torch.no_grad():
         next(p for n, p in broken.named_parameters() if "lora_B" in n).fill_(float("inf"))
@@ -137,7 +146,7 @@ def test_new_words_are_tokens_that_learn(make, tmp_path):
     assert torch.allclose(table[ids[0]], base.get_input_embeddings().weight[old].mean(0), atol=1e-6)
     rows = data.questions("train", 8)
     rows = rows.map(lambda r: {"answer": "pinkish", "question": "Is it heartlike?"})
-    model = train.train_lora(train.add_lora(grown, 4, words=ids), train.TrainConfig(20, 4, 0.001, 1e-2), rows)
+    model = on_rows(train.add_lora(grown, 4, words=ids), rows, train.TrainConfig(20, 4, 0.001, 1e-2))
     merged = train.merge_lora(model)
     merged.processor = grown.processor
     assert torch.allclose(logits(merged, rows), logits(model.get_base_model(), rows), atol=1e-4)
@@ -157,23 +166,3 @@ def test_words_that_cannot_be_added_are_refused(house_vlm):
     for words in ({"red": ["blue"]}, {"pink": []}, {}, {"pink": "red"}):
         with pytest.raises(UserError, match="give new words"):
             train.add_tokens(house, words)
-
-
-def test_lessons_of_what_no_other_lesson_shows(house_vlm):
-    from mmrecipes.data import scenes
-    from mmrecipes.mini import batches, curriculum
-
-    house = models.load(house_vlm)
-    tokenizer = house.processor.tokenizer
-    novel, mixed = (batches.NovelBatches(0, 8, 3, tokenizer, replay=r) for r in (False, True))
-
-    def new(batch):
-        texts = [tokenizer.decode(row.where(row != tokenizer.pad_token_id, 0)) for row in batch.ids]
-        return [sum(text.count(w) for w in scenes.NEW_WORDS) for text in texts]
-
-    assert all(count >= 12 for i in range(2) for count in new(novel[i])), "every question is about the new thing"
-    assert [min(new(mixed[i])) > 0 for i in range(4)] == [True, False, False, True]
-    plain = batches.ChatBatches(0, 8, 3, tokenizer)
-    assert all(torch.equal(a, b) for a, b in zip(plain[1], mixed[1], strict=True)), "the others are the ordinary ones"
-    assert curriculum.training_batches(house, COURSE, novel)[0] is novel
-    assert int(novel[0].labels[..., 1].max()) < len(scenes.COLOURS) and (novel[0].labels[..., 0] == 1).any()
