@@ -22,14 +22,14 @@ from torch import nn
 
 from mmrecipes import data, distill, evaluate, models, prune, quantize, train
 from mmrecipes.data import scenes
-from mmrecipes.mini import batches
+from mmrecipes.mini import batches, curriculum
 
 WORK = Path(__file__).resolve().parent.parent / "runs" / "lora"
 NEW = 1200  # test questions about new things
 LIKE = {w: (*scenes.COLOURS,) if w in scenes.NEW_COLOURS else scenes.SHAPES for w in scenes.NEW_WORDS}  # as what they begin
 RANK = 16
 WAYS = tuple(f"{what}, {told}" for told in ("new only", "new and old") for what in ("all weights", "LoRA"))
-COURSE = train.TrainConfig(600, 8, 0.0005, 2e-3)  # adapters and new words learn at adam_lr, whole matrices (Muon) at lr
+CONFIG = train.TrainConfig(600, 8, 0.0005, 2e-3)  # adapters and new words learn at adam_lr, whole matrices (Muon) at lr
 ZEROS = 0.7  # a share at which the smallest weights are missed
 BACK = train.TrainConfig(150, 8, 0.001, 1e-3)
 FEWER = 1050  # questions for what is slow
@@ -39,25 +39,25 @@ WHOLE = 1e-3  # adam_lr where all weights learn: embeddings and norms are in it 
 def trainings(work: Path = WORK, shrink: int = 1) -> dict[str, Callable[[], nn.Module]]:
     """Every model that is trained here, by name; each is trained when it is called, and taken up where it was left."""
     house, words = train.add_tokens(models.load("mini-vlm"), LIKE)
-    course, back = (replace(c, steps=max(2, c.steps // shrink)) for c in (COURSE, BACK))
-    begin = data.STUDENT_FIRST * 16 // course.batch
+    config, back = (replace(c, steps=max(2, c.steps // shrink)) for c in (CONFIG, BACK))
 
-    def lessons_of(replay: bool) -> batches.NovelBatches:
-        return batches.NovelBatches(begin, begin + course.steps, course.batch, house.processor.tokenizer, replay)
+    def novel(replay: bool) -> batches.NovelBatches:
+        return curriculum.novel_batches(config, house.processor.tokenizer, replay)
 
     def adapters(base: nn.Module, name: str, replay: bool) -> nn.Module:
-        return train.train_lora(train.add_lora(base, RANK, words=words), course, lessons_of(replay), work / _slug(name))
+        return train.train_lora(train.add_lora(base, RANK, words=words), novel(replay), config, work / _slug(name))
 
     def whole(name: str, replay: bool) -> nn.Module:
-        return distill.distill(house, None, replace(course, adam_lr=WHOLE), rows=lessons_of(replay), work=work / _slug(name))
+        return distill.distill(house, None, replace(config, adam_lr=WHOLE), rows=novel(replay), work=work / _slug(name))
 
     found: dict[str, Callable[[], nn.Module]] = {}
     for told, replay in {"new only": False, "new and old": True}.items():
         found[f"all weights, {told}"] = partial(whole, f"all weights, {told}", replay)
         found[f"LoRA, {told}"] = partial(adapters, house, f"LoRA, {told}", replay)
     found["NF4 + LoRA"] = lambda: adapters(_four_bits(house), "NF4 + LoRA", True)
+    ordinary = curriculum.chat_batches("lora", back, house.processor.tokenizer)
     found["pruned + LoRA"] = lambda: train.train_lora(
-        train.add_lora(_thin(house), RANK), back, work=work / _slug("pruned + LoRA")
+        train.add_lora(_thin(house), RANK), ordinary, back, work / _slug("pruned + LoRA")
     )
     slow = distill.Course(back.steps, back.batch, back.lr, 3e-4)
     kept = "pruned, all weights trained, zeros kept"

@@ -26,7 +26,7 @@ CALIBRATION = 64
 
 def calibration_sets() -> dict[str, Tensor]:
     """Pixels (N, 3, 128, 128): the right pictures, too few of them, and wrong ones."""
-    real, processor = cnn.pictures("calibration", CALIBRATION), cnn.make_image_processor()
+    real, processor = cnn.images("calibration", CALIBRATION), cnn.make_image_processor()
     clevr = [families.sort_of_clevr(seed)[0] for seed in range(CALIBRATION)]
     return {
         "real scenes": real,

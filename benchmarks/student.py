@@ -51,7 +51,7 @@ def run(work: Path = WORK, n: int | None = None, shrink: int = 1) -> dict:
     alone = distill.distill(student, None, _shorter(LABELS, shrink), work=work / "labels")
     spent["labels"] = train.read_log(work / "labels")
     kept.row("labels alone", lambda: answers(alone, rows) | {"minutes": spent["labels"]["seconds"][-1] / 60})
-    stages = tuple(replace(s, steps=max(2, SHORT[s.name] // shrink)) for s in vlm.STAGES)
+    stages = {name: replace(config, steps=max(2, SHORT[name] // shrink)) for name, config in vlm.STAGES.items()}
     blank = distill.make_student(teacher, SIZES, seen, inherit=False)
     untaught = models.load(vlm.train_mini_vlm(work / "nothing" / "model", work / "nothing", stages, model=blank))
     nothing = _log(untaught)
@@ -72,7 +72,7 @@ def _log(model: nn.Module) -> dict[str, list]:
     """What `train` logged of the stages with questions, their seconds after those of the stages before."""
     rows, before, found = json.loads((Path(model.name_or_path) / "training.json").read_text()), 0.0, []
     for stage in vlm.STAGES:
-        own = [r for r in rows if r["stage"] == stage.name]
+        own = [r for r in rows if r["stage"] == stage]
         found += [r | {"seconds": before + r["seconds"]} for r in own if "answer" in r]
         before += own[-1]["seconds"]
     return {k: [r.get(k) for r in found] for k in found[0] if k != "stage"}

@@ -54,7 +54,7 @@ def stages(name: str, work: Path = WORK, shrink: int = 1) -> dict[str, nn.Module
         return {"features": sees, "all": distill.distill(sees, teacher, _shorter(AFTER, shrink), work=at / "all")}
     start, pictures = None, None
     if name == "MobileNetV2 0.5":
-        start, pictures = house_cnn().mobilenet_v2, cnn.pictures("calibration", CALIBRATION // shrink)
+        start, pictures = house_cnn().mobilenet_v2, cnn.images("calibration", CALIBRATION // shrink)
     blank = distill.swap_vision_encoder(teacher, distill.ENCODERS[name], start)
     first = distill.match_features(blank, teacher, _shorter(FEATURES[name], shrink), at / "features", pictures)
     second = distill.align_connector(first, teacher, _shorter(CONNECTOR, shrink), at / "connector")

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mmrecipes import inference, models, quantize
-from mmrecipes.data import families
+from mmrecipes import data, inference, models, quantize
+from mmrecipes.data import families, scenes
 from mmrecipes.errors import UserError
 from mmrecipes.export.onnx import quantize as onnx_quantize
 from mmrecipes.export.onnx import tensorrt
@@ -47,7 +47,7 @@ def tower():
 
 @pytest.fixture(scope="module")
 def calibration():
-    return cnn.pictures("calibration", 64)
+    return cnn.images("calibration", 64)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,8 @@ def floats(tower, calibration, tmp_path_factory):
 
 def share(run) -> float:
     """Percent of the objects of 150 test pictures that are named right."""
-    return 100 * cnn.accuracy(run, 150).value
+    right = cnn.named(run, [scenes.make_scene(s) for s in data.SPLITS["test"][:150]])
+    return 100 * sum(right) / len(right)
 
 
 # ---- histograms and observers
