@@ -77,7 +77,9 @@ def broken_links(page: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md"], ids=lambda p: p.name
+)
 def test_links_exist(page):
     assert broken_links(page) == []
 
@@ -155,12 +157,12 @@ def project(tmp_path) -> Path:
     )
     nb = nbformat.v4.new_notebook(cells=[first, nbformat.v4.new_code_cell("print('ü')", execution_count=1)])
     nbformat.write(nb, tmp_path / "notebooks" / "00_it.ipynb")
-    regions = "\n\n".join(
-        f"<!-- begin:{r} -->\nold\n<!-- end:{r} -->"
-        for r in ("adapters", "badges", "bench", "distillation", "notebooks", "pruning", "quantization", "results")
-    )
-    (tmp_path / "README.md").write_text(f"# Title\n\n{regions}\n\nThe end.\n")
     (tmp_path / "results").mkdir()
+    pages = {"README.md": ("badges", "notebooks")}
+    pages["results/README.md"] = ("adapters", "bench", "distillation", "pruning", "quantization", "results")
+    for page, names in pages.items():
+        regions = "\n\n".join(f"<!-- begin:{name} -->\nold\n<!-- end:{name} -->" for name in names)
+        (tmp_path / page).write_text(f"# Title\n\n{regions}\n\nThe end.\n")
     measured = {"rows": [{"name": "00_it", "seconds": 66, "peak_mb": 912}]}
     (tmp_path / "results" / "notebooks.json").write_text(json.dumps(measured))
     (tmp_path / "results" / "tour.json").write_text(json.dumps({"environment": ENVIRONMENT, "rows": ROWS, "notes": ["A note."]}))
@@ -168,12 +170,15 @@ def project(tmp_path) -> Path:
 
 
 def test_fill_and_check(project):
-    assert {p.name for p in readme.stale(project)} == {"README.md", "00_it.ipynb"}
+    pages = {"README.md", "results/README.md", "notebooks/00_it.ipynb"}
+    assert {p.relative_to(project).as_posix() for p in readme.stale(project)} == pages
     for path, text in readme.expected(project).items():
         path.write_text(text)
     assert readme.stale(project) == []
+    results = (project / "results" / "README.md").read_text()
+    assert "| fp32 | 96.1 [95.0, 97.0] n=600 |" in results
     text = (project / "README.md").read_text()
-    assert "old" not in text
+    assert "old" not in text + results
     assert text.startswith("# Title\n")
     assert text.endswith("The end.\n")
     assert f"({URL.replace('github.com', 'mybinder.org/v2/gh')}/main?urlpath=lab/tree/notebooks/00_it.ipynb)" in text
@@ -259,9 +264,17 @@ def test_adapters_table_shows_what_was_learned_and_forgotten(project):
 def test_nothing_measured_is_said(project):
     for file in ("tour.json", "notebooks.json"):
         (project / "results" / file).unlink()
-    text = readme.expected(project)[project / "README.md"]
-    assert "Not measured yet" in text
-    assert "| What is / it? | - | - |" in text
+    texts = readme.expected(project)
+    assert "Not measured yet" in texts[project / "results" / "README.md"]
+    assert "| What is / it? | - | - |" in texts[project / "README.md"]
+
+
+def test_each_table_says_on_which_instruction_sets_it_was_measured(project):
+    environment = ENVIRONMENT | {"capabilities": ["sse4_2", "avx2", "avx512f", "avx512_vnni", "avx512_bf16"]}
+    variants = {"uniform 3 bits": {"change": {"points": -1.0, "low": -2.0, "high": 0.0}, "accuracy": {"n": 10}}}
+    (project / "results" / "plan.json").write_text(json.dumps({"environment": environment, "variants": variants}))
+    text = readme.expected(project)[project / "results" / "README.md"]
+    assert "- [plan.json](plan.json): A CPU, with AVX2 AVX512 VNNI bf16, 2 threads" in text
 
 
 @pytest.mark.parametrize(
@@ -272,7 +285,7 @@ def test_nothing_measured_is_said(project):
         ("<!-- begin:badgers --><!-- end:badgers -->", "no region badgers"),
         (
             "<!-- begin:badges --><!-- end:badges -->",
-            "has no region adapters, bench, distillation, notebooks, pruning, quantization, results",
+            "has no region notebooks",
         ),
     ],
 )

@@ -1,9 +1,8 @@
-"""Fills the generated regions of README.md and of the notebooks' first cells; with --check, says which are stale instead.
+"""Fills the generated regions of README.md, results/README.md and the notebooks' first cells; --check says which are stale.
 
-A region lies between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. README.md has `badges`, `notebooks` (a table from
-results/notebooks.json), `results` (a table from results/tour.json), `quantization`,
-`pruning`, `distillation` and `adapters` (what chapters 1 to 3 cost) and `bench`; a notebook has `badges` and, if it likes,
-`cost`.
+A region lies between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. README.md has `badges` and `notebooks` (a table from
+results/notebooks.json). results/README.md has `results` (from results/tour.json), `quantization`, `pruning`, `distillation` and
+`adapters` (what chapters 1 to 3 cost) and `bench`. A notebook has `badges` and, if it likes, `cost`.
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from recipes import ROOT, heading, repository
 
+UNMEASURED = "Not measured yet: `make results`."
 REGION = re.compile(r"<!-- begin:(\w+) -->\n?(.*?)\n?<!-- end:\1 -->", re.DOTALL)
 COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (  # key of a row, heading, how a value is printed
     ("name", "variant", str),
@@ -50,7 +50,7 @@ PRUNING = (  # the same, and how much is gone
     ("pruned.json", "magnitude, 50%", "zeros: the smallest weights of each layer", "50% of the weights"),
     ("pruned.json", "SparseGPT, 50%", "zeros: SparseGPT", "50% of the weights"),
     ("pruned.json", "SparseGPT, 2:4", "zeros: SparseGPT, two of each four", "50% of the weights"),
-    ("structured.json", "cut", "FFN columns cut out of both towers", "{cut:.0%} of the parameters"),
+    ("structured.json", "cut", "FFN neurons cut out of vision encoder and language model", "{cut:.0%} of the parameters"),
     (
         "structured.json",
         "recovered with its parent",
@@ -64,7 +64,7 @@ PRUNING = (  # the same, and how much is gone
         "the same, a quarter kept, but all for questions that count",
         "{dropped:.0%} of them",
     ),
-    ("tokens.json", "merge 50% in the tower", "visual tokens merged in the vision tower", "50% of them, at its end"),
+    ("tokens.json", "merge 50% in the tower", "visual tokens merged in the vision encoder", "50% of them, at its end"),
 )
 
 DISTILLATION = (  # the same, and of which answers the points are
@@ -74,12 +74,12 @@ DISTILLATION = (  # the same, and of which answers the points are
     (
         "swap.json",
         "ShuffleNetV2 1.0x: all",
-        "`mini-vlm` with a ShuffleNetV2 for an eye, {minutes in all:.0f} minutes from nothing",
+        "`mini-vlm` with a ShuffleNetV2 as vision encoder, {minutes in all:.0f} minutes from nothing",
         None,
     ),
     ("swap.json", "MobileNetV2 0.5: all", "with a MobileNetV2, {minutes in all:.0f} minutes from `mini-cnn`", None),
     ("swap.json", "ViT, smaller: all", "with a smaller ViT, {minutes in all:.0f} minutes from its own", None),
-    ("dual.json", "taught", "a smaller `mini-siglip`, taught for {minutes:.0f} minutes: pictures find their captions", "to_text"),
+    ("dual.json", "taught", "a smaller `mini-siglip`, taught for {minutes:.0f} minutes: images find their captions", "to_text"),
     ("dual.json", "pairs alone", "the same, from pairs alone, {minutes:.0f} minutes", "to_text"),
 )
 
@@ -90,6 +90,10 @@ ADAPTERS = {  # of lora.json, how each way to learn is called
     "LoRA, new and old": "LoRA, with as many old examples",
     "NF4 + LoRA": "the same on four bits (QLoRA)",
 }
+
+
+SETS = {"avx2": "AVX2", "avx512f": "AVX512", "avx512_vnni": "VNNI", "avx_vnni": "AVX-VNNI", "avx512_bf16": "bf16"}
+SETS |= {"amx_int8": "AMX int8", "amx_bf16": "AMX bf16", "neon": "NEON", "i8mm": "i8mm", "bf16": "bf16", "sve": "SVE"}
 
 
 def badges(url: str, notebook: str | None = None) -> str:
@@ -143,7 +147,7 @@ def quantization_table(results: Path) -> str:
             times = f"{row['times_smaller']:.1f}x" if "times_smaller" in row else "-"
             rows.append([called, times, f"{c['points']:+.1f} [{c['low']:+.1f}, {c['high']:+.1f}]"])
     head = ["weights of `mini-vlm`", "smaller than fp32", f"points of accuracy, on {n} questions [95% interval]"]
-    return table(head, rows) if rows else "Not measured yet: `make results`."
+    return table(head, rows) if rows else UNMEASURED
 
 
 def pruning_table(results: Path) -> str:
@@ -163,7 +167,7 @@ def pruning_table(results: Path) -> str:
                 ]
             )
     if not rows:
-        return "Not measured yet: `make results`."
+        return UNMEASURED
     notes = []
     if cut.get("times faster"):
         t = cut["times faster"]["cut"]
@@ -174,7 +178,7 @@ def pruning_table(results: Path) -> str:
     if speed.get("prefill"):
         quarter, merged = speed["prefill"]["keep 25%, attention, layer 2"]["faster"], speed["ttft"]["merge 50%"]["faster"]
         notes.append(
-            "With the dimensions of SmolVLM-256M, random weights and a picture of four tiles, dropping 75% of the visual tokens"
+            "With the dimensions of SmolVLM-256M, random weights and an image of four tiles, dropping 75% of the visual tokens"
             f" makes the language prefill {quarter:.1f} times as fast, and merging 50% of the patches brings the first token"
             f" {merged:.1f} times as fast. Zeros alone make no dense kernel faster (notebook 20)."
         )
@@ -192,15 +196,15 @@ def distillation_table(results: Path) -> str:
             points = f"{c['points']:+.1f} [{c['low']:+.1f}, {c['high']:+.1f}]"
             rows.append([called.format(**row), f"{row.get('share', content.get('share')):.0%}", points, str(c["n"])])
     if not rows:
-        return "Not measured yet: `make results`."
+        return UNMEASURED
     shown = table(["a smaller model", "of the parameters", "points against its teacher [95% interval]", "asked"], rows)
     faster = ", ".join(f"{v:.1f} times ({k.removeprefix('a question, ')})" for k, v in speed.items() if "ONNX" in k)
     said = [f"The taught student answers a question faster than its teacher: {faster}."] if faster else []
-    return "\n\n".join([shown, *said, *swapped_eyes(load(results / "swap.json"))])
+    return "\n\n".join([shown, *said, *swapped_encoders(load(results / "swap.json"))])
 
 
-def swapped_eyes(content: dict[str, Any]) -> list[str]:
-    """In one sentence: ms a picture of the ShuffleNetV2 eye and of the ViT, both in static int8; none if not measured."""
+def swapped_encoders(content: dict[str, Any]) -> list[str]:
+    """In one sentence: ms an image of the ShuffleNetV2 and of the ViT, both in static int8; none if not measured."""
     told = content.get("runtime, OpenVINO", {})  # answers do not depend on threads
     wheres = {"OpenVINO, 1 thread": "OpenVINO, 1 thread", "runtime, OpenVINO": "OpenVINO", "runtime": "ONNX Runtime"}
     parts = []
@@ -212,7 +216,7 @@ def swapped_eyes(content: dict[str, Any]) -> list[str]:
             threads = "" if "thread" in key else f", {content['threads']} threads"
             ms = f"{swapped['ms']['median']:.1f} against {own['ms']['median']:.1f} ms"
             parts.append(f"{ms}, {points:+.1f} points ({name}{threads})")
-    return [f"A picture, seen by the ShuffleNetV2 against the ViT in static int8: {'; '.join(parts)}."] if parts else []
+    return [f"One image through the ShuffleNetV2 against the ViT, both in static int8: {'; '.join(parts)}."] if parts else []
 
 
 def adapters_table(results: Path) -> str:
@@ -224,7 +228,7 @@ def adapters_table(results: Path) -> str:
             learned = f"{new['value']:.0%} [{100 * new['low']:.0f}, {100 * new['high']:.0f}]"
             rows.append([called, learned, f"{old['points']:+.1f} [{old['low']:+.1f}, {old['high']:+.1f}]", str(old["n"])])
     if not rows:
-        return "Not measured yet: `make results`."
+        return UNMEASURED
     first = content["variants"]["before"]["new"]["accuracy"]
     new = f"of {first['n']} new questions, {first['value']:.0%} before"
     return table(["two colours and two shapes, learned by", new, "points on old questions [95% interval]", "old"], rows)
@@ -250,6 +254,7 @@ def where(environment: dict[str, Any]) -> str:
     commit, _, dirty = (environment.get("commit") or "").partition("+")
     known = (
         ("{}", environment.get("cpu")),
+        ("with {}", " ".join(SETS[c] for c in environment.get("capabilities", ()) if c in SETS)),
         ("{}", environment.get("gpu")),
         ("{} threads", environment.get("threads")),
         ("{} GB", environment.get("memory_gb")),
@@ -258,6 +263,16 @@ def where(environment: dict[str, Any]) -> str:
         ("commit {}", commit[:10] + (" with changes" if dirty else "") if commit else None),
     )
     return ", ".join(text.format(value) for text, value in known if value)
+
+
+def measured_on(results: Path, files: Iterable[str]) -> str:
+    """On which machine, when and at which commit each of `files` in results/ was measured: a line for each that was."""
+    lines = []
+    for file in dict.fromkeys(files):
+        environment = load(results / file).get("environment")
+        if environment:
+            lines.append(f"- [{file}]({file}): {where(environment)}")
+    return "Measured on:\n\n" + "\n".join(lines) if lines else ""
 
 
 def fill(text: str, regions: dict[str, str], where: str) -> str:
@@ -276,7 +291,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def expected(root: Path = ROOT) -> dict[Path, str]:
-    """README.md and every notebook -> the text each should have."""
+    """README.md, results/README.md and every notebook -> the text each should have."""
     url = repository(root)
     measured = load(root / "results" / "notebooks.json")["rows"]
     cost = {
@@ -294,23 +309,36 @@ def expected(root: Path = ROOT) -> dict[Path, str]:
             nb["cells"][0]["source"] = new.splitlines(keepends=True)
             text = json.dumps(nb, indent=1, ensure_ascii=False) + "\n"
         texts[path] = text
-    tour = load(root / "results" / "tour.json")
-    bench = load(root / "results" / "bench.json")
-    regions = {
-        "adapters": adapters_table(root / "results"),
-        "badges": badges(url, next(iter(titles), None)),
-        "bench": bench_table(bench) if bench["rows"] else "Not measured yet: `make bench`.",
-        "distillation": distillation_table(root / "results"),
-        "notebooks": notebook_table(titles, measured),
-        "pruning": pruning_table(root / "results"),
-        "quantization": quantization_table(root / "results"),
-        "results": result_table(tour) if tour["rows"] else "Not measured yet: `make results`.",
-    }
-    readme = root / "README.md"
-    texts[readme] = fill(readme.read_text(encoding="utf-8"), regions, readme.name)
-    if missing := [name for name in regions if f"<!-- begin:{name} -->" not in texts[readme]]:
-        raise ValueError(f"README.md has no region {', '.join(missing)}: add <!-- begin:NAME --> and <!-- end:NAME -->")
+    texts[root / "README.md"] = filled(
+        root / "README.md",
+        {"badges": badges(url, next(iter(titles), None)), "notebooks": notebook_table(titles, measured)},
+    )
+    texts[root / "results" / "README.md"] = filled(root / "results" / "README.md", result_regions(root / "results"))
     return texts
+
+
+def result_regions(results: Path) -> dict[str, str]:
+    """The regions of results/README.md: each table, and on which machines its files were measured."""
+    tour, bench = load(results / "tour.json"), load(results / "bench.json")
+    tables = {
+        "quantization": (quantization_table(results), [row[0] for row in QUANTIZATION]),
+        "pruning": (pruning_table(results), [*(row[0] for row in PRUNING), "tokens-speed.json"]),
+        "distillation": (distillation_table(results), [row[0] for row in DISTILLATION]),
+        "adapters": (adapters_table(results), ["lora.json"]),
+    }
+    regions = {name: f"{shown}\n\n{measured_on(results, files)}".strip() for name, (shown, files) in tables.items()}
+    regions["bench"] = bench_table(bench) if bench["rows"] else "Not measured yet: `make bench`."
+    regions["results"] = result_table(tour) if tour["rows"] else UNMEASURED
+    return regions
+
+
+def filled(path: Path, regions: dict[str, str]) -> str:
+    """The text of `path` with all its regions filled. ValueError where one is missing."""
+    name = path.relative_to(path.parents[1] if path.parent.name == "results" else path.parent).as_posix()
+    text = fill(path.read_text(encoding="utf-8"), regions, name)
+    if missing := [region for region in sorted(regions) if f"<!-- begin:{region} -->" not in text]:
+        raise ValueError(f"{name} has no region {', '.join(missing)}: add <!-- begin:NAME --> and <!-- end:NAME -->")
+    return text
 
 
 def stale(root: Path = ROOT) -> list[Path]:
