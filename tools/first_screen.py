@@ -1,4 +1,4 @@
-"""Draws results/first_screen.png, the README's picture: a scene, a question, the answers of three variants; size against accuracy.
+"""Draws results/first_screen.png, the picture of the README: a scene, questions, three variants' answers; size against accuracy.
 
 The answers are computed here; sizes and accuracies come from results/tour.json (`make results`).
 """
