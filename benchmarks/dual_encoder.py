@@ -56,15 +56,15 @@ def _shorter(course: train.TrainConfig, shrink: int) -> train.TrainConfig:
 def _found(model: nn.Module, seen: evaluate.Gallery, index: list[Tensor]) -> dict:
     easy, n = evaluate.retrieval_scores(model, seen), len(seen.images)
     hard = evaluate.retrieval_scores(model, seen, min(n, HARDER))
-    row = {k: asdict(getattr(easy, k)) for k in ("to_text", "to_image", "told_apart", "matching")}
-    row |= {f"{k}, harder pool": asdict(getattr(hard, k)) for k in ("to_text", "to_image")}
+    row = {k: asdict(getattr(easy, k)) for k in ("text_r1", "image_r1", "hard_negative_accuracy", "matching_accuracy")}
+    row |= {f"{k}, harder pool": asdict(getattr(hard, k)) for k in ("text_r1", "image_r1")}
     image, text = evaluate.embeddings(model, seen.images), evaluate.embeddings(model, texts=seen.captions)
     old, own = [], torch.arange(evaluate.POOL)
     for i in range(0, n, evaluate.POOL):
         part = slice(i, i + evaluate.POOL)
         old += ((image[part] @ torch.cat([texts[part] for texts in index]).T).argmax(-1) == own).tolist()
-    row["to_text, the teacher's texts"] = asdict(evaluate.wilson(sum(old), n))
-    right = easy.right | {"harder": hard.right["to_text"], "old": old}
+    row["text_r1, the teacher's texts"] = asdict(evaluate.wilson(sum(old), n))
+    right = easy.right | {"harder": hard.right["text_r1"], "old": old}
     return row | {"gap": evaluate.modality_gap(image, text), "right": right}
 
 

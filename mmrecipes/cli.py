@@ -113,7 +113,7 @@ def evaluate(
     if hasattr(loaded, "logit_scale"):  # SigLIP, CLIP: it compares pictures with texts
         found = retrieval.retrieval_report(loaded, n or 1000)
         for what, share in found.items():
-            typer.echo(f"{what:28s} {share}")
+            typer.echo(f"{what:30s} {share}")
         if out:
             saving.write_json(out, {"environment": machine.environment(), "model": model, **found})
         return

@@ -79,8 +79,10 @@ def test_evaluate_tells_how_well_pictures_and_captions_find_each_other(tmp_path)
     done = run("evaluate", "mini-siglip", "--n", 100, "--out", "r.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "r.json").read_text())
-    assert found["to_text"]["n"] == 100 and found["environment"]["torch"]
-    assert {"to_text", "to_image", "told_apart", "matching", "zero-shot colour"} <= {k for k in found if k in done.stdout}
+    assert found["text_r1"]["n"] == 100 and found["environment"]["torch"]
+    assert {"text_r1", "image_r1", "hard_negative_accuracy", "matching_accuracy", "zero-shot colour"} <= {
+        k for k in found if k in done.stdout
+    }
     check(run("evaluate", "mini-siglip", "--n", 150, cwd=tmp_path), tmp_path, "150", "100")
 
 

@@ -236,7 +236,7 @@ def test_distillation_table_shows_what_was_measured(project):
     student = {"variants": {"taught": row, "labels alone": row}, "share": 0.274}
     student["times faster"] = {"a question, ONNX Runtime fp32, 1 thread": 2.11, "a question, PyTorch": 1.5}
     (project / "results" / "student.json").write_text(json.dumps(student))
-    dual = {"variants": {"taught": row | {"change": {"to_text": row["change"]}}}, "share": 0.38}
+    dual = {"variants": {"taught": row | {"change": {"text_r1": row["change"]}}}, "share": 0.38}
     (project / "results" / "dual.json").write_text(json.dumps(dual))
     lines = readme.distillation_table(project / "results").splitlines()
     assert lines[2] == "| a student of `mini-vlm`, taught for 16 minutes | 27% | -0.7 [-1.2, -0.2] | 4200 |"

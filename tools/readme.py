@@ -79,8 +79,8 @@ DISTILLATION = (  # the same, and of which answers the points are
     ),
     ("swap.json", "MobileNetV2 0.5: all", "with a MobileNetV2, {minutes in all:.0f} minutes from `mini-cnn`", None),
     ("swap.json", "ViT, smaller: all", "with a smaller ViT, {minutes in all:.0f} minutes from its own", None),
-    ("dual.json", "taught", "a smaller `mini-siglip`, taught for {minutes:.0f} minutes: images find their captions", "to_text"),
-    ("dual.json", "pairs alone", "the same, from pairs alone, {minutes:.0f} minutes", "to_text"),
+    ("dual.json", "taught", "a smaller `mini-siglip`, taught for {minutes:.0f} minutes: images find their captions", "text_r1"),
+    ("dual.json", "pairs alone", "the same, from pairs alone, {minutes:.0f} minutes", "text_r1"),
 )
 
 ADAPTERS = {  # of lora.json, how each way to learn is called

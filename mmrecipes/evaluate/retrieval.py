@@ -32,16 +32,16 @@ CHOICES = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES)}
 class RetrievalResult:
     """What `retrieval` found, each with a 95% Wilson interval, and per query whether it was right.
 
-    `to_text`: R@1, a picture's caption among those of POOL pictures and as many hard negatives; `to_image`: the same, a
-    caption's picture among POOL pictures and as many with one object changed. `told_apart`: the true caption scores higher than
-    its own hard negative. `matching`: is the pair of picture and text a true one, yes or no, asked of both captions.
+    `text_r1`: R@1, an image's caption among those of POOL images and as many hard negatives; `image_r1`: the same, a caption's
+    image among POOL images and as many with one object changed. `hard_negative_accuracy`: the true caption scores higher than
+    its own hard negative. `matching_accuracy`: is the pair of image and text a true one, yes or no, asked of both captions.
     """
 
-    to_text: Share
-    to_image: Share
-    told_apart: Share
-    matching: Share | None  # None for CLIP, which has no yes or no
-    attributes: dict[str, Share]  # `told_apart`, by the attribute that is false
+    text_r1: Share
+    image_r1: Share
+    hard_negative_accuracy: Share
+    matching_accuracy: Share | None  # None for CLIP, which has no yes or no
+    attributes: dict[str, Share]  # `hard_negative_accuracy`, by the attribute that is false
     right: dict[str, list[bool]] = field(repr=False)  # of the first three, for paired comparisons
 
 
@@ -114,25 +114,25 @@ def retrieval_scores(model: nn.Module, seen: Gallery, pool: int = POOL) -> Retri
         raise UserError(f"retrieval: {n} scenes in pools of {pool}; expected a multiple of the pool, at least one")
     image, near = embeddings(model, seen.images), embeddings(model, seen.near_images)
     true, wrong = embeddings(model, texts=seen.captions), embeddings(model, texts=seen.negatives)
-    to_text, to_image = [], []
+    text_r1, image_r1 = [], []
     for i in range(0, n, pool):
         part, own = slice(i, i + pool), torch.arange(pool, device=image.device)
-        to_text += ((image[part] @ torch.cat([true[part], wrong[part]]).T).argmax(-1) == own).tolist()
-        to_image += ((true[part] @ torch.cat([image[part], near[part]]).T).argmax(-1) == own).tolist()
+        text_r1 += ((image[part] @ torch.cat([true[part], wrong[part]]).T).argmax(-1) == own).tolist()
+        image_r1 += ((true[part] @ torch.cat([image[part], near[part]]).T).argmax(-1) == own).tolist()
     fits, fails = (image * true).sum(-1), (image * wrong).sum(-1)
     told = (fits > fails).tolist()
-    matching = None
+    matching_accuracy = None
     if hasattr(model, "logit_bias"):
         border = -model.logit_bias.float() / model.logit_scale.float().exp()  # the cosine at which it says yes
-        matching = wilson(int((fits > border).sum() + (fails <= border).sum()), 2 * n)
+        matching_accuracy = wilson(int((fits > border).sum() + (fails <= border).sum()), 2 * n)
     kinds = {k: [t for t, key in zip(told, seen.attributes, strict=True) if key == k] for k in sorted(set(seen.attributes))}
     return RetrievalResult(
-        wilson(sum(to_text), n),
-        wilson(sum(to_image), n),
+        wilson(sum(text_r1), n),
+        wilson(sum(image_r1), n),
         wilson(sum(told), n),
-        matching,
+        matching_accuracy,
         {k: wilson(sum(v), len(v)) for k, v in kinds.items()},
-        {"to_text": to_text, "to_image": to_image, "told_apart": told},
+        {"text_r1": text_r1, "image_r1": image_r1, "hard_negative_accuracy": told},
     )
 
 
@@ -178,9 +178,9 @@ def zero_shot(model: nn.Module, split: str = "test", n: int = 1000) -> dict[str,
 def retrieval_report(model: nn.Module, n: int = 1000) -> dict[str, Share]:
     """All of the above on the test split, {what: share}, on `n` scenes: a multiple of POOL."""
     found = retrieval_scores(model, gallery(n=n))
-    shares = {"to_text": found.to_text, "to_image": found.to_image, "told_apart": found.told_apart}
-    shares |= {f"told_apart, {k}": v for k, v in found.attributes.items()}
-    shares |= {"matching": found.matching} if found.matching else {}
+    shares = {"text_r1": found.text_r1, "image_r1": found.image_r1, "hard_negative_accuracy": found.hard_negative_accuracy}
+    shares |= {f"hard_negative_accuracy, {k}": v for k, v in found.attributes.items()}
+    shares |= {"matching_accuracy": found.matching_accuracy} if found.matching_accuracy else {}
     return shares | {f"zero-shot {k}": v for k, v in zero_shot(model, n=n).items()}
 
 

@@ -52,22 +52,23 @@ def test_a_perfect_model_is_perfect_and_one_that_is_blind_to_the_change_is_not(s
     table = {i.tobytes(): k for k, i in enumerate(seen.images)} | {c: k for k, c in enumerate(seen.captions)}
     apart = {i.tobytes(): 20 + k for k, i in enumerate(seen.near_images)} | {c: 20 + k for k, c in enumerate(seen.negatives)}
     found = evaluate.retrieval_scores(Perfect(table | apart, 40), seen, pool=10)
-    assert [s.value for s in (found.to_text, found.to_image, found.told_apart, found.matching)] == [1, 1, 1, 1]
-    assert found.to_text.n == 20 and found.matching.n == 40 and sum(s.n for s in found.attributes.values()) == 20
+    shares = (found.text_r1, found.image_r1, found.hard_negative_accuracy, found.matching_accuracy)
+    assert [s.value for s in shares] == [1, 1, 1, 1]
+    assert found.text_r1.n == 20 and found.matching_accuracy.n == 40 and sum(s.n for s in found.attributes.values()) == 20
     same = {i.tobytes(): k for k, i in enumerate(seen.near_images)} | {c: k for k, c in enumerate(seen.negatives)}
     blind = evaluate.retrieval_scores(Perfect(table | same, 40), seen, pool=10)
-    assert blind.told_apart.value == 0 and blind.matching.value == 0.5, "a tie is no telling apart"
+    assert blind.hard_negative_accuracy.value == 0 and blind.matching_accuracy.value == 0.5, "a tie is no telling apart"
 
 
 def test_a_random_model_finds_by_chance(seen):
     found = evaluate.retrieval_scores(tiny.siglip_128(), evaluate.gallery("validation", 100), pool=50)
-    assert found.to_text.value < 0.2 and found.to_image.value < 0.2
-    assert 0.2 < found.told_apart.value < 0.8 and len(found.right["to_text"]) == 100
+    assert found.text_r1.value < 0.2 and found.image_r1.value < 0.2
+    assert 0.2 < found.hard_negative_accuracy.value < 0.8 and len(found.right["text_r1"]) == 100
 
 
 def test_clip_is_measured_too(seen):
     found = evaluate.retrieval_scores(tiny.clip_128(), seen, pool=10)
-    assert found.to_text.n == 20 and found.matching is None, "CLIP has no yes or no"
+    assert found.text_r1.n == 20 and found.matching_accuracy is None, "CLIP has no yes or no"
     assert evaluate.zero_shot(tiny.clip_128(), "validation", 4)["colour"].n == 4
 
 
