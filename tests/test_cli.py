@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -25,17 +24,14 @@ def run(*args, cwd):
     )
 
 
-def test_importing_the_package_takes_no_time():
-    code = "import time; t = time.perf_counter(); import mmrecipes; print(time.perf_counter() - t)"
-    times = [float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout) for _ in range(3)]
-    assert min(times) < 1
+def test_importing_the_package_loads_no_large_library():
+    code = "import sys, mmrecipes; print(sorted({'torch', 'transformers', 'datasets', 'matplotlib', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
 def test_the_tour_shows_all_and_writes_a_page_that_stands_alone(tmp_path):
-    start = time.perf_counter()
     done = run("tour", "--n", 300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - start < 180
     for word in ("million parameters", "prefill", "int8 dynamic", "4-bit exported", "2-bit simulated", "TTFT", "tour.html"):
         assert word in done.stdout
     page = (tmp_path / "tour.html").read_text()
@@ -172,10 +168,10 @@ def test_pictures_and_question_belong_together(tmp_path):
 
 def test_an_unwritable_output_is_told_before_any_work(tmp_path):
     (tmp_path / "file").write_text("")
-    start = time.perf_counter()
-    check(run("tour", "--out", "file/tour.html", cwd=tmp_path), tmp_path, "file/tour.html", "--out")
-    check(run("tour", "--out", ".", cwd=tmp_path), tmp_path, "--out")
-    assert time.perf_counter() - start < 60
+    for out in ("file/tour.html", "."):
+        done = run("tour", "--out", out, cwd=tmp_path)
+        check(done, tmp_path, out, "--out")
+        assert "million parameters" not in done.stdout, "the tour began"
     check(run("tour", "--n", 10**6, cwd=tmp_path), tmp_path, "1000000")
 
 

@@ -229,7 +229,8 @@ def test_execute_in_place(tmp_path):
     code(nb, 0).source = "block = bytearray(150_000_000)\nblock[::4096] = bytes(len(block[::4096]))\nprint(len(block))\ndel block"
     code(nb, 1).source = (
         "import subprocess, sys\n"
-        "hold = 'import time; x = bytearray(300_000_000); x[::4096] = bytes(len(x[::4096])); time.sleep(1)'\n"
+        # three seconds are long enough to be seen by the poll of 0.1 s, on a busy machine, too
+        "hold = 'import time; x = bytearray(300_000_000); x[::4096] = bytes(len(x[::4096])); time.sleep(3)'\n"
         "print(subprocess.run([sys.executable, '-c', hold]).returncode)"
     )
     code(nb, 5).source = RECIPE.replace("torch", "json").replace("json.ones(1)", "json.dumps(1)")

@@ -7,7 +7,6 @@ import math
 import re
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -80,19 +79,6 @@ def test_rendering_shows_each_object_where_the_scene_says(size):
 def test_rendering_refuses_other_sizes(size):
     with pytest.raises(ValueError, match=f"size is {size} px.*between 64 and 1024"):
         scenes.render(scenes.make_scene(0), size)
-
-
-@pytest.mark.parametrize("size", [96, 128])
-def test_rendering_takes_under_two_milliseconds(size):
-    drawn = [scenes.make_scene(s) for s in range(100)]
-    scenes.render(drawn[0], size)
-    rounds = []
-    for _ in range(3):  # the best of three: other processes may use the machine
-        start = time.process_time()
-        for scene in drawn:
-            scenes.render(scene, size)
-        rounds.append((time.process_time() - start) / len(drawn))
-    assert min(rounds) < 0.002
 
 
 # ---- an independent check of every answer: questions are read back from their English, and worked out another way

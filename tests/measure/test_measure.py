@@ -6,7 +6,6 @@ import json
 import platform
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -130,14 +129,9 @@ def test_commit_is_of_the_repository_that_tracks_the_package(tmp_path, monkeypat
     assert measure.environment()["commit"] == git("rev-parse", "HEAD") + "+dirty"
 
 
-def test_machine_peaks_are_reached_by_a_plain_product():
-    begin = time.process_time()
+def test_machine_peaks_are_of_every_format_and_name_the_kernel():
     peaks = measure.machine_peaks()
-    assert time.process_time() - begin < 10 * torch.get_num_threads()  # about 1 on an idle machine
-    a = torch.randn(256, 256)
-    low = measure.wall({"fp32": lambda: a @ a})["fp32"]["median"]
-    assert peaks["fp32"] > 0.3 * 2 * 256**3 / low / 1e6
-    assert all(peaks[k] > 0 for k in ("bf16", "int8", "bandwidth"))
+    assert all(0 < peaks[k] < float("inf") for k in ("fp32", "bf16", "int8", "bandwidth"))
     assert peaks["int8_kernel"] in ("torch._int_mm", "onednn.qlinear")
 
 
@@ -277,8 +271,8 @@ def test_wall_collects_garbage_again_after_an_error():
     assert gc.isenabled()
 
 
-def test_wall_orders_cheap_and_dear():
-    found = measure.wall({"dear": lambda: time.sleep(0.03), "cheap": lambda: None}, repeats=3)
+def test_wall_orders_cheap_and_dear(clock):
+    found = measure.wall({"dear": lambda: clock.pass_(30), "cheap": lambda: None}, repeats=3)
     assert found["dear"]["median"] >= 30 > found["cheap"]["median"]
     assert all(t["low"] <= t["median"] <= t["high"] for t in found.values())
 
@@ -455,14 +449,3 @@ def test_roofline_follows_its_two_roofs(house):
 def test_roofline_leaves_out_what_has_no_kernel(house):
     rows = measure.roofline(house, chat(house), PEAKS | {"int8": 0.0})
     assert {r["precision"] for r in rows} == {"fp32", "bf16", "int4"}
-
-
-@pytest.mark.parametrize("make", [tiny.house, tiny.llava])
-def test_roofline_is_below_what_is_measured(make):
-    model = make()
-    runs = [measure.machine_peaks() for _ in range(3)]  # a peak is the best that was ever seen
-    rows = measure.roofline(model, chat(model), {k: max(run[k] for run in runs) for k in PEAKS})
-    found = measure.latency({"fp32": model}, chat(model), repeats=3)["fp32"]
-    for row in rows:
-        if row["precision"] == "fp32":
-            assert 0 < row["bound_ms"] <= 1.3 * found[row["stage"]]["median"], row["stage"]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tiny
@@ -17,20 +17,60 @@ METHODS = {
 SEEDS, BITS, GROUP = st.integers(0, 10**6), st.integers(2, 8), st.sampled_from([None, 16])
 
 
-@given(SEEDS, BITS, GROUP, st.sampled_from(sorted(METHODS)))
-@settings(max_examples=40, deadline=None)
-def test_every_method_leaves_few_values_a_row_and_beats_plain_rounding_on_the_output(seed, bits, group, method):
+def weighted_error(w: torch.Tensor, rounded: torch.Tensor, importance: torch.Tensor) -> float:
+    """Sum of the squared errors of the weights (out, in), each times the importance (in,) of its input."""
+    return ((w - rounded).double().square() * importance.double()).sum().item()
+
+
+@given(SEEDS, BITS, GROUP)
+@example(100_000, 7, None)
+def test_a_searched_scale_is_never_worse_for_what_it_minimizes(seed, bits, group):
+    """The scale of the largest weight is among those tried, so the weights' error can't grow, plain or weighted by importance.
+
+    The error of the layer's *output* can: it also depends on how inputs hang together, which the search does not look at. The
+    seed in the example makes a layer whose output is 2.8% worse than with the plain scale. A symmetric matrix H is at most
+    `spread` times as steep in one direction as its diagonal says, and that bounds it.
+    """
+    w, h = tiny.weight_and_hessian(seed)
+    plain = quantize.round_to_nearest(w, bits, "group" if group else "channel", group or 32)
+    diagonal = h.diagonal()
+    rounded = {"plain": quantize.search_round(w, bits, group), "weighted": quantize.search_round(w, bits, group, diagonal)}
+    assert weighted_error(w, rounded["plain"], torch.ones(32)) <= (1 + 1e-5) * weighted_error(w, plain, torch.ones(32))
+    assert weighted_error(w, rounded["weighted"], diagonal) <= (1 + 1e-5) * weighted_error(w, plain, diagonal)
+    spread = torch.linalg.eigvalsh(h / (diagonal.sqrt()[:, None] * diagonal.sqrt())).max().item()
+    output = quantize.output_error(w, rounded["weighted"], h)
+    assert output <= (1 + 1e-3) * spread * weighted_error(w, rounded["weighted"], diagonal)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_searched_scale_lowers_the_output_error_on_average(bits):
+    searched, plain = 0.0, 0.0
+    for seed in range(40):
+        w, h = tiny.weight_and_hessian(seed)
+        searched += quantize.output_error(w, METHODS["search"](w, h, bits, None), h)
+        plain += quantize.output_error(w, quantize.round_to_nearest(w, bits), h)
+    assert searched < 0.95 * plain
+
+
+@given(SEEDS, BITS, GROUP, st.sampled_from(["awq", "gptq"]))
+def test_methods_that_look_at_the_output_beat_plain_rounding_on_it(seed, bits, group, method):
     w, h = tiny.weight_and_hessian(seed)
     rounded = METHODS[method](w, h, bits, group)
     plain = quantize.round_to_nearest(w, bits, "group" if group else "channel", group or 32)
-    assert torch.isfinite(rounded).all() and rounded.shape == w.shape and rounded.dtype == w.dtype
-    if method != "awq":  # which scales inputs, so that a row has more values once the scales are folded back
-        assert max(len(row.unique()) for row in rounded.reshape(-1, group or 32)) <= 2**bits
     assert quantize.output_error(w, rounded, h) <= 1.02 * quantize.output_error(w, plain, h) + 1e-9
 
 
+@given(SEEDS, BITS, GROUP, st.sampled_from(sorted(METHODS)))
+@example(100_000, 7, None, "search")
+def test_every_method_leaves_few_values_a_row(seed, bits, group, method):
+    w, h = tiny.weight_and_hessian(seed)
+    rounded = METHODS[method](w, h, bits, group)
+    assert torch.isfinite(rounded).all() and rounded.shape == w.shape and rounded.dtype == w.dtype
+    if method != "awq":  # which scales inputs, so that a row has more values once the scales are folded back
+        assert max(len(row.unique()) for row in rounded.reshape(-1, group or 32)) <= 2**bits
+
+
 @given(SEEDS, st.integers(2, 4))
-@settings(max_examples=20, deadline=None)
 def test_gptq_makes_up_for_errors_that_hang_together(seed, bits):
     w, h = tiny.weight_and_hessian(seed)
     by_search = quantize.output_error(w, METHODS["search"](w, h, bits, None), h)
@@ -46,7 +86,6 @@ def test_the_output_error_is_the_mean_square_that_it_says():
 
 
 @given(SEEDS, BITS, GROUP, st.floats(1e-3, 1e3))
-@settings(max_examples=30, deadline=None)
 def test_rounding_scales_along_with_the_weight(seed, bits, group, factor):
     w, _ = tiny.weight_and_hessian(seed)
     rounded = quantize.search_round(w, bits, group)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmrecipes import measure, models, prune, quantize, report
@@ -29,7 +29,6 @@ def inputs(tiny):
 
 
 @given(st.integers(0, 10**6), BITS, PER, st.floats(1e-4, 1e4))
-@settings(max_examples=60, deadline=None)
 def test_rounding_errs_by_half_a_step_scales_along_and_settles(seed, bits, per, factor):
     w = torch.randn(6, 64, generator=torch.Generator().manual_seed(seed))
     r = quantize.round_to_nearest(w, bits, per)

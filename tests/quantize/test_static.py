@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -64,7 +64,6 @@ def share(run) -> float:
 # ---- histograms and observers
 
 
-@settings(max_examples=40, deadline=None)
 @given(values)
 def test_every_range_lies_within_what_was_seen_and_zero_stays_zero(x):
     h = quantize.histogram(x)
@@ -77,7 +76,6 @@ def test_every_range_lies_within_what_was_seen_and_zero_stays_zero(x):
             assert not quantize.fake_quantize_range(torch.zeros(3), min(low, high), max(low, high), symmetric).any()
 
 
-@settings(max_examples=40, deadline=None)
 @given(values)
 def test_min_max_moves_nothing_further_than_half_a_scale(x):
     h = quantize.histogram(x)

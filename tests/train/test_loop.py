@@ -83,13 +83,13 @@ def test_a_killed_run_goes_on_to_the_weights_of_one_never_killed(tmp_path):
     killed.mkdir()
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
     command = [sys.executable, "-c", RUN, "long_contrast", str(killed)]
-    process, deadline = subprocess.Popen(command, env=env), time.time() + 300
-    while not (killed / "checkpoint" / "progress.json").exists() and time.time() < deadline and process.poll() is None:
+    process = subprocess.Popen(command, env=env)
+    while not (killed / "checkpoint" / "progress.json").exists() and process.poll() is None:
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -9, "the run was over before it could be killed"
     assert not (killed / "weights.pt").exists()
-    subprocess.run(command, env=env, check=True, timeout=300)
+    subprocess.run(command, env=env, check=True)
     after = torch.load(killed / "weights.pt", weights_only=True)
     assert all(torch.equal(whole[k], after[k]) for k in whole)
     assert train.read_log(killed)["step"] == list(range(40)), "every step is logged once"
