@@ -90,9 +90,9 @@ def _plain_onnx(model, how: str) -> None:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    from mmrecipes.errors import library_logs
     from mmrecipes.export import pipeline, wrappers
     from mmrecipes.export.onnx import graphs as onnx_graphs
+    from mmrecipes.quiet import library_logs
 
     out = folder("onnx", f"plain-{how}")
     out.mkdir()
