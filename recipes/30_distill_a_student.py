@@ -3,41 +3,82 @@
 # Extracted by tools/recipes.py; change the notebook instead. Licence: Apache-2.0.
 
 import os
-import tempfile
+import random
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolVLM-256M-Instruct")
-PICTURES = [Image.new("RGB", (256, 256), c) for c in ("red", "green", "blue", "orange")]  # yours; many, a few at a time
-QUESTION, STEPS, RATE, TEMPERATURE = "What colour is this?", 20, 5e-4, 2.0
-OUT = os.environ.get("OUT", os.path.join(tempfile.mkdtemp(), "student"))
+TRAIN = range(0, 48)  # seeds of drawn scenes; put thousands of your own images and questions in their place
+TEST = range(1000, 1024)  # other scenes
+EPOCHS = 3
+LEARNING_RATE = 5e-4
+TEMPERATURE = 2.0  # above 1, the tokens that the teacher holds for unlikely count for more
+OUT = os.environ.get("OUT")  # directory of the student's checkpoint; without it nothing is kept
 
-teacher, student = (AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32).eval() for _ in range(2))
-processor = AutoProcessor.from_pretrained(MODEL)
-decoder = student.get_decoder()
-decoder.layers = torch.nn.ModuleList(decoder.layers[::2])
-for i, layer in enumerate(decoder.layers):
-    layer.self_attn.layer_idx = i  # its place in the cache
-student.config.get_text_config().num_hidden_layers = decoder.config.num_hidden_layers = len(decoder.layers)
-turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
-text = processor.apply_chat_template(turn, add_generation_prompt=True)
-batch = processor(images=[[p] for p in PICTURES], text=[text] * len(PICTURES), padding=True, return_tensors="pt")
-with torch.no_grad():
-    said = teacher.generate(**batch, max_new_tokens=8, do_sample=False)
-    keep = said.shape[1] - batch["input_ids"].shape[1] + 1  # the answers, and the word before
-    batch["input_ids"], batch["attention_mask"] = said, (said != processor.tokenizer.pad_token_id).long()
-    wanted = (teacher(**batch, logits_to_keep=keep).logits / TEMPERATURE).log_softmax(-1)
-stepper, losses = torch.optim.AdamW(student.parameters(), lr=RATE), []
-for _ in range(STEPS):
-    found = (student(**batch, logits_to_keep=keep).logits / TEMPERATURE).log_softmax(-1)
-    loss = F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1).mean() * TEMPERATURE**2
-    losses.append(loss.item())
-    loss.backward()
-    stepper.step()
-    stepper.zero_grad()
-student.save_pretrained(OUT)
-processor.save_pretrained(OUT)
-print(f"{len(decoder.layers)} layers; distance from the teacher: {losses[0]:.3f} -> {losses[-1]:.3f}")
+
+def load():
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
+        return model, AutoProcessor.from_pretrained(MODEL)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise SystemExit(f"MODEL={MODEL!r}: set it to the hub id or directory of a vision-language model ({reason})") from None
+
+
+def draw_scene(seed):
+    rng = random.Random(seed)
+    image = Image.new("RGB", (512, 512), "lightgrey")
+    colours = rng.sample(("red", "orange", "yellow", "green", "blue", "purple", "black"), 3)
+    for left, top, colour in zip((20, 190, 360), rng.sample(range(20, 360), 3), colours, strict=True):
+        ImageDraw.Draw(image).rounded_rectangle((left, top, left + 120, top + 120), rng.choice((0, 60)), fill=colour)
+    return image, rng.choice(("What shape is the {} object?", "Is there a {} circle?")).format(colours[0])
+
+
+def log_probs(model, batch):
+    return (model(**batch).logits / TEMPERATURE).log_softmax(-1)
+
+
+@torch.no_grad()
+def answered(teacher, processor, seeds):
+    for image, question in map(draw_scene, seeds):
+        turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        text = processor.apply_chat_template(turn, add_generation_prompt=True)
+        prompt = processor(images=[image], text=[text], return_tensors="pt")
+        tokens = teacher.generate(**prompt, max_new_tokens=8, do_sample=False)
+        batch = {**prompt, "input_ids": tokens[:, :-1], "attention_mask": torch.ones_like(tokens[:, :-1])}
+        batch["logits_to_keep"] = tokens.shape[1] - prompt["input_ids"].shape[1]  # those that predict the answer
+        yield batch, log_probs(teacher, batch)  # (1, tokens of the answer, vocabulary)
+
+
+@torch.no_grad()
+def same_answers(student, examples):
+    return sum(torch.equal(log_probs(student, batch).argmax(-1), wanted.argmax(-1)) for batch, wanted in examples)
+
+
+def main():
+    teacher, processor = load()
+    student, _ = load()
+    decoder = student.get_decoder()
+    decoder.layers = torch.nn.ModuleList(decoder.layers[::2])  # every other one
+    for index, layer in enumerate(decoder.layers):
+        layer.self_attn.layer_idx = index  # its place in the KV cache
+    decoder.config.num_hidden_layers = len(decoder.layers)
+    train = list(answered(teacher, processor, TRAIN))
+    test = list(answered(teacher, processor, TEST))
+    print(f"{len(decoder.layers)} layers, untrained: the teacher's answer in {same_answers(student, test)} of {len(TEST)} scenes")
+    optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE)
+    for batch, wanted in train * EPOCHS:
+        divergence = (wanted.exp() * (wanted - log_probs(student, batch))).sum(-1).mean()
+        (TEMPERATURE**2 * divergence).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"after {EPOCHS} epochs of {len(TRAIN)} other scenes: in {same_answers(student, test)} of {len(TEST)}")
+    if OUT:
+        student.save_pretrained(OUT)
+        processor.save_pretrained(OUT)
+
+
+if __name__ == "__main__":
+    main()
