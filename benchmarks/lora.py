@@ -38,14 +38,14 @@ WHOLE = 1e-3  # adam_lr where all weights learn: embeddings and norms are in it 
 
 def trainings(work: Path = WORK, shrink: int = 1) -> dict[str, Callable[[], nn.Module]]:
     """Every model that is trained here, by name; each is trained when it is called, and taken up where it was left."""
-    house, words = train.add_tokens(models.load("mini-vlm"), LIKE)
+    house, token_ids = train.add_tokens(models.load("mini-vlm"), LIKE)
     config, back = (replace(c, steps=max(2, c.steps // shrink)) for c in (CONFIG, BACK))
 
     def novel(replay: bool) -> batches.NovelBatches:
         return curriculum.novel_batches(config, house.processor.tokenizer, replay)
 
     def adapters(base: nn.Module, name: str, replay: bool) -> nn.Module:
-        return train.train_lora(train.add_lora(base, RANK, words=words), novel(replay), config, work / _slug(name))
+        return train.train_lora(train.add_lora(base, RANK, token_ids=token_ids), novel(replay), config, work / _slug(name))
 
     def whole(name: str, replay: bool) -> nn.Module:
         return distill.distill(house, None, replace(config, adam_lr=WHOLE), rows=novel(replay), work=work / _slug(name))

@@ -1,8 +1,10 @@
-"""What the house model is trained to do better: see, answer, and look in the right place."""
+"""What the book's models are trained to do better: see, answer, and attend to the right place."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +15,17 @@ from mmrecipes.mini.labels import PATCH_TARGETS, ChatBatch
 from mmrecipes.mini.model import GRID
 
 
+class LanguagePass(NamedTuple):
+    """One pass through the language model: what went into each layer (B, T, D), and its mask."""
+
+    model: nn.Module
+    hidden: Sequence[Tensor]
+    positions: Tensor  # (B, T)
+    mask: Tensor  # (B, 1, T, T), True where a token may attend
+
+
 class Probes(nn.Module):
-    """Linear heads that are thrown away after training: what a patch shows (stage 1), where things are (stage 2).
+    """Auxiliary linear heads, thrown away after training: what a patch shows, and what the language model knows on its way.
 
     `vision` and `language` are the widths of what they read, one width by default.
     """
@@ -29,15 +40,14 @@ class Probes(nn.Module):
         self.middle = nn.Linear(language, 1)
         self.classes.use_adamw = self.centre.use_adamw = self.point.use_adamw = True
 
-    def places(self, hidden_states: tuple[Tensor, ...], is_image: Tensor, batch: ChatBatch) -> tuple[Tensor, dict]:
-        """Where things are, asked of the language model on its way, hidden_states being (B, T, D) before each layer and after.
+    def places(self, hidden_states: Sequence[Tensor], is_image: Tensor, batch: ChatBatch) -> tuple[Tensor, dict[str, float]]:
+        """Where things are, asked of the language model's hidden states (B, T, D), of which it has three layers or more.
 
         After layer 1 each patch must tell whether it holds the middle of an object (so that objects can be counted); after
         layer 2 each name whether its object is there, and its x and y; after layer 3 the token before the answer how far the
         last named object lies from the first. Returns the sum of the losses, and how well it does.
         """
-        points = batch.points
-        hidden = [F.layer_norm(h.float(), h.shape[-1:]) for h in hidden_states[:4]]
+        points, hidden = batch.points, [F.layer_norm(h.float(), h.shape[-1:]) for h in hidden_states[:4]]
         cell = (batch.centres * GRID).long()
         own = cell[..., 1] * GRID + cell[..., 0] == torch.arange(GRID * GRID, device=cell.device)
         middle = (own & (batch.labels[..., 0] == 1)).float()
@@ -54,7 +64,7 @@ class Probes(nn.Module):
         right = (guess[asked][:, 0] > 0) == (there > 0)
         logs |= {"there": right.float().mean().item(), "off": off.abs().mean().item()}
 
-        before, first, last = names(batch)
+        before, first, last = name_positions(batch)
         xy = points[..., 1:3]
         start, end = (xy.gather(1, at[..., None].expand_as(xy)) for at in (first, last))
         row, at = (before & (first < last) & (start[..., 0] >= 0) & (end[..., 0] >= 0)).nonzero(as_tuple=True)
@@ -62,27 +72,21 @@ class Probes(nn.Module):
         return loss + 10 * apart.pow(2).sum() / max(1, apart.numel()), logs | {"apart": apart.abs().mean().item()}
 
     def patches(self, hidden: Tensor, labels: Tensor, centres: Tensor, char: float = 1.0) -> tuple[Tensor, dict[str, float]]:
-        """hidden (B, 64, D), labels (B, 64, 9), centres (B, 64, 2) -> loss, and the accuracy of each target.
+        """hidden (B, 64, D), `patch_labels` (B, 64, 9) and centres (B, 64, 2) -> loss, and the accuracy of each target.
 
         `char` is the weight of the printed characters.
         """
         total, accuracy = torch.zeros((), device=hidden.device), {}
-        for k, (name, logits) in enumerate(
-            zip(PATCH_TARGETS, self.classes(hidden).split(list(PATCH_TARGETS.values()), -1), strict=True)
-        ):
-            want = labels[..., k].flatten()
+        heads = self.classes(hidden).flatten(0, 1).split(list(PATCH_TARGETS.values()), -1)
+        for name, logits, want in zip(PATCH_TARGETS, heads, labels.flatten(0, 1).unbind(-1), strict=True):
             weight = {"near": 0.3, "char": char}.get(name[:4], 1.0)
-            total = total + weight * F.cross_entropy(logits.flatten(0, 1).float(), want)
-            right = (logits.flatten(0, 1).argmax(-1) == want)[want >= 0]
-            accuracy[name] = right.float().mean().item()
-        # reading is scored where there is something to read
-        coded = (labels[..., 4] > 0).flatten()
-        guess = self.classes(hidden).split(list(PATCH_TARGETS.values()), -1)[4].flatten(0, 1).argmax(-1)
-        accuracy["read"] = (guess == labels[..., 4].flatten())[coded].float().mean().item()
-        there = labels[..., 0] == 1
-        off = (self.centre(hidden).float() - centres)[there]
-        accuracy["off"] = off.abs().mean().item()
-        return total + 10 * off.pow(2).mean(), accuracy
+            total = total + weight * F.cross_entropy(logits.float(), want)
+            right = logits.argmax(-1) == want
+            accuracy[name] = right[want >= 0].float().mean().item()
+            if name == "char0":  # reading is scored where there is something to read
+                accuracy["read"] = right[want > 0].float().mean().item()
+        off = (self.centre(hidden).float() - centres)[labels[..., 0] == 1]
+        return total + 10 * off.pow(2).mean(), accuracy | {"off": off.abs().mean().item()}
 
 
 def answer_loss(
@@ -91,28 +95,21 @@ def answer_loss(
     """Cross-entropy of the answers' tokens -> loss, and the share of right answers per family.
 
     Plus `align` x the alignment of each visual token with the words for what it shows; plus, with `probes`, what they and the
-    supervised heads miss (for that the language model has three layers or more); plus their patch loss where the tower learns.
+    supervised attention heads miss; plus their patch loss where the vision encoder learns.
     """
     core, ids, segments = model.model, batch.ids, batch.segments
     frozen = not any(p.requires_grad for p in core.vision_model.parameters())
     with torch.no_grad() if frozen else torch.enable_grad():
-        seen = core.vision_model(batch.images).last_hidden_state
-    visual = core.connector(seen)
-    embeds = core.get_input_embeddings()(ids)
-    embeds = core.inputs_merger(ids, embeds, visual.flatten(0, 1))
+        features = core.vision_model(batch.images).last_hidden_state
+    visual = core.connector(features)
+    embeds = core.inputs_merger(ids, core.get_input_embeddings()(ids), visual.flatten(0, 1))
     causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
     same = segments[:, :, None] == segments[:, None, :]
     mask = (causal & (same | (segments == 0)[:, None, :]))[:, None]
-    out = core.text_model(
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        position_ids=batch.positions,
-        use_cache=False,
-        output_hidden_states=probes is not None,
-    )
-    hidden = out.last_hidden_state
+    settings = {"position_ids": batch.positions, "use_cache": False, "output_hidden_states": probes is not None}
+    out = core.text_model(inputs_embeds=embeds, attention_mask=mask, **settings)
     here = batch.answers[:, 1:] >= 0  # the token before an answer's token predicts it
-    logits, want = model.lm_head(hidden[:, :-1][here]), batch.answers[:, 1:][here]
+    logits, want = model.lm_head(out.last_hidden_state[:, :-1][here]), batch.answers[:, 1:][here]
     loss = F.cross_entropy(logits.float(), want)
     logs = {"answer": loss.item(), **_family_accuracy(logits.argmax(-1) == want, here, segments[:, 1:], batch.kinds)}
     if align:
@@ -123,19 +120,20 @@ def answer_loss(
         loss = loss + align * aligned
     if probes is not None:
         is_image = ids == model.config.image_token_id
-        pointed, how = probes.places(out.hidden_states, is_image, batch)
-        looked, where = attention_supervision(core.text_model, out.hidden_states, mask, is_image, batch)
-        loss, logs = loss + pointed + looked, logs | how | where
-        if not frozen:  # the tower keeps its first task, so that it does not forget
-            kept, how = probes.patches(seen, batch.labels, batch.centres, char=3.0)
-            loss, logs = loss + 0.2 * kept, logs | {f"patch_{k}": v for k, v in how.items()}
+        placed, places = probes.places(out.hidden_states, is_image, batch)
+        run = LanguagePass(core.text_model, out.hidden_states, batch.positions, mask)
+        attended, heads = attention_supervision(run, is_image, batch)
+        loss, logs = loss + placed + attended, logs | places | heads
+        if not frozen:  # the vision encoder keeps its first task, so that it does not forget
+            kept, accuracy = probes.patches(features, batch.labels, batch.centres, char=3.0)
+            loss, logs = loss + 0.2 * kept, logs | {f"patch_{k}": v for k, v in accuracy.items()}
     return loss, logs
 
 
-def names(batch: ChatBatch) -> tuple[Tensor, Tensor, Tensor]:
+def name_positions(batch: ChatBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Which tokens come before a token of an answer whose question names an object, and where its first and last name end.
 
-    All (B, T); the two places mean nothing where the first is false.
+    All (B, T); the two positions mean nothing where the first is false.
     """
     named, segments = batch.points[..., 3] >= 0, batch.segments
     own = (named[:, None] & (segments[:, :, None] == segments[:, None, :])).int()  # (B, T, T): names in a token's question
@@ -143,9 +141,7 @@ def names(batch: ChatBatch) -> tuple[Tensor, Tensor, Tensor]:
     return before, own.argmax(-1), own.shape[-1] - 1 - own.flip(-1).argmax(-1)
 
 
-def attention_supervision(
-    text_model: nn.Module, hidden_states: tuple[Tensor, ...], mask: Tensor, is_image: Tensor, batch: ChatBatch
-):
+def attention_supervision(run: LanguagePass, is_image: Tensor, batch: ChatBatch) -> tuple[Tensor, dict[str, float]]:
     """Seven attention heads are told where to look (attention supervision, as in Qiao et al. 2018, arXiv:1709.06308).
 
     In layer 1 one `gathers`: from a name's last word ("circle") at its other words ("large", "red"); and one `relates`: from
@@ -154,65 +150,52 @@ def attention_supervision(
     first token, so that the share that is left for that one tells how many they are. In layer 3 two recall: from the token
     before an answer's at the `first` and at the `last` name of the question. In layer 4 one `spells`: where a printed code is
     asked for, from each token before an answer's at the patches of the object that carries it. Returns the sum of the mean
-    surprises, and how much of the attention each head puts where it should.
+    negative log shares, and how much of the attention each head puts where it should.
     """
-    before, first, last = names(batch)
-    points, tokens = batch.points, torch.arange(batch.ids.shape[1], device=batch.ids.device)
-    segments = batch.segments
+    before, first, last = name_positions(batch)
+    points, segments, tokens = batch.points, batch.segments, torch.arange(batch.ids.shape[1], device=batch.ids.device)
     reads = (batch.kinds == FAMILIES.index("reading")).gather(1, (segments - 1).clamp(0)) & (segments > 0)
     related = (points[..., 0] == -3)[:, None] & (segments[:, :, None] == segments[:, None, :])
-    heads = (
-        ("gathers", 0, 0, points[..., 3] > 0),
-        ("relates", 0, -1, before & related.any(-1)),
-        ("looks", 1, 0, points[..., 1] >= 0),
-        ("counts", 1, -1, points[..., 0] == -2),
-        ("first", 2, 0, before),
-        ("last", 2, -1, before),
-        ("spells", 3, 0, before & reads),
-    )
+
+    def patches(row: Tensor, at: Tensor) -> Tensor:
+        on = torch.zeros(len(row), len(tokens), dtype=torch.bool, device=tokens.device)
+        on[is_image[row]] = batch.marks[row, at].flatten()
+        return on
+
+    heads = {  # name: layer, head, from which tokens, and at which (N, T) of those that are not masked
+        "gathers": (0, 0, points[..., 3] > 0, lambda r, t: (tokens < t[:, None]) & (tokens >= (t - points[r, t, 3])[:, None])),
+        "relates": (0, -1, before & related.any(-1), lambda r, t: related[r, t]),
+        "looks": (1, 0, points[..., 1] >= 0, patches),
+        "counts": (1, -1, points[..., 0] == -2, lambda r, t: patches(r, t) | (tokens == 0)),
+        "first": (2, 0, before, lambda r, t: tokens == first[r, t, None]),
+        "last": (2, -1, before, lambda r, t: tokens == last[r, t, None]),
+        "spells": (3, 0, before & reads, lambda r, t: patches(r, last[r, t])),
+    }
     total, logs = torch.zeros((), device=tokens.device), {}
-    for what, index, head, here in heads:
-        row, at = here.nonzero(as_tuple=True)
-        if not len(row) or index >= len(text_model.layers):  # nothing asked, or a model with fewer layers
+    for name, (layer, head, where, target) in heads.items():
+        row, at = where.nonzero(as_tuple=True)
+        if not len(row) or layer >= len(run.model.layers):  # nothing asked, or a model with fewer layers
             continue
-        share = _attention(text_model, index, head, hidden_states[index], batch.positions, mask, row, at)
-        if what == "gathers":
-            back = at[:, None] - tokens
-            on = (back >= 1) & (back <= points[row, at, None, 3])
-        elif what in ("looks", "counts", "spells"):
-            on = torch.zeros_like(share, dtype=torch.bool)
-            on[is_image[row]] = batch.marks[row, last[row, at] if what == "spells" else at].flatten()
-            on[:, 0] = what == "counts"
-        elif what == "relates":
-            on = related[row, at]
-        else:
-            on = tokens == (first if what == "first" else last)[row, at, None]
-        if what == "counts":  # the same share for each: Kullback-Leibler divergence from the even one
+        share, on = head_attention(run, layer, head, row, at), target(row, at)
+        if name == "counts":  # the same share for each: Kullback-Leibler divergence from the even one
             missed = -(share.masked_fill(~on, 0).sum(-1) / on.sum(-1) + on.sum(-1).log()).mean()
         else:
             missed = -share.masked_fill(~on, -torch.inf).logsumexp(-1).mean()
-        total, logs[what] = total + missed, math.exp(-missed.item())
+        total, logs[name] = total + missed, math.exp(-missed.item())
     return total, logs
 
 
-def _attention(
-    text_model: nn.Module, index: int, head: int, hidden: Tensor, positions: Tensor, mask: Tensor, row: Tensor, at: Tensor
-) -> Tensor:
-    """Log of the attention that tokens (row, at) pay to all tokens, (N, T), in one layer's first (0) or last (-1) head.
-
-    hidden (B, T, D) is what goes into the layer.
-    """
+def head_attention(run: LanguagePass, layer: int, head: int, row: Tensor, at: Tensor) -> Tensor:
+    """Log of the attention that tokens (row, at) pay to all tokens, (N, T), in one layer's first (0) or last (-1) head."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    layer = text_model.layers[index]
-    attention, x = layer.self_attn, layer.input_layernorm(hidden)
-    q, k = (
-        F.linear(x, m.weight.view(-1, attention.head_dim, x.shape[-1])[head])[:, None]
-        for m in (attention.q_proj, attention.k_proj)
-    )
-    q, k = apply_rotary_pos_emb(q, k, *text_model.rotary_emb(x, positions))
+    block = run.model.layers[layer]
+    attention, x = block.self_attn, block.input_layernorm(run.hidden[layer])
+    projections = [m.weight.view(-1, attention.head_dim, x.shape[-1])[head] for m in (attention.q_proj, attention.k_proj)]
+    q, k = (F.linear(x, weight)[:, None] for weight in projections)
+    q, k = apply_rotary_pos_emb(q, k, *run.model.rotary_emb(x, run.positions))
     scores = torch.einsum("nd,ntd->nt", q[row, 0, at], k[row, 0]).float() * attention.scaling
-    return scores.masked_fill(~mask[row, 0, at], -torch.inf).log_softmax(-1)
+    return scores.masked_fill(~run.mask[row, 0, at], -torch.inf).log_softmax(-1)
 
 
 def _family_accuracy(right: Tensor, here: Tensor, segments: Tensor, kinds: Tensor) -> dict[str, float]:

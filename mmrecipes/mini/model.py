@@ -1,4 +1,4 @@
-"""The house model before training: the library's own classes and real files, with random weights."""
+"""`mini-vlm` before training: the library's own classes and real files, with random weights."""
 
 from __future__ import annotations
 
@@ -19,17 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IMAGE_SIZE, PATCH, SHUFFLE = 128, 16, 1
-
-
 GRID = IMAGE_SIZE // PATCH  # patches a side
-
-
 VISUAL_TOKENS = (GRID // SHUFFLE) ** 2
-
-
 SPECIAL = ["<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>", "<pad>"]
-
-
 CHAT_TEMPLATE = (  # SmolVLM's
     "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
     "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
@@ -78,57 +70,45 @@ def _text(n: int) -> Iterable[str]:
 
 
 def make_processor():  # -> transformers.Idefics3Processor
-    """The real Idefics3 processor for 128 px pictures; larger ones are split when `size` is raised."""
+    """The real Idefics3 processor for 128 px images; larger ones are split when `size` is raised."""
+    return _processor(make_tokenizer(), IMAGE_SIZE, VISUAL_TOKENS)
+
+
+def _processor(tokenizer, side: int, visual_tokens: int):  # -> transformers.Idefics3Processor
     from transformers import Idefics3ImageProcessorPil, Idefics3Processor
 
-    images = Idefics3ImageProcessorPil(
-        size={"longest_edge": IMAGE_SIZE}, max_image_size={"longest_edge": IMAGE_SIZE}, do_image_splitting=True
+    tile = {"longest_edge": side}
+    images = Idefics3ImageProcessorPil(size=tile, max_image_size=tile, do_image_splitting=True)
+    return Idefics3Processor(images, tokenizer, image_seq_len=visual_tokens, chat_template=CHAT_TEMPLATE)
+
+
+def _config(tokenizer, vision: dict, text: dict, scale_factor: int, tied: bool):  # -> transformers.Idefics3Config
+    from transformers import Idefics3Config
+
+    text = {"model_type": "llama", "tie_word_embeddings": tied} | text | _special_ids(tokenizer)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    return Idefics3Config(
+        image_token_id=image, scale_factor=scale_factor, tie_word_embeddings=tied, vision_config=vision, text_config=text
     )
-    return Idefics3Processor(images, make_tokenizer(), image_seq_len=VISUAL_TOKENS, chat_template=CHAT_TEMPLATE)
+
+
+def _special_ids(tokenizer) -> dict[str, int]:
+    return {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
 
 
 def make_model(tokenizer, width: int = 256, vision_layers: int = 4, language_layers: int = 4, seed: int = 0):
     """A `mini-vlm` with random weights, float32, in training mode."""
-    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+    from transformers import Idefics3ForConditionalGeneration
 
     torch.manual_seed(seed)
-    config = Idefics3Config(
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        scale_factor=SHUFFLE,
-        tie_word_embeddings=True,
-        vision_config={
-            "hidden_size": width,
-            "intermediate_size": 4 * width,
-            "num_hidden_layers": vision_layers,
-            "num_attention_heads": width // 64,
-            "image_size": IMAGE_SIZE,
-            "patch_size": PATCH,
-        },
-        text_config={
-            "model_type": "llama",
-            "vocab_size": len(tokenizer),
-            "hidden_size": width,
-            "intermediate_size": 2 * width,
-            "num_hidden_layers": language_layers,
-            "num_attention_heads": width // 64,
-            "num_key_value_heads": width // 128,
-            "max_position_embeddings": 4096,
-            "tie_word_embeddings": True,
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        },
-    )
-    model = Idefics3ForConditionalGeneration(config)
+    heads = {"hidden_size": width, "num_attention_heads": width // 64}
+    vision = {"intermediate_size": 4 * width, "num_hidden_layers": vision_layers, "image_size": IMAGE_SIZE, "patch_size": PATCH}
+    text = {"intermediate_size": 2 * width, "num_hidden_layers": language_layers, "num_key_value_heads": width // 128}
+    text |= {"vocab_size": len(tokenizer), "max_position_embeddings": 4096}
+    model = Idefics3ForConditionalGeneration(_config(tokenizer, heads | vision, heads | text, SHUFFLE, tied=True))
     with torch.no_grad():  # positions that attention can use from the first step (Beyer et al. 2022, arXiv:2205.01580)
         model.model.vision_model.embeddings.position_embedding.weight.copy_(sincos_positions(GRID, width))
-    model.generation_config.update(
-        do_sample=False,
-        max_new_tokens=16,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    model.generation_config.update(do_sample=False, max_new_tokens=16, **_special_ids(tokenizer))
     return model.train()
 
 
@@ -141,60 +121,42 @@ def sincos_positions(side: int, width: int) -> Tensor:
     return torch.cat([rows, columns], 1)
 
 
+# ---- a model of a published size
+
 REAL_SIZES = ("smolvlm-256m",)
-
-
-# ---- the real-size twin
 
 
 def real_size(name: str = "smolvlm-256m", dtype: torch.dtype | str = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A model with the published dimensions of SmolVLM-256M and random weights, made on the spot, `.processor` attached.
 
-    For speed and memory only: what it says is noise. One picture is one tile of 512 px, 64 tokens. Raises UserError.
+    For speed and memory only: what it says is noise. One image is one tile of 512 px, 64 tokens. Raises UserError.
     Dimensions: the model card's config.json (arXiv:2504.05299); 256M parameters, embeddings not tied.
     """
-    from transformers import (
-        AutoTokenizer,
-        Idefics3Config,
-        Idefics3ForConditionalGeneration,
-        Idefics3ImageProcessorPil,
-        Idefics3Processor,
-    )
+    from transformers import AutoTokenizer, Idefics3ForConditionalGeneration
     from transformers.initialization import no_init_weights
-
-    pass  # MOVED
 
     dtype = torch.float32 if as_dtype(dtype) == "auto" else as_dtype(dtype)
     if name not in REAL_SIZES:
-        raise UserError(f"no real-size twin {name!r}: there is {', '.join(REAL_SIZES)}")
+        raise UserError(f"no real-size model {name!r}: there is {', '.join(REAL_SIZES)}")
     check_memory(name, 256_484_928 * dtype.itemsize, dtype, torch.device("cpu"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(data_dir() / "models" / "mini-vlm")
     except (UserError, OSError, ValueError):  # not trained yet: the same one, made again in a few seconds
         tokenizer = make_tokenizer()
-    config = Idefics3Config(
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        scale_factor=4,
-        tie_word_embeddings=False,
-        vision_config={"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-        | {"image_size": 512, "patch_size": 16},
-        text_config={"model_type": "llama", "vocab_size": 49280, "hidden_size": 576, "intermediate_size": 1536}
-        | {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
-        | {"rms_norm_eps": 1e-5, "rope_theta": 100_000.0, "tie_word_embeddings": False}
-        | {f"{t}_token_id": getattr(tokenizer, f"{t}_token_id") for t in ("pad", "bos", "eos")},
-    )
+    vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    vision |= {"image_size": 512, "patch_size": 16}
+    text = {"vocab_size": 49280, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    text |= {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
+    text |= {"rms_norm_eps": 1e-5, "rope_theta": 100_000.0}
+    config = _config(tokenizer, vision, text, scale_factor=4, tied=False)
     with no_init_weights():  # the library's own takes ten times as long as this one
         model = Idefics3ForConditionalGeneration._from_config(config, dtype=dtype)
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, p in model.named_parameters():
-            if key.endswith("bias"):
-                p.zero_()
-            elif p.ndim == 1:
-                p.fill_(1)
+            if p.ndim == 1:
+                p.fill_(0 if key.endswith("bias") else 1)
             else:
                 p.normal_(std=0.02, generator=noise)
-    tile = {"longest_edge": 512}
-    images = Idefics3ImageProcessorPil(size=tile, max_image_size=tile, do_image_splitting=True)
-    model.processor = Idefics3Processor(images, tokenizer, image_seq_len=64, chat_template=CHAT_TEMPLATE)
+    model.processor = _processor(tokenizer, 512, 64)
     return model.eval()

@@ -88,7 +88,8 @@ def fit(
     trained = [p for p in model.parameters() if p.requires_grad]
     module, *steppers = accelerator.prepare(LossModule(model, loss), *optimizers([model], config.lr, config.adam_lr))
     rates = [stepper.param_groups[0]["lr"] for stepper in steppers]
-    begin, seconds = _resume(accelerator, model, work, config) if work else (0, 0.0)
+    run = repr(replace(config, device=None, checkpoint_every=100))  # where it runs and how often it is saved may change
+    begin, seconds = _resume(accelerator, model, work, run) if work else (0, 0.0)
     started, warmup = time.perf_counter() - seconds, max(1, min(50, config.steps // 10))
     hidden = quiet.progress_hidden() or not accelerator.is_main_process
     drawn = _draw(batches, begin, config.steps, accelerator.device)
@@ -110,23 +111,24 @@ def fit(
             with (work / "log.jsonl").open("a") as f:
                 f.write(json.dumps(row | {k: round(float(v), 4) for k, v in logs.items()}) + "\n")
         if work and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
-            _write(accelerator, work, {"run": _identity(config), "step": step + 1, "seconds": spent})
+            _write(accelerator, work, {"run": run, "step": step + 1, "seconds": spent})
     return model.eval()
 
 
 def _draw(batches: Sequence[Any], begin: int, steps: int, device: torch.device) -> Iterator[Any]:
     """The batches from step `begin` on. Beside a GPU worker processes make those of a torch Dataset, so that it need not wait."""
     if device.type == "cpu" or not isinstance(batches, torch.utils.data.Dataset):
-        yield from (batches[step] for step in range(begin, steps))
-        return
+        return (batches[step] for step in range(begin, steps))
     rest = torch.utils.data.Subset(batches, range(begin, steps))
-    yield from torch.utils.data.DataLoader(rest, batch_size=None, num_workers=min(8, os.cpu_count() or 1))
+    return iter(torch.utils.data.DataLoader(rest, batch_size=None, num_workers=min(8, os.cpu_count() or 1)))
 
 
 def _backward(accelerator: Any, module: nn.Module, batch: Any, config: TrainConfig) -> tuple[float, dict[str, float]]:
     """Add the gradients of one batch, part by part; its loss, a mean over all processes, and what to log."""
     parts, total = accelerator.num_processes * config.accumulate, 0.0
-    if parts > 1 and (lengths := _lengths(batch)) != {config.batch}:  # Qwen-VL's patches are not rows
+    tensors = [batch] if isinstance(batch, Tensor) else batch.values() if isinstance(batch, dict) else batch
+    lengths = {len(t) for t in tensors}
+    if parts > 1 and lengths != {config.batch}:  # Qwen-VL's patches are not rows
         raise UserError(f"fit: tensors of {sorted(lengths)} rows; to cut it in {parts} parts all must have {config.batch}")
     for part in range(config.accumulate):
         rows = shard(batch, accelerator.process_index * config.accumulate + part, parts, accelerator.device)
@@ -181,25 +183,14 @@ def _accelerator(device: str | None):  # -> accelerate.Accelerator
     return accelerator
 
 
-def _lengths(batch: Any) -> set[int]:
-    tensors = [batch] if isinstance(batch, Tensor) else batch.values() if isinstance(batch, dict) else batch
-    return {len(t) for t in tensors}
-
-
 def shard(batch: Any, part: int, parts: int, device: torch.device) -> Any:
     """Part `part` of `parts` of a batch's rows, on `device`."""
     if isinstance(batch, dict):
         return {k: shard(t, part, parts, device) for k, t in batch.items()}
-    if isinstance(batch, Tensor):
-        each = len(batch) // parts
-        return (batch if parts == 1 else batch[part * each : (part + 1) * each]).to(device, non_blocking=True)
+    if isinstance(batch, Tensor):  # in one part nothing is cut: Qwen-VL's patches are more than its rows
+        return batch.tensor_split(parts)[part].to(device, non_blocking=True)
     cut = [shard(t, part, parts, device) for t in batch]
     return type(batch)(*cut) if hasattr(batch, "_fields") else tuple(cut)
-
-
-def _identity(config: TrainConfig) -> str:
-    """What a checkpoint belongs to: where it runs and how often it is saved may change."""
-    return repr(replace(config, device=None, checkpoint_every=100))
 
 
 def _write(accelerator: Any, work: Path, progress: dict[str, Any]) -> None:
@@ -215,7 +206,7 @@ def _write(accelerator: Any, work: Path, progress: dict[str, Any]) -> None:
     accelerator.wait_for_everyone()
 
 
-def _resume(accelerator: Any, model: nn.Module, work: Path, config: TrainConfig) -> tuple[int, float]:
+def _resume(accelerator: Any, model: nn.Module, work: Path, run: str) -> tuple[int, float]:
     """Load the checkpoint in `work`, if there is one, and cut the log behind it: how many steps it had, and seconds."""
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -227,7 +218,7 @@ def _resume(accelerator: Any, model: nn.Module, work: Path, config: TrainConfig)
         return 0, 0.0
     try:
         progress = json.loads((checkpoint / "progress.json").read_text())
-        if progress["run"] != _identity(config):
+        if progress["run"] != run:
             raise UserError(f"fit: {checkpoint} is of another run ({progress['run']}); move it away, or give another work folder")
         # a 4-bit layer writes its scales beside its weight and does not read them; it is frozen, so they are the same
         packed = any(p.dtype == torch.uint8 for p in model.parameters())

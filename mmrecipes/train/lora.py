@@ -29,7 +29,7 @@ PARTS = ("vision", "connector", "language")
 
 @torch.no_grad()
 def add_tokens(model: nn.Module, words: Mapping[str, Sequence[str]]) -> tuple[nn.Module, list[int]]:
-    """A copy of `model` in which each of `words` is one token, and these tokens; `model` may have spelled them in pieces.
+    """A copy of `model` in which each of `words` is one token, and their token ids; `model` may have spelled them in pieces.
 
     A new token begins as the mean of the tokens of other words, given with it: {"pink": ["red", "blue"]}. Its processor is a
     copy, too. Raises UserError for no words, one that is one token already, or one without a list of others to begin as.
@@ -37,33 +37,33 @@ def add_tokens(model: nn.Module, words: Mapping[str, Sequence[str]]) -> tuple[nn
     grown = clone(model)
     grown.processor = copy.deepcopy(model.processor)
     tokenizer = grown.processor.tokenizer
-    if not words or any(isinstance(like, str) for like in words.values()):
-        raise UserError(f"with_words: {dict(words)}; give new words, each with a list of known ones")
-    begin = {
-        w: [t for other in like for t in tokenizer.encode(f" {other}", add_special_tokens=False)] for w, like in words.items()
-    }
-    for word, like in begin.items():
-        if not like or len(tokenizer.encode(f" {word}", add_special_tokens=False)) < 2:
-            raise UserError(f"with_words: {word!r} like {list(words[word])}; give new words, each with some known ones")
+
+    def encode(word: str) -> list[int]:
+        return tokenizer.encode(f" {word}", add_special_tokens=False)
+
+    listed = words and not any(isinstance(others, str) for others in words.values())
+    begin = {word: [t for other in others for t in encode(other)] for word, others in words.items()} if listed else {}
+    if not begin or not all(begin.values()) or min(len(encode(word)) for word in begin) < 2:
+        raise UserError(f"add_tokens: {dict(words)}; give new words, each with a list of known ones")
     tokenizer.add_tokens([f" {word}" for word in begin])
     ids = [tokenizer.convert_tokens_to_ids(f" {word}") for word in begin]
     if max(ids) >= len(grown.get_input_embeddings().weight):
         grown.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
     for table in (grown.get_input_embeddings(), grown.get_output_embeddings()):
-        for token, like in zip(ids, begin.values(), strict=True):
-            table.weight[token] = table.weight[like].mean(0)
+        for token, others in zip(ids, begin.values(), strict=True):
+            table.weight[token] = table.weight[others].mean(0)
     return grown, ids
 
 
 def add_lora(
-    model: nn.Module, rank: int = 8, alpha: float | None = None, parts: Sequence[str] = PARTS, words: Sequence[int] = ()
+    model: nn.Module, rank: int = 8, alpha: float | None = None, parts: Sequence[str] = PARTS, token_ids: Sequence[int] = ()
 ) -> PeftModel:
     """A copy of `model` with an adapter of `rank` beside every linear layer of `parts`; nothing else requires a gradient.
 
-    But for the embeddings of the tokens `words`, new ones that `with_words` made: they learn, too. It computes what `model` does
-    until it is trained, since half of each adapter begins as zeros. `alpha` / rank scales what the adapters add; alpha is twice
-    the rank by default. `.get_base_model()` is the model with its adapters inside, and `.save_pretrained` writes these alone.
-    Raises UserError for a rank below 1, and for parts and tokens that the model does not have.
+    But for the embeddings of `token_ids`, those of `add_tokens`: they learn, too. It computes what `model` does until it is
+    trained, since half of each adapter begins as zeros. `alpha` / rank scales what the adapters add; alpha is twice the rank by
+    default. `.get_base_model()` is the model with its adapters inside, and `.save_pretrained` writes these alone. Raises
+    UserError for a rank below 1, and for parts and tokens that the model does not have.
     """
     if importlib.util.find_spec("peft") is None:
         raise ImportError("peft is not installed; get it with: pip install 'mmrecipes[train]'")
@@ -72,20 +72,20 @@ def add_lora(
     base = _restore_layout(clone(model))
     if getattr(base, "is_loaded_in_4bit", False):  # norms and embeddings, stored in bf16, work in floats while adapters learn
         prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-    found = modules.parts(base)
-    known = len(base.get_input_embeddings().weight)
-    if any(not 0 <= token < known for token in words):
-        raise UserError(f"adapted: tokens {list(words)} of {known}; give those that with_words gave for this model")
-    if rank < 1 or not parts or set(parts) - set(found):
-        raise UserError(f"adapted: rank {rank} in {', '.join(parts) or 'nothing'}; expected 1 or more, in {', '.join(found)}")
-    inside = {id(m) for part in parts for m in found[part].modules()}
-    names = [name for name, layer in linears(base) if id(layer) in inside]
+    own_parts, vocabulary = modules.parts(base), len(base.get_input_embeddings().weight)
+    if any(not 0 <= token < vocabulary for token in token_ids):
+        raise UserError(f"add_lora: tokens {list(token_ids)} of {vocabulary}; give those that add_tokens gave for this model")
+    if rank < 1 or not parts or set(parts) - set(own_parts):
+        given = f"rank {rank} in {', '.join(parts) or 'nothing'}"
+        raise UserError(f"add_lora: {given}; expected 1 or more, in {', '.join(own_parts)}")
+    inside = {id(m) for part in parts for m in own_parts[part].modules()}
+    targets = [name for name, layer in linears(base) if id(layer) in inside]
     with warnings.catch_warnings():  # peft asks transformers for an attribute by the name it had before 5.0
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        tables = {id(t): t for t in (base.get_output_embeddings(), base.get_input_embeddings()) if t is not None}
-        tables = {id(t.weight): t for t in tables.values()}  # one, where the head is tied to the words
-        own = {n: list(words) for n, m in base.named_modules() if words and any(m is t for t in tables.values())}
-        config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=names, trainable_token_indices=own or None)
+        tables = [t for t in (base.get_output_embeddings(), base.get_input_embeddings()) if t is not None]
+        tables = list({id(t.weight): t for t in tables}.values())  # one, where the head is tied to the embeddings
+        rows = {n: list(token_ids) for n, m in base.named_modules() if token_ids and any(m is t for t in tables)}
+        config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=targets, trainable_token_indices=rows or None)
         adapted = get_peft_model(base, config)
     adapted.use_adamw = True  # adapters are thin: Muon's orthogonal updates are for whole matrices
     return adapted
@@ -118,7 +118,7 @@ def merge_lora(model: PeftModel) -> nn.Module:
         plain = _restore_layout(clone(model)).merge_and_unload()
     for name, p in plain.named_parameters():
         if p.is_floating_point() and not torch.isfinite(p).all():
-            raise ParityError(f"merged: {name} is not finite; train with a lower rate")
+            raise ParityError(f"merge_lora: {name} is not finite; train with a lower rate")
     return plain.eval()
 
 

@@ -129,7 +129,8 @@ def test_the_supervised_attention_is_the_models_own(tokenizer, index, head):
         last = int(own.sum()) - 1
         row, at, positions = torch.tensor([0, 0]), torch.tensor([last, 40]), torch.arange(last + 1)[None]
         mask = torch.ones(1, 1, last + 1, last + 1, dtype=torch.bool).tril()
-        mine = losses._attention(model.model.text_model, index, head, out.hidden_states[index], positions, mask, row, at)
+        run = losses.LanguagePass(model.model.text_model, out.hidden_states, positions, mask)
+        mine = losses.head_attention(run, index, head, row, at)
     assert torch.allclose(mine.exp(), out.attentions[index][0, head, at], atol=1e-5)
 
 

@@ -146,7 +146,7 @@ def test_new_words_are_tokens_that_learn(make, tmp_path):
     assert torch.allclose(table[ids[0]], base.get_input_embeddings().weight[old].mean(0), atol=1e-6)
     rows = data.questions("train", 8)
     rows = rows.map(lambda r: {"answer": "pinkish", "question": "Is it heartlike?"})
-    model = on_rows(train.add_lora(grown, 4, words=ids), rows, train.TrainConfig(20, 4, 0.001, 1e-2))
+    model = on_rows(train.add_lora(grown, 4, token_ids=ids), rows, train.TrainConfig(20, 4, 0.001, 1e-2))
     merged = train.merge_lora(model)
     merged.processor = grown.processor
     assert torch.allclose(logits(merged, rows), logits(model.get_base_model(), rows), atol=1e-4)
@@ -162,7 +162,7 @@ def test_new_words_are_tokens_that_learn(make, tmp_path):
 def test_words_that_cannot_be_added_are_refused(house_vlm):
     house = models.load(house_vlm)
     with pytest.raises(UserError, match="of 479; give those"):
-        train.add_lora(house, 2, words=[479])
+        train.add_lora(house, 2, token_ids=[479])
     for words in ({"red": ["blue"]}, {"pink": []}, {}, {"pink": "red"}):
         with pytest.raises(UserError, match="give new words"):
             train.add_tokens(house, words)
