@@ -57,7 +57,7 @@ def make_image_processor():  # -> transformers.MobileNetV2ImageProcessorPil
 
 
 def cells(labels: np.ndarray | Tensor) -> np.ndarray | Tensor:
-    """Patch labels (..., 64, 9), as `mini.batches.patch_labels` gives them -> classes (..., 8, 8), indices into CLASSES."""
+    """Patch labels (..., 64, 9), as `patch_labels` gives them -> classes (..., 8, 8), indices into CLASSES."""
     there, colour, shape = labels[..., 0], labels[..., 1], labels[..., 2]
     return (there * (1 + colour * len(SHAPES) + shape)).reshape(*labels.shape[:-2], GRID, GRID)
 
@@ -95,8 +95,7 @@ def named(logits_of: Callable[[Tensor], Tensor], drawn: list[Scene], batch: int 
     `logits_of` takes pixels (B, 3, 128, 128) in [-1, 1] and gives logits (B, 49, 8, 8): a model in any runtime.
     """
     right = []
-    for i in range(0, len(drawn), batch):
-        part = drawn[i : i + batch]
+    for part in (drawn[i : i + batch] for i in range(0, len(drawn), batch)):
         with torch.inference_mode():
             logits = logits_of(torch.from_numpy(np.stack([pixels(s) for s in part])))
         for scene, votes in zip(part, logits.flatten(2).transpose(1, 2), strict=True):  # votes (64, 49)

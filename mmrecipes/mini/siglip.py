@@ -1,7 +1,7 @@
-"""`mini-siglip`: a dual encoder, picture and caption into one space. Chapter 3 makes it smaller and keeps its towers aligned.
+"""`mini-siglip`: a dual encoder, image and caption into one space. Chapter 3 makes it smaller and keeps its encoders aligned.
 
-The library's own class (SigLIP, arXiv:2303.15343) at a size that trains at home, from nothing: first its image tower alone
-learns patch by patch what the scene's ground truth says, then both towers learn from pictures and captions.
+The library's own class (SigLIP, arXiv:2303.15343) at a size that trains at home, from nothing: first its vision encoder alone
+learns patch by patch what the scene's ground truth says, then both encoders learn from images and captions.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ STAGES = {"dense": TrainConfig(1000, 64, 0.005, 1.5e-3), "contrast": TrainConfig
 
 
 def make_processor():  # -> transformers.SiglipProcessor
-    """SigLIP's real processor for 128 px pictures, with the house tokenizer; pads to full length, which SigLIP needs."""
+    """SigLIP's real processor for 128 px images, with the tokenizer of `mini-vlm`; pads to full length, which SigLIP needs."""
     from transformers import SiglipImageProcessorPil, SiglipProcessor
 
     tokenizer = make_tokenizer()
     tokenizer.model_max_length, tokenizer.padding_side = CAPTION_LENGTH, "right"
-    # the text tower is read at the last token, which must always be the same one, as in SigLIP's own tokenizer
+    # the text encoder is read at the last token, which must always be the same one, as in SigLIP's own tokenizer
     tokenizer.pad_token = tokenizer.eos_token
-    # SigLIP's text tower is trained without a mask; what is set here alone, the library does not save
+    # SigLIP's text encoder is trained without a mask; what is set here alone, the library does not save
     tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names = ["input_ids"]
     images = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return SiglipProcessor(images, tokenizer)
@@ -52,19 +52,19 @@ def make_siglip(vocab: int, width: int = 192, vision_layers: int = 4, text_layer
     text |= {"max_position_embeddings": CAPTION_LENGTH, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 1}
     model = SiglipModel(SiglipConfig(vision_config=heads | vision, text_config=heads | text))
     with torch.no_grad():
-        # positions that attention can use from the first step, as in mini-vlm; and words no quieter than their places
+        # positions that attention can use from the first step, as in mini-vlm; and tokens no quieter than their positions
         model.vision_model.embeddings.position_embedding.weight.copy_(sincos_positions(GRID, width))
         angle = torch.arange(CAPTION_LENGTH)[:, None] / 100 ** (torch.arange(width // 2) / (width // 2))
-        words = model.text_model.embeddings
-        words.position_embedding.weight.copy_(torch.cat([angle.sin(), angle.cos()], 1) / 2)
-        words.token_embedding.weight.normal_(std=0.5)
+        embeddings = model.text_model.embeddings
+        embeddings.position_embedding.weight.copy_(torch.cat([angle.sin(), angle.cos()], 1) / 2)
+        embeddings.token_embedding.weight.normal_(std=0.5)
         model.logit_scale.fill_(math.log(10))  # as the paper begins: nothing matches, and not sure of it
         model.logit_bias.fill_(-10)
     return model.train()
 
 
 class DualWithProbes(nn.Module):
-    """The model beside two heads that are thrown away: from either tower's vector, what is there, and what of it is large?
+    """The model beside two heads that are thrown away: from either encoder's vector, what is there, and what of it is large?
 
     Contrast alone says only which caption is wrong, not in what; in a training of minutes that is too little.
     """
@@ -76,14 +76,14 @@ class DualWithProbes(nn.Module):
 
 
 def dual_loss(both: DualWithProbes, batch: CaptionBatch) -> tuple[Tensor, dict[str, float]]:
-    """Contrast against captions and hard negatives, and the helpers' question; logs how often each is right."""
+    """Contrast against captions and hard negatives, and the auxiliary heads' question; logs how often each is right."""
     image = embed(both.model, batch.images)
     text = embed(both.model, ids=torch.cat([batch.captions, batch.negatives]))
     loss = siglip_loss(image, text, both.model.logit_scale, both.model.logit_bias)
     true, wrong = text.chunk(2)
     guesses = torch.stack([both.names["image"](image), both.names["text"](true)]).unflatten(-1, (2, 48))
     missed = F.binary_cross_entropy_with_logits(guesses, batch.there.expand_as(guesses), reduction="none").mean(-1)
-    told_of = torch.ones_like(missed)  # (2, B, 2): towers, rows, presence and size
+    told_of = torch.ones_like(missed)  # (2, B, 2): encoders, rows, presence and size
     told_of[1, :, 1] = batch.sizes.float()  # a short caption tells no sizes
     helped = (missed * told_of).sum((0, 2)).mean()
     with torch.no_grad():

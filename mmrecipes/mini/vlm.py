@@ -36,6 +36,7 @@ STAGES = {
     "align": TrainConfig(1700, 16, 0.004, 1e-3),
     "joint": TrainConfig(500, 16, 0.0007, 2e-4),
 }
+DENSE = ("vision", "reading")  # the stages that train the vision encoder alone, patch by patch
 
 
 def train_mini_vlm(
@@ -76,7 +77,7 @@ def train_mini_vlm(
 def stage_batches(name: str, config: TrainConfig, tokenizer) -> VisionBatches | ChatBatches:
     """What one of `STAGES` trains on, from a block of scenes of its own."""
     seeds = block(f"mini-vlm/{name}")
-    if name in ("align", "joint"):
+    if name not in DENSE:
         return ChatBatches(seeds, config.steps, config.batch, tokenizer)
     return VisionBatches(seeds, config.steps, config.batch, MANY if name == "reading" else 0)
 
@@ -85,7 +86,7 @@ def _stage_loss(name: str, batches: VisionBatches | ChatBatches) -> Loss:
     char = 3.0 if name == "reading" else 1.0  # printed characters come last
 
     def loss(both: nn.ModuleDict, batch: Any) -> tuple[Tensor, dict[str, float]]:
-        if isinstance(batches, ChatBatches):
+        if name not in DENSE:
             return answer_loss(both["model"], batch, batches.word_ids, 0.1, both["probes"])
         images, labels, centres = batch
         return both["probes"].patches(both["model"].model.vision_model(images).last_hidden_state, labels, centres, char)

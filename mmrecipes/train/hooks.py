@@ -36,10 +36,12 @@ def captured_with_attention(model: nn.Module) -> Iterator[dict[str, Any]]:
     with captured(model) as outputs, contextlib.ExitStack() as hooks:
         kept = outputs["attention"] = {}
         for part in modules.TOWERS:
-            with contextlib.suppress(UserError):  # a convolutional encoder has no attention
+            try:
                 last = modules.layers(model, (part,))[part][-1]
-                for name, m in zip("qkv", modules.attention(last), strict=False):
-                    hooks.enter_context(m.register_forward_hook(lambda _m, _a, out, k=f"{part} {name}": kept.update({k: out})))
+            except UserError:  # a convolutional encoder has no attention
+                continue
+            for name, m in zip("qkv", modules.attention(last), strict=False):
+                hooks.enter_context(m.register_forward_hook(lambda _m, _a, out, k=f"{part} {name}": kept.update({k: out})))
         yield outputs
 
 

@@ -71,7 +71,7 @@ def test_training_writes_a_model_that_the_library_loads(tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     found = AutoProcessor.from_pretrained(out)(text=["a red circle"], padding="max_length", return_tensors="pt")
     assert type(model).__name__ == "SiglipModel" and found["input_ids"].shape == (1, batches.CAPTION_LENGTH)
-    assert "attention_mask" not in found, "SigLIP's text tower is trained, and must be asked, without one"
+    assert "attention_mask" not in found, "SigLIP's text encoder is trained, and must be asked, without one"
     assert (out / "training.json").is_file()
 
 
