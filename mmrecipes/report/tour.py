@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import os
 import tempfile
 from collections import Counter
@@ -155,17 +154,19 @@ def _answer(row: dict, i: int) -> str:
 
 
 def _page(model_name: str, rows: Dataset, stages: list[dict], found: Comparison) -> str:
-    figures = []
+    examples = []
     for i, row in enumerate(rows.select(range(min(8, len(rows))))):
         truth = row.get("answer") or _answer(found.rows[0], i)
         lines = [(r["name"], _answer(r, i), _answer(r, i) != truth) for r in found.rows]
-        figures.append(page.figure_tag(row["image"], lines, row["question"]))
-    shares = [(r["stage"], f"{r['ms']:.1f}", f"{r['share']:.0%}") for r in stages]
-    return page.document(
-        "mmrecipes tour",
-        f"<h1>{html.escape(model_name)}, compressed</h1><p>{html.escape(page.hardware(found.environment))}</p>",
-        f"<p class=verdict>{html.escape(_conclusion(found))}</p><h2>What it sees</h2>{''.join(figures)}",
-        f"<h2>Where its time goes</h2>{page.html_table(('stage', 'ms', 'share'), shares)}",
-        f"<h2>What compression costs</h2>{found._repr_html_()}{page.png(found.plot())}{page.png(found.plot('disk_mb'))}",
-        "<p>Every number was measured on this machine, by this run. Intervals are 95%.</p>",
+        examples.append({"image": row["image"], "question": row["question"], "lines": lines})
+    return page.render(
+        "tour.html",
+        title="mmrecipes tour",
+        model=model_name,
+        hardware=page.hardware(found.environment),
+        conclusion=_conclusion(found),
+        examples=examples,
+        stages=[(r["stage"], f"{r['ms']:.1f}", f"{r['share']:.0%}") for r in stages],
+        comparison=found._repr_html_(),
+        plots=[found.plot(), found.plot("disk_mb")],
     )

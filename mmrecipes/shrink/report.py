@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import importlib.metadata
 import json
 import re
@@ -136,41 +135,34 @@ def _examples(made: Path, verify: Evaluator, found: Mapping[str, Any]) -> list[d
 
 
 def _page(found: Mapping[str, Any]) -> str:
-    e, request, rows, env = html.escape, found["request"], found["rows"], found["table"].environment
+    request, rows, env, diagnosis = found["request"], found["rows"], found["table"].environment, found["diagnosis"]
     name = Path(request.model).name if Path(request.model).exists() else request.model  # a page goes places: no local path
     measure = found["loss"].measure
     asked = [("model", name), ("runtime", request.runtime), ("budget", request.budget or "none: as small as holds")]
-    asked += [("may lose", f"{found['limit']:g} points of {measure}")]
-    asked += [("verified on", f"{rows['verified on']} questions about {rows['images']} images")]
-    asked += [("calibrated on", f"{rows['calibrated on']} questions; plans compared on {rows['chosen on']} others")]
-    kept = [(*_row(c), "kept" if i == found["chosen"] else "") for i, c in enumerate(found["candidates"])]
-    parts = [
-        f"<h1>{e(name)}, made smaller</h1><p class=verdict>{e(verdict(found))}</p>",
-        f"<h2>What was asked</h2>{page.html_table(None, asked, 'text')}",
-        *(f"<p><small>{e(note)}</small></p>" for note in found["notes"]),
-        f"<h2>Before and after</h2>{found['table']._repr_html_()}<p>{e(MEANING[measure])} Intervals are 95%.</p>",
-        f"<h2>What it says</h2>{''.join(map(_figure, found['examples']))}",
-        "<h2>The plan</h2><p>Each square is a unit: the weights of one attention, one MLP, or the embeddings. It says how many "
-        "bits the unit has now; the darker, the more the model changes when this unit alone has 4 bits.</p>",
-        page.png(_squares(found), "wide"),
-        f"<h2>Plans that were tried</h2>{page.html_table(('plan', 'predicted MB', 'lost when tried in PyTorch', ''), kept)}",
-        f"<h2>What the doctor found</h2>{_findings(found['diagnosis'])}",
-        f"<h2>Where</h2><p>{e(page.hardware(env))}. The CPU has {e(', '.join(env['capabilities']) or 'no known extensions')}. "
-        f"Versions: {e(', '.join(f'{k} {v}' for k, v in found['versions'].items()))}.</p>",
-        "<h2>How to run it</h2><p>This folder is complete: copy it to where you need it. <code>example.py</code> imports public "
-        f"libraries only.</p><pre>python example.py {IMAGE} &quot;{e(found['example']['question'])}&quot;</pre>",
-    ]
-    if request.runtime != "torch":
-        call = "mmrecipes.load_exported(&quot;FOLDER&quot;).generate(image, question)"
-        parts.append(f"<p>From Python, with this package: <code>{call}</code></p>")
-    return page.document(f"{name}, made smaller", *parts)
-
-
-def _figure(example: Mapping[str, Any]) -> str:
-    lines = [("right", example["answer"], False)] if "answer" in example else []
-    lines.append(("original", example["original"], False))
-    lines.append(("shrunk", example["shrunk"], example["original"] != example["shrunk"]))
-    return page.figure_tag(example["image"], lines, example["question"])
+    asked.append(("may lose", f"{found['limit']:g} points of {measure}"))
+    asked.append(("verified on", f"{rows['verified on']} questions about {rows['images']} images"))
+    asked.append(("calibrated on", f"{rows['calibrated on']} questions; plans compared on {rows['chosen on']} others"))
+    return page.render(
+        "shrink.html",
+        title=f"{name}, made smaller",
+        model=name,
+        verdict=verdict(found),
+        asked=asked,
+        notes=found["notes"],
+        comparison=found["table"]._repr_html_(),
+        meaning=MEANING[measure],
+        examples=found["examples"],
+        squares=_squares(found),
+        tried=[(*_row(c), "kept" if i == found["chosen"] else "") for i, c in enumerate(found["candidates"])],
+        findings=doctor.finding_rows(diagnosis.findings),
+        timed=[(v.technique, v.stage, f"{v.faster:.2f}x", v.layer) for v in diagnosis.verdicts],
+        hardware=page.hardware(env),
+        capabilities=env["capabilities"],
+        versions=found["versions"],
+        image_name=IMAGE,
+        question=found["example"]["question"],
+        runtime=request.runtime,
+    )
 
 
 def _squares(found: Mapping[str, Any]):  # -> matplotlib.figure.Figure
@@ -202,11 +194,3 @@ def _squares(found: Mapping[str, Any]):  # -> matplotlib.figure.Figure
     axes.set_xticks(range(0, depth, 1 + depth // 20))
     figure.colorbar(image, ax=axes, label="loss alone in 4 bits\n(log10 nats a token)")
     return figure
-
-
-def _findings(diagnosis: doctor.Diagnosis) -> str:
-    rows = doctor.finding_rows(diagnosis.findings)
-    text = page.html_table(("technique", "where", "what", "cure"), rows, "text") if rows else "<p>Nothing stands in the way.</p>"
-    timed = [(v.technique, v.stage, f"{v.faster:.2f}x", v.layer) for v in diagnosis.verdicts]
-    text += "<p>Eager PyTorch on this machine, the costliest layer of each stage against float32:</p>"
-    return text + page.html_table(("technique", "stage", "speed", "layer"), timed)
