@@ -402,7 +402,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 
 def test_wheel_carries_code_models_and_data(wheel):
     files = set(wheel.namelist())
-    code = {p.relative_to(ROOT).as_posix() for p in (ROOT / "mmrecipes").rglob("*.py")}
+    code = {p.relative_to(ROOT).as_posix() for p in (ROOT / "mmrecipes").rglob("*") if p.suffix in (".py", ".html")}
     data = {p for p in (ROOT / "data").rglob("*") if p.is_file() and (p.suffix == ".parquet" or "models" in p.parts)}
     assert any("test" in p.name for p in data)
     assert any(p.name == "model.safetensors" for p in data)
