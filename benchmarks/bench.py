@@ -153,20 +153,13 @@ def run(runtime: str, how: str, forced: list[int] | None) -> dict:
         look, step = _exported(runtime, how)
     from mmrecipes import measure
 
-    firsts, rates, logits = [], [], []
-    for _ in range(1 + RUNS):  # the first run warms up: kernels are chosen, pages touched
-        start = time.perf_counter()
-        found = look()
-        first = time.perf_counter()
-        logits, tokens = [found], []
-        for i in range(TOKENS - 1):
-            tokens.append(forced[i] if forced else int(found.argmax()))
-            found = step(tokens[-1])
-        firsts.append(1e3 * (first - start))
-        rates.append((TOKENS - 1) / (time.perf_counter() - first))
-        logits.append(found)
+    # the first run warms up: kernels are chosen, pages touched
+    runs = [measure.time_generation(look, step, TOKENS - 1, forced) for _ in range(1 + RUNS)][1:]
+    logits = runs[-1][2]
+    tokens = list(forced or (int(each.argmax()) for each in logits[:-1]))
     files = [p for p in folder(runtime, how).iterdir() if p.name.startswith(("model", "vision", "language"))]
-    row = {"ttft_ms": statistics.median(firsts[1:]), "tokens_per_s": statistics.median(rates[1:]), "peak_mb": measure.peak_mb()}
+    ttft, step_ms = (statistics.median(run[i] for run in runs) for i in (0, 1))
+    row = {"ttft_ms": ttft, "tokens_per_s": 1e3 / step_ms, "peak_mb": measure.peak_mb()}
     row |= {"disk_mb": sum(p.stat().st_size for p in files) / 1e6, "tokens": tokens}
     return row | {"logits": [np.asarray(each, np.float32).tolist() for each in logits]}
 

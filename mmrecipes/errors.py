@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 class UserError(Exception):
     """One line: what was given, what was expected, what to do. The command line prints it and exits with 1."""
@@ -20,9 +15,6 @@ def one_line(e: BaseException, most: int = 200) -> str:
     """The message of `e` on one line of at most `most` characters."""
     text = " ".join(str(e).split()) or type(e).__name__
     return text if len(text) <= most else text[: most - 1] + "…"
-
-
-# ---- small print
 
 
 def require(*names: str) -> None:

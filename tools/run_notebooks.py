@@ -19,19 +19,11 @@ import psutil
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from mmrecipes.measure.process import peak_mb as process_peak_mb
 from recipes import ROOT
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
 RESULT = ROOT / "results" / "notebooks.json"
-
-
-def high_water_mb(pid: int) -> float:
-    """Peak resident memory of a process so far, in MB: the kernel's own mark on Linux, the present size elsewhere."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-        return next(int(line.split()[1]) * 1024 / 1e6 for line in status.splitlines() if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        return psutil.Process(pid).memory_info().rss / 1e6
 
 
 def tree_mb(pid: int) -> float:
@@ -57,7 +49,7 @@ class PeakMemory(threading.Thread):
     def run(self) -> None:
         while True:
             try:
-                self.kernel_mb = max(self.kernel_mb, high_water_mb(self.pid))
+                self.kernel_mb = max(self.kernel_mb, process_peak_mb(self.pid))
                 self.peak_mb = max(self.peak_mb, self.kernel_mb, tree_mb(self.pid))
             except psutil.Error:  # the kernel has ended
                 return

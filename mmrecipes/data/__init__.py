@@ -5,12 +5,9 @@ from mmrecipes.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "datasets": (
-            "TEST_FILE calibration captions encode_png image_rows majority_floor questions sort_of_clevr test_split "
-            "write_test_split"
-        ),
+        "datasets": "TEST_FILE calibration encode_png image_rows majority_floor questions test_split",
         "families": "",
-        "folders": "GENERAL_QUESTIONS NEEDED QUESTIONS_FILE Rows gather read_folder",
+        "folders": "GENERAL_QUESTIONS gather read_folder",
         "scenes": "",
         "splits": "BLOCKS SPLITS block",
     },

@@ -7,19 +7,12 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
 
 from mmrecipes.data.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, changed, closest
 
-if TYPE_CHECKING:
-    pass
-
 FAMILIES = ("colour", "shape", "size", "count", "exists", "relation", "reading")
-
-
-DIRECTIONS = ("left of", "right of", "above", "below")
 
 
 @dataclass(frozen=True)
@@ -29,9 +22,6 @@ class Question:
     text: str
     answer: str
     family: str
-
-
-# ---- questions: each family lists every (answer, text) that the scene supports; one is drawn so that answers balance
 
 
 def _unique(scene: Scene, key: Callable[[Thing], object]) -> list[Thing]:
@@ -112,6 +102,8 @@ def ask(scene: Scene, family: str, seed: int = 0, about: str = "") -> Question |
 
     An answer is drawn first, evenly among those possible, then a question that has it: this is the balancing. Only questions
     with the word `about` in them or in their answers, if it is given.
+    >>> ask(scenes.make_scene(1), "size").text
+    'Is the red cross small or large?'
     """
     if family not in _ASK:
         raise ValueError(f"ask: no question family {family!r}; the families are {', '.join(FAMILIES)}")
@@ -126,16 +118,16 @@ def ask(scene: Scene, family: str, seed: int = 0, about: str = "") -> Question |
     return Question(rng.choice(by_answer[answer]), answer, family)
 
 
-# ---- captions, for retrieval and image-text matching
-
-
 def _describe(t: Thing, full: bool) -> str:
     words = f"a {t.size} {t.name}" if full else f"a {t.name}"
     return f"{words} labelled {t.code}" if full and t.code else words
 
 
 def caption(scene: Scene, full: bool = False) -> str:
-    """`a red circle, a blue star` from left to right; with `full`, sizes and printed codes too."""
+    """The objects from left to right; with `full`, sizes and printed codes too.
+    >>> caption(scenes.make_scene(1))
+    'a yellow cross, a purple circle, a red cross'
+    """
     return ", ".join(_describe(t, full) for t in sorted(scene.things, key=lambda t: t.x))
 
 
@@ -143,6 +135,8 @@ def hard_negative(scene: Scene, seed: int = 0, full: bool = False) -> tuple[str,
     """A caption that is false in exactly one attribute of one object, and that attribute's name.
 
     Attributes: `colour`, `shape`, and with `full` also `size`. The changed object is in the scene under no name.
+    >>> hard_negative(scenes.make_scene(1))
+    ('a yellow diamond, a purple circle, a red cross', 'shape')
     """
     near, key = changed(scene, seed, full)
     return caption(near, full), key
@@ -154,7 +148,10 @@ CLEVR_COLOURS = {k: COLOURS[k] for k in ("red", "green", "blue", "orange", "cyan
 
 
 def sort_of_clevr(seed: int) -> tuple[Image.Image, list[Question]]:
-    """One 75 x 75 picture with six objects, one of each colour, and its 10 non-relational and 10 relational questions."""
+    """One 75 x 75 image with six objects, one of each colour, and its 10 non-relational and 10 relational questions.
+    >>> len(sort_of_clevr(0)[1])
+    20
+    """
     rng = random.Random(seed)
     spots: list[tuple[int, int]] = []
     while len(spots) < 6:

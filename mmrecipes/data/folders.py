@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 QUESTIONS_FILE = "questions.jsonl"
-
-
 GENERAL_QUESTIONS = ("What is in this picture?", "Describe this picture in one sentence.", "Which colours are there?")
-
-
 NEEDED = "give 2 pictures or more: some to calibrate on and others to verify on"
 
 
@@ -34,13 +31,12 @@ class Rows:
     tried: int = 0  # of those that calibrate, each unit's sensitivity is found on so many
 
 
-# ---- rows in
-
-
 def gather(side: int, calib: Path | None, images: Path | None, n: int) -> Rows:
     """Rows from the user's folders; from drawn scenes, `side` px wide, where there is none. At most `n` to verify on.
 
-    `images` alone is halved, picture by picture. Raises UserError where a picture would be on both sides.
+    `images` alone is halved, image by image. Raises UserError where an image would be on both sides.
+    >>> len(gather(96, None, None, 14).verify)
+    14
     """
     if images and calib and images.expanduser().resolve() == calib.expanduser().resolve():
         calib = None
@@ -74,10 +70,14 @@ def _drawn(split: str, n: int, side: int) -> Dataset:
 
 
 def read_folder(folder: Path) -> Dataset:
-    """Rows of a folder of pictures: those of its questions.jsonl, or three general questions about each picture.
+    """Rows of a folder of pictures: those of its questions.jsonl, or three general questions about each image.
 
     A line: {"image": "a.png", "question": "...", "answer": "..."}, the answer in all of them or in none. Raises UserError that
-    names the line or the picture.
+    names the line or the image.
+    >>> for name in ("a.png", "b.png"):
+    ...     rows[0]["image"].save(folder / name)
+    >>> len(read_folder(folder)) == 2 * len(GENERAL_QUESTIONS)
+    True
     """
     folder = folder.expanduser()
     asked, found = folder / QUESTIONS_FILE, []
@@ -85,15 +85,12 @@ def read_folder(folder: Path) -> Dataset:
         named = models_images.load_images(folder)
         found = [(name, picture, question, None) for name, picture in named for question in GENERAL_QUESTIONS]
     else:
-        known: dict[str, object] = {}
+        load = functools.cache(lambda name: models_images.load_image(folder / name))
         for where, line in _lines(asked):
-            name = line["image"]
-            if name not in known:
-                try:
-                    known[name] = models_images.load_image(folder / name)
-                except UserError as e:
-                    raise UserError(f"{where}: {e}") from e
-            found.append((name, known[name], line["question"], line.get("answer")))
+            try:
+                found.append((line["image"], load(line["image"]), line["question"], line.get("answer")))
+            except UserError as e:
+                raise UserError(f"{where}: {e}") from e
     if len({name for name, *_ in found}) < 2:
         raise UserError(f"{folder}: one picture; {NEEDED}")
     rows = datasets.image_rows([(name, picture) for name, picture, *_ in found], "").remove_columns("question")

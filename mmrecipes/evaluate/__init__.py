@@ -6,11 +6,10 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "fidelity": (
-            "Loss MAX_ANSWER_TOKENS accuracy_loss agreement_loss eos_token_ids greedy_tokens knows right token_agreement "
-            "with_answers"
+            "Loss MAX_ANSWER_TOKENS accuracy_loss agreement_loss greedy_tokens knows right token_agreement with_answers"
         ),
-        "generation": "Result answers score vqa",
-        "likelihood": "answer_logits answer_loss divergence",
+        "generation": "Result answers eos_token_ids score vqa",
+        "likelihood": "answer_logits divergence",
         "retrieval": (
             "CHOICES Gallery POOL RetrievalResult embeddings gallery image_text_matching modality_gap retrieval_report "
             "retrieval_scores zero_shot"

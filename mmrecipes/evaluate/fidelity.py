@@ -1,4 +1,4 @@
-"""What `shrink` works on: rows to calibrate, choose and verify on, which share no picture; and how answers compare."""
+"""How a compressed model's answers compare with the original's: accuracy on labels, or agreement token by token without."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from mmrecipes import quiet
 from mmrecipes.evaluate import statistics
+from mmrecipes.evaluate.generation import answer_tokens
 from mmrecipes.evaluate.statistics import Share, clustered
-from mmrecipes.models import prompts
+from mmrecipes.models.prompts import chat
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,13 +27,13 @@ MAX_ANSWER_TOKENS = 12  # tokens of an answer, at most
 
 
 def with_answers(model: nn.Module, rows: Dataset) -> Dataset:
-    """`rows` with the model's own answers in the place of labels."""
+    """`rows` with the model's own answers in the place of labels.
+    >>> with_answers(model, rows)["answer"][:] == rows["answer"][:]
+    True
+    """
     decode, found = model.processor.tokenizer.decode, greedy_tokens(model, rows)
     rows = rows.remove_columns([c for c in ("answer",) if c in rows.column_names])
     return rows.add_column("answer", [decode(ids, skip_special_tokens=True).strip() for ids in found])
-
-
-# ---- answers compared
 
 
 @dataclass(frozen=True)
@@ -50,47 +52,28 @@ class Loss:
         return f"{self.points:.1f} points of {self.measure} [{self.low:.1f}, {self.high:.1f}], n={self.n}"
 
 
-@torch.inference_mode()
-def greedy_tokens(model: nn.Module, rows: Dataset, batch_size: int = 8) -> list[list[int]]:
-    """Token ids of the model's own greedy answers, at most WORDS each; the stop token counts where it stopped."""
-    from tqdm.auto import tqdm
-
-    processor, found = model.processor, []
-    processor.tokenizer.padding_side = "left"
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "{}"}]}]
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    stop = eos_token_ids(model)
-    for i in tqdm(range(0, len(rows), batch_size), disable=quiet.progress_hidden(), desc="the original answers", leave=False):
-        part = rows[i : i + batch_size]
-        texts = [prompt.replace("{}", q) for q in part["question"]]
-        given = processor(images=[[p.convert("RGB")] for p in part["image"]], text=texts, padding=True, return_tensors="pt")
-        out = model.generate(**given.to(model.device), max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
-        for ids in out[:, given["input_ids"].shape[1] :].tolist():
-            end = next((k + 1 for k, token in enumerate(ids) if token in stop), len(ids))
-            found.append(ids[:end])
-    return found
-
-
-def eos_token_ids(model: nn.Module) -> set[int]:
-    """The token ids at which the model stops."""
-    stop = model.generation_config.eos_token_id
-    stop = model.config.get_text_config().eos_token_id if stop is None else stop
-    return {stop} if isinstance(stop, int) else set(stop or ())
+def greedy_tokens(model: nn.Module, rows: Dataset) -> list[list[int]]:
+    """Token ids of the model's own greedy answers, at most MAX_ANSWER_TOKENS each, the end of sequence included.
+    >>> len(greedy_tokens(model, rows)) == len(rows)
+    True
+    """
+    return answer_tokens(model, rows["image"][:], rows["question"][:], 8, MAX_ANSWER_TOKENS)
 
 
 def token_agreement(model: nn.Module | Exported, rows: Dataset, wanted: Sequence[list[int]]) -> list[list[bool]]:
-    """For each token of `wanted`, the original's answers: is it the model's likeliest, given the same words before?"""
-    from tqdm.auto import tqdm
-
-    look = _choices if isinstance(model, nn.Module) else _exported_choices
+    """For each token of `wanted`, the original's answers: is it the model's likeliest, given the same tokens before?
+    >>> all(map(all, token_agreement(model, rows, greedy_tokens(model, rows))))
+    True
+    """
+    choose = _choices if isinstance(model, nn.Module) else _exported_choices
     asked = zip(rows["image"], rows["question"], wanted, strict=True)
     bar = tqdm(asked, total=len(rows), disable=quiet.progress_hidden(), desc="comparing", leave=False)
-    return [[a == b for a, b in zip(look(model, image, question, ids), ids, strict=True)] for image, question, ids in bar]
+    return [[a == b for a, b in zip(choose(model, image, question, ids), ids, strict=True)] for image, question, ids in bar]
 
 
 @torch.inference_mode()
 def _choices(model: nn.Module, image, question: str, ids: list[int]) -> list[int]:
-    inputs = dict(prompts.chat(model, image, question))
+    inputs = dict(chat(model, image, question))
     shape, more = inputs["input_ids"].shape, torch.tensor([ids[:-1]], device=model.device)
     for name, value in inputs.items():  # the mask, and kinds of token where a model wants them, grow with the text
         if getattr(value, "shape", None) == shape:
@@ -107,20 +90,29 @@ def _exported_choices(model: Exported, image, question: str, ids: list[int]) -> 
 
 
 def right(predictions: Sequence[str], answers: Sequence[str]) -> list[bool]:
-    """Exact match; case and a full stop at the end do not count."""
+    """Exact match; case and a full stop at the end do not count.
+    >>> right(["Red.", "two"], ["red", "three"])
+    [True, False]
+    """
     plain = [[text.strip().rstrip(".!").lower() for text in texts] for texts in (predictions, answers)]
     return [p == a for p, a in zip(*plain, strict=True)]
 
 
 def knows(correct: Sequence[bool], answers: Sequence[str]) -> bool:
-    """Whether a model's share of right answers can show a loss: half of them, and more than the commonest answer would get."""
+    """Whether a model's share of right answers can show a loss: half of them, and more than the commonest answer would get.
+    >>> knows([True] * 90 + [False] * 10, ["yes", "no"] * 50)
+    True
+    """
     floor = Counter(a.lower() for a in answers).most_common(1)[0][1] / len(answers)
     share = statistics.wilson(sum(correct), len(correct))
     return share.value >= 0.5 and share.low > floor
 
 
 def accuracy_loss(before: Sequence[bool], after: Sequence[bool]) -> Loss:
-    """Points of accuracy that were lost on the same questions."""
+    """Points of accuracy that were lost on the same questions.
+    >>> accuracy_loss([True] * 10, [True] * 9 + [False]).points
+    10.0
+    """
     pair = statistics.paired(before, after)
     if not pair.lost + pair.won:  # drawing again from questions without a change shows none: what so few cannot rule out
         most = 100 * statistics.wilson(0, pair.n).high
@@ -129,7 +121,10 @@ def accuracy_loss(before: Sequence[bool], after: Sequence[bool]) -> Loss:
 
 
 def agreement_loss(same: Sequence[Sequence[bool]], clusters: Sequence[str]) -> Loss:
-    """100 less the percentage of tokens that agree. Tokens of one picture are alike, so the interval goes by pictures."""
+    """100 less the percentage of tokens that agree. Tokens of one image are alike: the interval goes by images.
+    >>> agreement_loss([[True, False], [True, True]], ["a.png", "b.png"]).points
+    25.0
+    """
     hits, totals = Counter(), Counter()
     for tokens, cluster in zip(same, clusters, strict=True):
         hits[cluster] += sum(tokens)

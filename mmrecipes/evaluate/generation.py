@@ -1,4 +1,4 @@
-"""Does it still answer right? Accuracy with intervals, paired comparisons, agreement with a reference model."""
+"""Generated answers, and how many of them are right."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from tqdm.auto import tqdm
 
 from mmrecipes import quiet
+from mmrecipes.data.datasets import majority_floor
 from mmrecipes.errors import ParityError
 from mmrecipes.evaluate.statistics import Share, wilson
+from mmrecipes.models.prompts import batch_inputs, chat_prompts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,6 +32,42 @@ class Result:
     right: list[bool] = field(repr=False)
 
 
+@torch.inference_mode()
+def answer_tokens(
+    model: torch.nn.Module,
+    images: Sequence,
+    questions: Sequence[str],
+    batch_size: int = 50,
+    max_new_tokens: int = 8,
+    progress: bool | None = None,
+) -> list[list[int]]:
+    """Token ids of greedy answers, at most `max_new_tokens` each, the end of sequence included where the model stopped.
+
+    `progress=None` shows a bar to people only. Raises ParityError when the logits of the first batch are not finite.
+    """
+    texts, stop, found = chat_prompts(model.processor, questions), eos_token_ids(model), []
+    hidden = quiet.progress_hidden() if progress is None else not progress
+    for i in tqdm(range(0, len(texts), batch_size), disable=hidden, desc="answering", leave=False):
+        inputs = batch_inputs(model, images[i : i + batch_size], texts[i : i + batch_size])
+        if i == 0 and not torch.isfinite(model(**inputs).logits).all():
+            raise ParityError("the model's logits are not finite: it is broken, not lossy; check the step that made it")
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        for answer in ids[:, inputs["input_ids"].shape[1] :].tolist():
+            end = next((k + 1 for k, token in enumerate(answer) if token in stop), len(answer))
+            found.append(answer[:end])
+    return found
+
+
+def eos_token_ids(model: torch.nn.Module) -> set[int]:
+    """The token ids at which the model stops.
+    >>> eos_token_ids(model) == {model.processor.tokenizer.eos_token_id}
+    True
+    """
+    stop = model.generation_config.eos_token_id
+    stop = model.config.get_text_config().eos_token_id if stop is None else stop
+    return {stop} if isinstance(stop, int) else set(stop or ())
+
+
 def answers(
     model: torch.nn.Module | Exported,
     images: Sequence,
@@ -37,46 +76,34 @@ def answers(
     max_new_tokens: int = 8,
     progress: bool | None = None,
 ) -> list[str]:
-    """Answers from `generate()`, greedy, in batches. `model.processor` is used; `progress=None` shows a bar to people only.
+    """Answers, greedy, in batches, without special tokens; an exported model answers one question after the other.
 
-    An exported model (`load_exported`) answers one question after the other.
-    Raises ParityError when the model's output on the first batch is not finite: such a model is broken, not lossy.
+    Raises ParityError when the model's logits are not finite: such a model is broken, not lossy.
+    >>> answers(model, rows["image"][:2], rows["question"][:2]) == rows["answer"][:2]
+    True
     """
-    from tqdm.auto import tqdm
-
-    processor, found = model.processor, []
-    processor.tokenizer.padding_side = "left"  # generation continues at the right end
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "{}"}]}]
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    if progress is None:
-        progress = not quiet.progress_hidden()
-    if not isinstance(model, torch.nn.Module):
-        asked = tqdm(list(zip(images, questions, strict=True)), disable=not progress, desc="answering", leave=False)
-        return [model.generate(image, question, max_new_tokens) for image, question in asked]
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    for i in tqdm(range(0, len(questions), batch_size), disable=not progress, desc="answering", leave=False):
-        batch = [[image.convert("RGB")] for image in images[i : i + batch_size]]
-        texts = [prompt.replace("{}", q) for q in questions[i : i + batch_size]]
-        inputs = processor(images=batch, text=texts, padding=True, return_tensors="pt").to(model.device, dtype)
-        with torch.inference_mode():
-            if i == 0 and not torch.isfinite(model(**inputs).logits).all():
-                raise ParityError("the model's logits are not finite: it is broken, not lossy; check the step that made it")
-            out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        new = out[:, inputs["input_ids"].shape[1] :]
-        found += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
-    return found
+    if isinstance(model, torch.nn.Module):
+        found = answer_tokens(model, images, questions, batch_size, max_new_tokens, progress)
+        return [model.processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
+    hidden = quiet.progress_hidden() if progress is None else not progress
+    asked = tqdm(list(zip(images, questions, strict=True)), disable=hidden, desc="answering", leave=False)
+    return [model.generate(image, question, max_new_tokens) for image, question in asked]
 
 
 def vqa(model: torch.nn.Module | Exported, rows: Dataset, batch_size: int = 50, progress: bool | None = None) -> Result:
-    """Accuracy on `rows` (image, question, answer, family), exact match of the generated answer, case ignored."""
-    from mmrecipes.data.datasets import majority_floor
-
+    """Accuracy on `rows` (image, question, answer, family), exact match of the generated answer, case ignored.
+    >>> vqa(model, rows).overall.n
+    4
+    """
     predictions = answers(model, rows["image"][:], rows["question"][:], batch_size, progress=progress)
     return score(predictions, rows["answer"][:], rows["family"][:], majority_floor(rows))
 
 
 def score(predictions: Sequence[str], wanted: Sequence[str], families: Sequence[str], floors: dict[str, float]) -> Result:
-    """`vqa` without the model: score given predictions. All three sequences have one entry a question."""
+    """`vqa` without the model: score given predictions. All three sequences have one entry a question.
+    >>> score(["Red", "2"], ["red", "3"], ["colour", "count"], {}).overall.value
+    0.5
+    """
     right = [p.lower() == w.lower() for p, w in zip(predictions, wanted, strict=True)]
     per = {f: [r for r, g in zip(right, families, strict=True) if g == f] for f in sorted(set(families))}
     shares = {f: wilson(sum(rs), len(rs)) for f, rs in per.items()}

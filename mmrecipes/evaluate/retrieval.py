@@ -1,7 +1,4 @@
-"""Do picture and caption still find each other? Retrieval, matching and zero-shot naming of a dual encoder, with intervals.
-
-For SigLIP and CLIP alike. Notebook 32 uses it.
-"""
+"""Retrieval, image-text matching and zero-shot classification of a dual encoder (SigLIP, CLIP), with intervals."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from mmrecipes import quiet
 from mmrecipes.data import families, scenes
@@ -22,9 +20,7 @@ from mmrecipes.evaluate.generation import answers
 from mmrecipes.evaluate.statistics import Share, wilson
 from mmrecipes.models import modules
 
-POOL = 100  # scenes in a pool; each brings a picture or caption that is false in one attribute
-
-
+POOL = 100  # scenes in a pool; each brings an image or caption that is false in one attribute
 CHOICES = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES)}
 
 
@@ -53,12 +49,12 @@ def embeddings(
     batch_size: int = 100,
     progress: bool | None = None,
 ) -> Tensor:
-    """Unit vectors (N, D), float32, of pictures or of texts, by the model's own processor.
+    """Unit vectors (N, D), float32, of images or of texts, by the model's own processor.
 
     Raises ParityError when they are not finite: such a model is broken, not lossy.
+    >>> embeddings(dual, texts=["a red circle", "a blue star"]).norm(dim=1).round().tolist()
+    [1.0, 1.0]
     """
-    from tqdm.auto import tqdm
-
     if (images is None) == (texts is None):
         raise UserError("embeddings: give either images or texts, not both and not neither")
     if not hasattr(model, "get_image_features") or not hasattr(model, "logit_scale"):
@@ -85,7 +81,7 @@ def embeddings(
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures and captions of one split: row i of each belongs to scene i."""
+    """Images and captions of one split: row i of each belongs to scene i."""
 
     images: list[Image.Image]
     captions: list[str]
@@ -95,7 +91,10 @@ class Gallery:
 
 
 def gallery(split: str = "test", n: int = 1000, start: int = 0) -> Gallery:
-    """`n` scenes of `split`, short captions (colour and shape), each with a hard negative in words and as a picture."""
+    """`n` scenes of `split`, short captions (colour and shape), each with a hard negative as a caption and as an image.
+    >>> len(gallery(n=2).negatives)
+    2
+    """
     drawn = [scenes.make_scene(seed) for seed in SPLITS[split][start : start + n]]
     near = [scenes.changed(s) for s in drawn]
     return Gallery(
@@ -108,7 +107,10 @@ def gallery(split: str = "test", n: int = 1000, start: int = 0) -> Gallery:
 
 
 def retrieval_scores(model: nn.Module, seen: Gallery, pool: int = POOL) -> RetrievalResult:
-    """Both ways of retrieval, matching and telling apart on `seen`, whose length is a multiple of `pool`."""
+    """Both ways of retrieval, matching and telling apart on `seen`, whose length is a multiple of `pool`.
+    >>> retrieval_scores(dual, gallery(n=4), pool=4).text_r1.n
+    4
+    """
     n = len(seen.images)
     if not n or n % pool:
         raise UserError(f"retrieval: {n} scenes in pools of {pool}; expected a multiple of the pool, at least one")
@@ -139,11 +141,13 @@ def retrieval_scores(model: nn.Module, seen: Gallery, pool: int = POOL) -> Retri
 def image_text_matching(model: nn.Module, split: str = "test", n: int = 1000) -> tuple[Share, Share, list[bool]]:
     """Image-text matching by a VLM: it is asked whether an object is there, and whether one is whose colour or shape is false.
 
-    Shares of right answers among 2 `n`, and of pictures with both right; the latter one by one. Raises UserError for a dual
-    encoder, which cannot be asked, or fewer than one picture.
+    Shares of right answers among 2 `n`, and of images with both right; the latter one by one. Raises UserError for a dual
+    encoder, which cannot be asked, or fewer than one image.
+    >>> image_text_matching(model, n=2)[0].n
+    4
     """
     if n < 1 or "head" not in modules.parts(model):
-        raise UserError(f"asked: {n} pictures, {type(model).__name__}; expected one or more, and a model that answers questions")
+        raise UserError(f"asked: {n} images, {type(model).__name__}; expected one or more, and a model that answers questions")
     drawn = [scenes.make_scene(seed) for seed in SPLITS[split][:n]]
     near = [scenes.changed(s)[0] for s in drawn]
     moved = [next((a, b) for a, b in zip(s.things, t.things, strict=True) if a != b) for s, t in zip(drawn, near, strict=True)]
@@ -159,6 +163,8 @@ def zero_shot(model: nn.Module, split: str = "test", n: int = 1000) -> dict[str,
     """Naming without training for it: one object's attribute in a full caption is tried in all its values; the best one counts.
 
     For colour (8 values), shape (6) and size (2), one object of each of `n` scenes; names that another object has are left out.
+    >>> list(zero_shot(dual, n=2))
+    ['colour', 'shape', 'size']
     """
     drawn = [scenes.make_scene(seed) for seed in SPLITS[split][:n]]
     image, found = embeddings(model, [scenes.render(s) for s in drawn]), {}
@@ -176,7 +182,10 @@ def zero_shot(model: nn.Module, split: str = "test", n: int = 1000) -> dict[str,
 
 
 def retrieval_report(model: nn.Module, n: int = 1000) -> dict[str, Share]:
-    """All of the above on the test split, {what: share}, on `n` scenes: a multiple of POOL."""
+    """All of the above on the test split, {what: share}, on `n` scenes: a multiple of POOL.
+    >>> retrieval_report(dual, POOL)["text_r1"].n
+    100
+    """
     found = retrieval_scores(model, gallery(n=n))
     shares = {"text_r1": found.text_r1, "image_r1": found.image_r1, "hard_negative_accuracy": found.hard_negative_accuracy}
     shares |= {f"hard_negative_accuracy, {k}": v for k, v in found.attributes.items()}
@@ -193,5 +202,8 @@ def _variants(scene: Scene, at: int, attribute: str, values: Sequence[str]) -> l
 
 @torch.inference_mode()
 def modality_gap(image: Tensor, text: Tensor) -> float:
-    """Distance between the two towers' mean vectors, image and text (N, D) of length 1 each (Liang et al., arXiv:2203.02053)."""
+    """Distance between the mean image and text embeddings, unit vectors (N, D) each (Liang et al., arXiv:2203.02053).
+    >>> modality_gap(torch.eye(2), torch.eye(2))
+    0.0
+    """
     return (image.mean(0) - text.mean(0)).norm().item()

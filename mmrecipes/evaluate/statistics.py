@@ -5,20 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mmrecipes.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def clustered(hits: Sequence[int], totals: Sequence[int]) -> Share:
     """A proportion over all, with a Wilson interval for as many independent draws as the spread between clusters leaves.
 
     Korn and Graubard 1998 (effective sample size). Without any spread, each cluster counts as one draw.
+    >>> print(clustered([9, 1], [10, 10]))
+    50.0% [7.8, 92.2] n=20
     """
     n, groups = sum(totals), len(totals)
     p = sum(hits) / n
@@ -59,7 +57,10 @@ class Paired:
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> Share:
-    """The proportion `right / n` with its 95% interval (Wilson 1927), which stays inside [0, 1] near the ends."""
+    """The proportion `right / n` with its 95% interval (Wilson 1927), which stays inside [0, 1] near the ends.
+    >>> print(wilson(95, 100))
+    95.0% [88.8, 97.8] n=100
+    """
     if n < 1 or not 0 <= right <= n:
         raise UserError(f"wilson: {right} right of {n}; expected 0 <= right <= n and n >= 1")
     p, zz = right / n, z * z
@@ -71,6 +72,8 @@ def questions_needed(points: float, accuracy: float = 0.95, flips: float | None 
     """How many questions tell a loss of `points` (out of 100) from nothing, at 95% confidence and 80% power.
 
     Unpaired, two samples of `n` questions each; with `flips` (share of questions on which the two variants differ), paired.
+    >>> questions_needed(2), questions_needed(2, flips=0.04)
+    (1863, 777)
     """
     d = points / 100
     variance = 2 * accuracy * (1 - accuracy) if flips is None else flips - d * d
@@ -78,7 +81,10 @@ def questions_needed(points: float, accuracy: float = 0.95, flips: float | None 
 
 
 def paired(a: Sequence[bool], b: Sequence[bool], seed: int = 0) -> Paired:
-    """Compare two variants question by question: McNemar's exact test and a bootstrap over questions (10,000 draws)."""
+    """Compare two variants question by question: McNemar's exact test and a bootstrap over questions (10,000 draws).
+    >>> paired([True] * 9 + [False], [True] * 8 + [False] * 2).lost
+    1
+    """
     if len(a) != len(b) or not len(a):
         raise UserError(f"paired: {len(a)} and {len(b)} results; both variants must answer the same questions, at least one")
     gap = np.asarray(b, dtype=int) - np.asarray(a, dtype=int)
@@ -92,5 +98,8 @@ def paired(a: Sequence[bool], b: Sequence[bool], seed: int = 0) -> Paired:
 
 
 def agreement(predictions: Sequence[str], reference: Sequence[str]) -> Share:
-    """Share of questions on which two models give the same answer: the measure when there are no labels."""
+    """Share of questions on which two models give the same answer: the measure when there are no labels.
+    >>> agreement(["red", "two"], ["red", "three"]).value
+    0.5
+    """
     return wilson(sum(p == r for p, r in zip(predictions, reference, strict=True)), len(reference))

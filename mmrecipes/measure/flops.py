@@ -15,13 +15,12 @@ from mmrecipes.models.modules import nested_parts
 BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}  # a weight; scales left out, so that a bound stays a bound
 
 
-# ---- where time goes, and what a precision can give
-
-
 def stage_budget(model: nn.Module, inputs: Mapping, new_tokens: int = 8) -> list[dict]:
     """Rows of stage, ms, share (of the total), calls, tokens, weight_bytes (read, all calls), gflop, gflop_per_s.
 
     Decode is the sum over `new_tokens` tokens. Vision's tokens are its output positions. Median of three runs.
+    >>> [row["stage"] for row in stage_budget(model, inputs, 1)]
+    ['vision', 'connector', 'prefill', 'decode']
     """
     own = cast(model, inputs)
     found = interleaved({"": lambda: walk_stages(model, own, new_tokens, clock)}, repeats=3, warmup=1)[""]
@@ -40,6 +39,9 @@ def roofline(model: nn.Module, inputs: Mapping, peaks: dict) -> list[dict]:
     Waterman and Patterson, CACM 52(4), 2009. It counts weights only, neither activations nor the KV cache, and takes
     "int4" to compute at the best peak of all, weights unpacked on the way. Weights that stay in the cache can be read
     faster than `bandwidth` says: then a memory bound is not one.
+    >>> peaks = {"fp32": 100.0, "bf16": 200.0, "int8": 400.0, "bandwidth": 10.0}
+    >>> roofline(model, inputs, peaks)[0]["bound_by"]
+    'compute'
     """
     rows, best = [], max(peaks[p] for p in ("fp32", "bf16", "int8"))
     for stage, (flop, weights, *_) in _work(model, cast(model, inputs), 1).items():
@@ -71,7 +73,7 @@ def _work(model: nn.Module, inputs: dict, new_tokens: int) -> dict[str, tuple]:
 
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counter, counts, begun = FlopCounterMode(display=False, custom_mapping={kernel: attention}), np.zeros(5), {}
-    towers = {module for part, module in nested_parts(model) if part in STAGES}
+    stages = {module for part, module in nested_parts(model) if part in STAGES}
     held = {m: [(count, size) for _, _, count, size in held_tensors(m)] for m in model.modules()}
 
     def before(module: nn.Module, args: tuple) -> None:
@@ -85,12 +87,12 @@ def _work(model: nn.Module, inputs: dict, new_tokens: int) -> dict[str, tuple]:
         # a look-up reads its rows only
         share = min(1, output.numel() / max(weights, 1)) if hasattr(module, "num_embeddings") else 1
         counts[1:3] += share * weights, share * size
-        if module in towers:
+        if module in stages:
             while not isinstance(output, Tensor):
                 output = output[0]
             counts[3:] += 1, output.numel() / output.shape[-1]
 
-    watched = [m for m in model.modules() if held[m] or m in towers]
+    watched = [m for m in model.modules() if held[m] or m in stages]
     hooks = [h for m in watched for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
     try:
         with counter:

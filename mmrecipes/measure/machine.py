@@ -23,13 +23,12 @@ CAPABILITIES = (
 )
 
 
-# ---- the machine
-
-
 def environment() -> dict:
     """What a number depends on besides the model: date, commit, CPU, threads, capabilities, memory, versions.
 
     No host name and no path. `commit` is None where this package does not lie in a git repository.
+    >>> environment()["threads"] == torch.get_num_threads()
+    True
     """
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     first = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in info.split("\n\n")[0].splitlines())}  # a core's
@@ -56,6 +55,7 @@ def environment() -> dict:
 
 
 def commit() -> str | None:
+    """The commit of the repository that tracks this file, "+dirty" after it where files differ; None where there is none."""
     here = Path(__file__)
     git = functools.partial(subprocess.run, check=True, capture_output=True, text=True, cwd=here.parent)
     try:  # an installed copy may lie inside somebody else's repository: ours is the one that tracks this file
@@ -73,6 +73,8 @@ def machine_peaks(seconds: float = 0.15, device: str = "cpu") -> dict:
     Each peak is the best of what fits into `seconds`: square matrices of 128, doubling up to 1,024 (8,192 on a GPU) while
     one size more fits, as bf16 without bf16 instructions is slow. "int8_kernel" names the faster of the int8 kernels that
     work here; "bandwidth" counts the bytes read by the sum of 256 MB of float32.
+    >>> machine_peaks(0.01)["fp32"] > 0
+    True
     """
 
     def best(make: Callable[[int], Callable]) -> float:

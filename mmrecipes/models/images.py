@@ -1,4 +1,4 @@
-"""Users' pictures in: any format PIL knows, refused in one line when it is broken, no picture, or too large to decode."""
+"""Users' images in: any format PIL knows, refused in one line when it is broken, not one, or too large to decode."""
 
 from __future__ import annotations
 
@@ -11,59 +11,63 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_PIXELS = 100_000_000
-
-
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def load_image(source: str | Path | Image.Image) -> Image.Image:
-    """A user's picture as PIL RGB: upright (EXIF), without palette or alpha (laid on white), 8 bits, from any PIL format.
+    """A user's image as PIL RGB: upright (EXIF), without palette or alpha (laid on white), 8 bits, from any PIL format.
 
-    Raises UserError when it is missing, a directory, no picture, cut off, or over 100 megapixels (told from its header).
+    Raises UserError when it is missing, a directory, not an image, cut off, or over 100 megapixels (told from its header).
+    >>> load_image(rows[0]["image"]).mode
+    'RGB'
     """
     from PIL import Image, ImageOps
 
     if isinstance(source, Image.Image):
-        picture, path = source, "the picture"
+        image, path = source, "the image"
     else:
         path = Path(source).expanduser()
         if path.is_dir() or not path.exists():
-            what = "a directory, not a picture" if path.is_dir() else "no such picture"
+            what = "a directory, not a image" if path.is_dir() else "no such image"
             raise UserError(f"{path}: {what}; give the path of a PNG, JPEG or WebP file")
         try:
-            picture = Image.open(path)
+            image = Image.open(path)
         except Image.DecompressionBombError as e:
             raise UserError(f"{path}: more than 100 megapixels ({one_line(e, 80)}); scale it down first") from e
         except Exception as e:  # UnidentifiedImageError, and what decoders raise on a broken header
-            raise UserError(f"{path}: not a picture that PIL can read; give a PNG, JPEG or WebP file") from e
-    if picture.width * picture.height > MAX_PIXELS:
-        raise UserError(f"{path}: {picture.width} x {picture.height} px is more than 100 megapixels; scale it down first")
+            raise UserError(f"{path}: not a image that PIL can read; give a PNG, JPEG or WebP file") from e
+    if image.width * image.height > MAX_PIXELS:
+        raise UserError(f"{path}: {image.width} x {image.height} px is more than 100 megapixels; scale it down first")
     try:
-        return _to_rgb(ImageOps.exif_transpose(picture))
+        return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as e:  # decoders raise OSError, SyntaxError, EOFError, struct.error, ... on broken data
         raise UserError(f"{path}: truncated or corrupted ({one_line(e, 80)}); get a fresh copy") from e
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     import numpy as np
     from PIL import Image
 
-    if picture.mode.startswith(("I", "F")):  # 16 or 32 bits: PIL's own conversion would clip them to white
-        values = np.asarray(picture, dtype=np.float32)
-        top = 65535 if picture.mode.startswith("I;16") else max(float(values.max(initial=0)), 1.0)
+    if image.mode.startswith(("I", "F")):  # 16 or 32 bits: PIL's own conversion would clip them to white
+        values = np.asarray(image, dtype=np.float32)
+        top = 65535 if image.mode.startswith("I;16") else max(float(values.max(initial=0)), 1.0)
         return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB") if picture.mode != "RGB" else picture.copy()
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB") if image.mode != "RGB" else image.copy()
 
 
 def load_images(folder: str | Path) -> list[tuple[str, Image.Image]]:
-    """The pictures in `folder` itself, sorted by name: [(file name, RGB picture)]. UserError if none, or one is bad."""
+    """The images in `folder` itself, sorted by name: [(file name, RGB image)]. UserError if none, or one is bad.
+    >>> rows[0]["image"].save(folder / "a.png")
+    >>> [name for name, _ in load_images(folder)]
+    ['a.png']
+    """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; give a folder of pictures")
+        raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; give a folder of images")
     files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
     if not files:
-        raise UserError(f"{folder}: no pictures in it; put PNG, JPEG or WebP files there")
+        raise UserError(f"{folder}: no images in it; put PNG, JPEG or WebP files there")
     return [(f.name, load_image(f)) for f in files]

@@ -1,13 +1,10 @@
-"""Models in and out: load and save them safely, find their parts, and put a picture and a question to them.
+"""Models in: a house model, a directory or a hub id, checked before anything large happens.
 
-What comes in is a stranger's directory or picture: it is checked before anything large happens, and every refusal is
-one line that names the thing and the cure. Weights are only read from safetensors files, which cannot run code.
+Each refusal is one line that names the thing and the cure. Weights are read from safetensors files, which cannot run code.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import re
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mmrecipes import quiet
 from mmrecipes.errors import UserError, one_line
 from mmrecipes.models.modules import parts
 from mmrecipes.models.preflight import check_memory, read_json, weight_bytes
@@ -23,19 +21,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 HOUSE = ("mini-vlm", "mini-siglip")  # the models that come with this package, in data_dir()/models
-
-
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 
 
-# ---- loading
-
-
 def data_dir() -> Path:
-    """Where the house models and the test split are: `MMRECIPES_DATA`, the repository's data/, or the installed wheel's copy."""
+    """Where the house models and the test split are: `MMRECIPES_DATA`, the repository's data/, or the installed wheel's copy.
+    >>> (data_dir() / "models" / "mini-vlm" / "config.json").is_file()
+    True
+    """
     here = Path(__file__).resolve().parents[1]
     given = os.environ.get("MMRECIPES_DATA")
     for path in [Path(given)] if given else [here.parent / "data", here / "_data"]:
@@ -59,16 +53,18 @@ def load(
     `name` is a house model (see HOUSE), a local directory or a hub id; `revision` is for hub ids; `dtype` "auto" takes
     the one the weights were saved in. Code from the model's own directory runs only with `trust_remote_code`.
     Raises UserError for anything missing, broken, misfitting, not multimodal, or too large for the memory that is free.
+    >>> load("mini-vlm", dtype="bfloat16").dtype
+    torch.bfloat16
     """
     dtype, device = as_dtype(dtype), _device(device)
     path = _directory(name, revision)
     config = read_json(path / "config.json")
     auto = _auto_class(path, config, trust_remote_code)
     check_memory(name, weight_bytes(path, None if dtype == "auto" else dtype), dtype, device)
-    with _without_load_report():  # nor its warnings about SigLIP's own default token ids
+    with quiet.library_logs():  # warnings about SigLIP's own default token ids
         processor = _processor(path, trust_remote_code)
     try:
-        with _without_load_report():
+        with quiet.library_logs():  # the library's many-line report on misfitting weights, which are refused below
             model, info = auto.from_pretrained(
                 path,
                 dtype=dtype,
@@ -95,6 +91,7 @@ def load(
 
 
 def as_dtype(given: torch.dtype | str) -> torch.dtype | str:
+    """A floating dtype from its name, also "fp32", "bf16" or "fp16"; "auto" stays. UserError for any other."""
     if given == "auto":
         return "auto"
     found = given if isinstance(given, torch.dtype) else getattr(torch, DTYPES.get(given, str(given)), None)
@@ -140,9 +137,8 @@ def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*", "consolidated*"])
-        )
+        given = {"allow_patterns": HUB_FILES, "ignore_patterns": ["*/*", "consolidated*"]}
+        return Path(snapshot_download(name, revision=revision, **given))
     except errors.GatedRepoError as e:
         raise UserError(f"{name}: accept its terms on its hub page, then `hf auth login`") from e
     except errors.RepositoryNotFoundError as e:
@@ -168,7 +164,7 @@ def _auto_class(path: Path, config: dict, trust_remote_code: bool):
     if kind in known.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES:  # CLIP, SigLIP and kin
         return transformers.AutoModel
     if kind in CONFIG_MAPPING_NAMES:
-        raise UserError(f"{path}: {kind} is not a vision-language model; give one that takes pictures and text")
+        raise UserError(f"{path}: {kind} is not a vision-language model; give one that takes images and text")
     if not own_code:
         at = f"transformers {transformers.__version__}"
         raise UserError(f"{path}: {at} does not know the architecture {kind!r}; upgrade transformers, or correct config.json")
@@ -176,18 +172,6 @@ def _auto_class(path: Path, config: dict, trust_remote_code: bool):
         raise UserError(f"{path}: {kind!r} needs code from its own directory; read it, then pass trust_remote_code=True")
     names = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
     return getattr(transformers, next((n for n in names if n in own_code), "AutoModel"))
-
-
-@contextlib.contextmanager
-def _without_load_report():
-    """Hold back the library's many-line report on misfitting weights: `load` refuses them, in one line."""
-    log = logging.getLogger("transformers")  # it also warns, on one machine, that nothing was sharded
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
 
 
 def _processor(path: Path, trust_remote_code: bool) -> ProcessorMixin:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from mmrecipes.errors import UserError, one_line
 
-if TYPE_CHECKING:
-    pass
-
 
 def read_json(path: Path) -> dict:
+    """The JSON object in a file; UserError where there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as e:
@@ -41,39 +40,32 @@ def weight_bytes(path: Path, dtype: torch.dtype | None) -> int:
         else:
             cure = "model.safetensors was expected: download it again"
         raise UserError(f"{path}: no *.safetensors weights; {cure}")
-    floats = ("F64", "F32", "F16", "BF16")
+    bits = {"BOOL": 8} | {kind: 8 * dtype.itemsize for kind in ("F64", "F32", "F16", "BF16") if dtype}
     tensors = [t for file in files for t in _header(file)]
-    return sum(count * dtype.itemsize if dtype and kind in floats else size for kind, count, size in tensors)
+    # the other dtypes name their bits: I64, U8, F8_E4M3
+    return sum(count * (bits.get(kind) or int(re.search(r"\d+", kind)[0])) // 8 for kind, count in tensors)
 
 
-def _header(file: Path) -> list[tuple[str, int, int]]:
-    """(dtype, elements, bytes) of each tensor that a safetensors file promises; UserError unless it holds exactly those.
-
-    The format: 8 bytes of header length, the header in JSON, then the data.
-    """
+def _header(file: Path) -> list[tuple[str, int]]:
+    """(dtype, elements) of each tensor of a safetensors file; UserError unless it holds exactly what its header promises."""
     if not file.is_file():
         raise UserError(f"{file}: missing, though the index names it; download it again")
-    size = file.stat().st_size
     with file.open("rb") as f:
-        first = f.read(8)
-        length = int.from_bytes(first, "little")
-        if first == b"version ":
+        if f.read(8) == b"version ":
             raise UserError(f"{file}: a Git LFS pointer, not the weights; run `git lfs pull` where it came from")
-        try:
-            header = json.loads(f.read(length)) if 8 + length <= size else {}
-            header.pop("__metadata__", None)
-            promised = 8 + length + max(t["data_offsets"][1] for t in header.values())
-            rows = [(t["dtype"], torch.Size(t["shape"]).numel(), t["data_offsets"]) for t in header.values()]
-            tensors = [(kind, count, end - begin) for kind, count, (begin, end) in rows]
-        except (ValueError, TypeError, KeyError, AttributeError) as e:
-            raise UserError(f"{file}: truncated or corrupted, its header cannot be read; download it again") from e
-    if size != promised:
-        raise UserError(f"{file}: truncated or corrupted, it has {size:,} bytes and needs {promised:,}; download it again")
-    return tensors
+    try:
+        with safe_open(file, "numpy") as f:
+            tensors = [f.get_slice(name) for name in f.keys()]  # noqa: SIM118
+            return [(t.get_dtype(), math.prod(t.get_shape())) for t in tensors]
+    except (SafetensorError, OSError, ValueError) as e:
+        raise UserError(f"{file}: truncated or corrupted ({one_line(e, 80)}); download it again") from e
 
 
 def free_memory(device: torch.device | str = "cpu", cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that can still be taken on `device`; on a CPU the machine's or, if less, the container's (cgroup v1 or v2)."""
+    """Bytes that can still be taken on `device`; on a CPU the machine's or, if less, the container's (cgroup v1 or v2).
+    >>> free_memory() > 0
+    True
+    """
     import psutil
 
     if torch.device(device).type == "cuda":
@@ -92,8 +84,9 @@ def free_memory(device: torch.device | str = "cpu", cgroup: Path = Path("/sys/fs
 
 
 def check_memory(name: str | Path, weights: int, dtype: torch.dtype | str, device: torch.device) -> None:
-    need = 1.2 * weights  # a fifth more, for what flows through
-    for place in {"cpu", str(device)}:  # every model is read on the CPU first
+    """UserError unless `weights` bytes fit into the free memory of `device`, and of the CPU, where they are read first."""
+    need = 1.2 * weights  # a fifth more, for activations
+    for place in {"cpu", str(device)}:
         free = free_memory(place)
         if need > free:
             what = f"about {need / 1e9:.1f} GB are needed in {str(dtype).removeprefix('torch.')}"

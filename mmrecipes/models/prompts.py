@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,62 +15,76 @@ from mmrecipes.models.modules import parts
 if TYPE_CHECKING:
     from datasets import Dataset
     from PIL import Image
-    from transformers import BatchFeature, PreTrainedModel
+    from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+
+
+def chat_prompts(processor: ProcessorMixin, questions: Sequence[str], with_image: bool = True) -> list[str]:
+    """The text of one chat turn for each question, after a place for one image, up to where the answer begins.
+
+    Raises UserError for a question that contains the processor's image token, which would be taken for a second image.
+    >>> chat_prompts(model.processor, ["What is {}?"])[0].endswith("What is {}?<end_of_utterance>\\nAssistant:")
+    True
+    """
+    place = [{"type": "image"}] if with_image else []
+    turns = [[{"role": "user", "content": [*place, {"type": "text", "text": q}]}] for q in questions]
+    token = getattr(processor, "image_token", None)
+    if with_image and token and (bad := [q for q in questions if token in q]):
+        raise UserError(f"{bad[0]!r:.80}: contains {token}, which stands for an image; ask without it")
+    return [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
+
+
+def batch_inputs(model: torch.nn.Module, images: Sequence[Image.Image] | None, texts: Sequence[str]) -> BatchFeature:
+    """`texts` (B) with one image each, padded on the left to input_ids (B, T), on the model's device, pixels in its dtype."""
+    model.processor.tokenizer.padding_side = "left"  # generation continues at the right end
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    pixels = {} if images is None else {"images": [[image.convert("RGB")] for image in images]}
+    return model.processor(**pixels, text=list(texts), padding=True, return_tensors="pt").to(model.device, dtype)
 
 
 def teacher_forced(model: torch.nn.Module, rows: Dataset, batch_size: int = 50) -> Iterator[tuple[BatchFeature, list[int]]]:
-    """Batches of `rows` (image, question, answer) as the model's inputs, each prompt followed by its answer.
-
-    With each batch, how many tokens each answer has: with their end, they are the last ones of their row. Rows without a
-    column `image` become prompts of text alone.
+    """Batches of `rows` (image, question, answer) as inputs, each prompt followed by its answer; with each batch, how many
+    tokens each answer has: with the end of sequence, they are the last of their row. Without a column `image`: text alone.
+    >>> inputs, lengths = next(teacher_forced(model, rows))
+    >>> len(lengths) == len(inputs["input_ids"]) == len(rows)
+    True
     """
-    processor = model.processor
-    processor.tokenizer.padding_side = "left"
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    seen = "image" in rows.column_names
-    content = [*([{"type": "image"}] if seen else []), {"type": "text", "text": "{}"}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    eos = processor.tokenizer.eos_token
+    tokenizer, seen = model.processor.tokenizer, "image" in rows.column_names
     for i in range(0, len(rows), batch_size):
-        part = rows[i : i + batch_size]
-        tails = [f" {a}{eos}" for a in part["answer"]]
-        texts = [prompt.replace("{}", q) + t for q, t in zip(part["question"], tails, strict=True)]
-        pictures = {"images": [[image.convert("RGB")] for image in part["image"]]} if seen else {}
-        inputs = processor(**pictures, text=texts, padding=True, return_tensors="pt").to(model.device, dtype)
-        yield inputs, [len(processor.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in tails]
+        batch = rows[i : i + batch_size]
+        answers = [f" {answer}{tokenizer.eos_token}" for answer in batch["answer"]]
+        texts = [p + a for p, a in zip(chat_prompts(model.processor, batch["question"], seen), answers, strict=True)]
+        inputs = batch_inputs(model, batch["image"] if seen else None, texts)
+        yield inputs, [len(tokenizer(a, add_special_tokens=False)["input_ids"]) for a in answers]
 
 
-# ---- a picture and a question
-
-
-def chat(model: PreTrainedModel, pictures: Image.Image | str | Path | list, question: str) -> BatchFeature:
-    """Inputs of one turn, pictures first, then the question, on the model's device, pixels in its dtype.
+def chat(model: PreTrainedModel, images: Image.Image | str | Path | list, question: str) -> BatchFeature:
+    """Inputs of one turn, images first, then the question, on the model's device, pixels in its dtype.
 
     Raises UserError when the model does not chat (CLIP, SigLIP) or its processor has no chat template.
+    >>> sorted(chat(model, rows[0]["image"], "What is there?"))
+    ['attention_mask', 'input_ids', 'pixel_attention_mask', 'pixel_values']
     """
     if "head" not in parts(model):
-        raise UserError(f"{type(model).__name__} compares pictures with texts and does not answer questions; give a VLM")
+        raise UserError(f"{type(model).__name__} compares images with texts and does not answer questions; give a VLM")
     if not getattr(model.processor, "chat_template", None):
-        raise UserError(
-            f"{model.name_or_path or type(model).__name__}: the processor has no chat template; add chat_template.jinja"
-        )
-    pictures = pictures if isinstance(pictures, list | tuple) else [pictures]
-    content = [{"type": "image", "image": load_image(p)} for p in pictures] + [{"type": "text", "text": question}]
+        name = model.name_or_path or type(model).__name__
+        raise UserError(f"{name}: the processor has no chat template; add chat_template.jinja")
+    images = images if isinstance(images, list | tuple) else [images]
+    content = [{"type": "image", "image": load_image(i)} for i in images] + [{"type": "text", "text": question}]
+    turn = [{"role": "user", "content": content}]
     inputs = model.processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
+        turn, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     dtypes = (p.dtype for p in parts(model)["vision"].parameters() if p.is_floating_point())
-    return inputs.to(model.device, next(dtypes, torch.float32))  # the tower's: a model may mix them
+    return inputs.to(model.device, next(dtypes, torch.float32))  # the vision encoder's: a model may mix them
 
 
 @torch.inference_mode()
-def ask(model: PreTrainedModel, picture: Image.Image | str | Path | list, question: str, max_new_tokens: int = 16) -> str:
-    """The model's answer to `question` about `picture`, decoded greedily, without special tokens, stripped."""
-    inputs = chat(model, picture, question)
+def ask(model: PreTrainedModel, image: Image.Image | str | Path | list, question: str, max_new_tokens: int = 16) -> str:
+    """The model's answer to `question` about `image`, decoded greedily, without special tokens, stripped.
+    >>> ask(model, rows[0]["image"], rows[0]["question"]) == rows[0]["answer"]
+    True
+    """
+    inputs = chat(model, image, question)
     ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-    new = ids[0, inputs["input_ids"].shape[1] :]
-    return model.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+    return model.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

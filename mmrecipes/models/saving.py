@@ -24,33 +24,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 
-def write_json(path: Path, content: dict[str, Any]) -> Path:
-    """Write `content` (dataclasses allowed) to `path`: aside, then renamed. UserError where the folder is not writable."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".part")
-        aside.write_text(json.dumps(content, indent=1, default=lambda o: vars(o)) + "\n")
-        os.replace(aside, path)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}; choose a folder that you can write to") from e
-    return path
-
-
 @contextlib.contextmanager
 def written_aside(path: str | Path) -> Iterator[Path]:
     """A name beside `path`, renamed to it when all went well and removed when not. UserError where it cannot be written."""
     path = Path(path)
     aside = path.with_name(path.name + ".part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield aside
         os.replace(aside, path)
     except OSError as e:
-        raise UserError(f"{path}: could not be written ({one_line(e)}); choose a folder that you can write to") from e
+        raise UserError(f"cannot write {path} ({e.strerror or one_line(e)}); choose a folder that you can write to") from e
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder is a file, there is nothing to remove
+            aside.unlink(missing_ok=True)
 
 
-# ---- saving
+def write_json(path: Path, content: dict[str, Any]) -> Path:
+    """Write `content` (dataclasses allowed) to `path`, all or nothing. Returns `path`; UserError where it cannot be written.
+    >>> write_json(folder / "a.json", {"n": 1}).read_text()
+    '{\\n "n": 1\\n}\\n'
+    """
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(content, indent=1, default=lambda o: vars(o)) + "\n")
+    return path
 
 
 def save(
@@ -64,6 +61,8 @@ def save(
 
     Everything goes to `out`.part first, which then takes the place of an older model. Floating weights are cast to `dtype`
     on the way ("auto": as they are), and config.json says so; `model` itself stays as it is. Raises UserError.
+    >>> save(model, model.processor, folder / "half", "bfloat16") == folder / "half"
+    True
     """
     dtype, given, out = as_dtype(dtype), Path(out), Path(out).expanduser().resolve()
     check_replaceable(out)
@@ -93,7 +92,9 @@ def _cast_copy(model: PreTrainedModel, dtype: torch.dtype | str) -> PreTrainedMo
 
 
 def check_replaceable(out: str | Path) -> None:
-    """UserError unless a model can be written to `out`: absent, empty or a model directory, below a writable parent."""
+    """UserError unless a model can be written to `out`: absent, empty or a model directory, below a writable parent.
+    >>> check_replaceable(folder / "new")
+    """
     out = Path(out).expanduser().resolve()
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give a directory that is new, empty or holds an older model")
@@ -119,6 +120,7 @@ def take_place(part: Path, out: Path) -> None:
 
 
 def holds_only_a_model(path: Path) -> bool:
+    """Whether a directory is a model's, and no repository with a model in it."""
     with contextlib.suppress(UserError):  # config.json is a common name: ours says what model it is
         return "model_type" in read_json(path / "config.json") and not (path / ".git").exists()
     return False

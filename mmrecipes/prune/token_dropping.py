@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmrecipes.errors import ParityError, UserError
 from mmrecipes.evaluate import generation
 from mmrecipes.models.modules import parts
-from mmrecipes.models.prompts import chat
+from mmrecipes.models.prompts import batch_inputs, chat, chat_prompts
 from mmrecipes.prune import token_merging
 
 if TYPE_CHECKING:
@@ -199,18 +199,13 @@ def prompts(
     model: nn.Module, images: Sequence, questions: Sequence[str], kinds: Sequence | None = None, batch_size: int = 50
 ) -> Iterator[tuple[list[int], BatchFeature]]:
     """Batches without padding: which questions, and the processor's inputs. One length, picture size and kind a batch."""
-    processor, dtype = model.processor, next(p.dtype for p in model.parameters() if p.is_floating_point())
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "{}"}]}]
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    texts = [prompt.replace("{}", q) for q in questions]
-    lengths = [len(ids) for ids in processor.tokenizer(texts)["input_ids"]]
+    texts = chat_prompts(model.processor, questions)
+    lengths = [len(ids) for ids in model.processor.tokenizer(texts)["input_ids"]]
     alike = list(zip(kinds or [0] * len(texts), lengths, [image.size for image in images], strict=True))
     for kind in sorted(set(alike)):
         same = [i for i, a in enumerate(alike) if a == kind]
         for rows in (same[j : j + batch_size] for j in range(0, len(same), batch_size)):
-            pictures = [[images[i].convert("RGB")] for i in rows]
-            inputs = processor(images=pictures, text=[texts[i] for i in rows], return_tensors="pt")
-            yield rows, inputs.to(model.device, dtype)
+            yield rows, batch_inputs(model, [images[i] for i in rows], [texts[i] for i in rows])
 
 
 def answers(

@@ -7,7 +7,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from mmrecipes.errors import UserError
 from mmrecipes.evaluate.statistics import wilson
 from mmrecipes.export import pipeline
 from mmrecipes.inference.exported import load_exported
-from mmrecipes.measure import exported, machine, memory, size, timing
+from mmrecipes.measure import exported, machine, memory, process, size, timing
 from mmrecipes.models import prompts
 from mmrecipes.quantize import nf4
 from mmrecipes.report import comparison
@@ -104,36 +103,24 @@ def _side_by_side(variants: Mapping[str, tuple[nn.Module | Exported, Mapping]]) 
 @torch.inference_mode()
 def _timed(model: nn.Module | Exported, inputs: Mapping) -> tuple[float, float]:
     """Milliseconds to the first token of an answer, and for each further one."""
-    began = time.perf_counter()
     if isinstance(model, nn.Module):
-        out = model(**timing.cast(model, inputs), use_cache=True, logits_to_keep=1)
-        token = out.logits[:, -1:].argmax(-1)
-    else:
-        token = int(model.prefill(inputs).argmax())
-    first = time.perf_counter()
-    for _ in range(NEW_TOKENS):
-        if isinstance(model, nn.Module):
-            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-            token = out.logits[:, -1:].argmax(-1)
-        else:
-            token = int(model.graphs.step(np.array([[token]])).argmax())
-    return 1e3 * (first - began), 1e3 * (time.perf_counter() - first) / NEW_TOKENS
+        prefill, step = timing.generation_steps(model, timing.cast(model, inputs))
+        return process.time_generation(prefill, step, NEW_TOKENS)[:2]
+    return process.time_generation(lambda: model.prefill(inputs), lambda t: model.graphs.step(np.array([[t]])), NEW_TOKENS)[:2]
 
 
-def _run_example(made: Path, question: str) -> tuple[str, float | None]:
+def _run_example(made: Path, question: str) -> tuple[str, float]:
     """What example.py says in a fresh process, and that process's peak memory in MB. UserError where it fails."""
     code = (
-        "import runpy, sys\nsys.modules['mmrecipes'] = None\n"  # it must do without
-        "path = sys.argv.pop(1)\nsys.argv[0] = path\nrunpy.run_path(path, run_name='__main__')\n"
-        "from pathlib import Path\nstatus = Path('/proc/self/status')\n"
-        "lines = status.read_text().splitlines() if status.exists() else []\n"
-        "print('PEAK', next((int(s.split()[1]) * 1024 / 1e6 for s in lines if s.startswith('VmHWM')), 'none'))"
+        "import runpy, sys\nfrom mmrecipes.measure.process import peak_mb\n"
+        "sys.modules.update((n, None) for n in list(sys.modules) if n.startswith('mmrecipes'))\n"  # it must do without
+        "path = sys.argv.pop(1)\nsys.argv[0] = path\nrunpy.run_path(path, run_name='__main__')\nprint('PEAK', peak_mb())"
     )
     command = [sys.executable, "-c", code, str(made / EXAMPLE), str(made / IMAGE), question]
     with tempfile.TemporaryDirectory(prefix="mmrecipes-") as elsewhere:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=elsewhere)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=elsewhere, env=process.same_packages())
     answer, mark, peak = done.stdout.rpartition("PEAK ")
     if done.returncode or not mark:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
         raise UserError(f"{EXAMPLE} does not run ({last[:160]}), so the result was not kept; please report this")
-    return answer.strip(), None if peak.strip() == "none" else float(peak)
+    return answer.strip(), float(peak)

@@ -55,12 +55,16 @@ def test_questions_are_a_pure_function_of_their_arguments():
     assert Counter(one["family"][:]) == dict.fromkeys(FAMILIES, 3)
 
 
-def test_captions_and_sort_of_clevr():
-    rows = data.captions("train", 5, full=True)
-    assert all(r["caption"] != r["negative"] for r in rows)
-    rows = data.sort_of_clevr("train", 3)
-    assert len(rows) == 60 and rows[0]["image"].size == (75, 75)
-    assert Counter(rows["family"][:]) == {"relational": 30, "non-relational": 30}
+def test_the_tool_writes_the_split_whole_and_shuffled(tmp_path, split):
+    import pyarrow.parquet as pq
+
+    from write_test_split import write_test_split
+
+    table = pq.read_table(write_test_split(tmp_path, 14))
+    assert Counter(table["family"].to_pylist()) == dict.fromkeys(FAMILIES, 2)
+    assert set(table["seed"].to_pylist()) == set(data.questions("test", 14)["seed"][:]) < set(split["seed"][:])
+    assert table["seed"].to_pylist() != sorted(table["seed"].to_pylist())
+    assert [p.name for p in tmp_path.iterdir()] == [data.TEST_FILE]
 
 
 def test_pictures_carry_the_users_question():
@@ -70,7 +74,7 @@ def test_pictures_carry_the_users_question():
 
 @pytest.mark.parametrize(("call", "match"), [
     (lambda: data.questions("tset", 5), "no split 'tset'.*train, calibration"),
-    (lambda: data.captions("test", 0), "0 scenes asked"),
+    (lambda: data.questions("test", 0), "0 questions asked"),
     (lambda: data.test_split(10**6), "1000000 test questions asked for.*has"),
 ])  # fmt: skip
 def test_bad_requests_say_what_there_is(call, match):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from transformers import AutoModel
 
 import tiny
-from mmrecipes import data, distill, models, train
+from mmrecipes import distill, models, train
+from mmrecipes.data import families, scenes
 from mmrecipes.errors import UserError
 from mmrecipes.mini import siglip
 
@@ -17,7 +19,9 @@ COURSE = train.TrainConfig(6, 4, 0.003, 1e-3)
 
 @pytest.fixture(scope="module")
 def rows():
-    return data.captions("train", 8)
+    drawn = [scenes.make_scene(seed) for seed in range(8)]
+    columns = {"image": [scenes.render(s) for s in drawn], "caption": [families.caption(s) for s in drawn]}
+    return Dataset.from_dict(columns)
 
 
 def two_layers():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.nn.functional import cross_entropy
 
 from mmrecipes import data, evaluate, models
 from mmrecipes.errors import ParityError, UserError
@@ -93,9 +94,9 @@ def test_outputs_that_are_not_finite_are_an_error_not_a_score(tiny):
 
 def test_answer_loss_of_a_random_model_is_near_uniform_and_ignores_padding(tiny):
     rows = data.questions("validation", 14)
-    loss = evaluate.answer_loss(tiny, rows)
+    loss = cross_entropy(*evaluate.answer_logits(tiny, rows)).item()
     assert loss == pytest.approx(math.log(len(tiny.processor.tokenizer)), rel=0.25)
-    assert loss == pytest.approx(evaluate.answer_loss(tiny, rows, batch_size=1), rel=1e-3)
+    assert loss == pytest.approx(cross_entropy(*evaluate.answer_logits(tiny, rows, batch_size=1)).item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("n", range(1, 200, 7))
@@ -103,3 +104,12 @@ def test_the_interval_holds_the_proportion_to_the_last_bit(n):
     for right in (0, 1, n - 1, n):
         share = evaluate.wilson(right, n)
         assert 0 <= share.low <= share.value <= share.high <= 1
+
+
+def test_braces_in_a_question_stay_and_an_image_token_is_refused():
+    processor = make_processor()
+    (text,) = models.chat_prompts(processor, ["What is {} in {it}?"])
+    assert "What is {} in {it}?" in text and text.count(processor.image_token) == 1
+    assert processor.image_token not in models.chat_prompts(processor, ["What is it?"], with_image=False)[0]
+    with pytest.raises(UserError, match="stands for an image"):
+        models.chat_prompts(processor, [f"What is {processor.image_token}?"])
