@@ -23,8 +23,8 @@ def _root() -> None:
 @app.command()
 def tour(
     model: Annotated[str, typer.Option(help="a house model, a local directory, or a hub id")] = "mini-vlm",
-    images: Annotated[Path | None, typer.Option(help="a folder of your own pictures")] = None,
-    question: Annotated[str | None, typer.Option(help="what to ask about each of your pictures")] = None,
+    images: Annotated[Path | None, typer.Option(help="a folder of your own images")] = None,
+    question: Annotated[str | None, typer.Option(help="the question put to each of your images")] = None,
     out: Annotated[Path, typer.Option(help="the page to write")] = Path("tour.html"),
     n: Annotated[int, typer.Option(help="questions from the test split", min=1)] = 600,
 ) -> None:
@@ -37,7 +37,7 @@ def tour(
 @app.command()
 def doctor(
     model: Annotated[str, typer.Argument(help="a house model, a local directory, or a hub id")] = "mini-vlm",
-    picture: Annotated[Path | None, typer.Option(help="a picture of the size you use; default: a drawn scene, 512 px")] = None,
+    image: Annotated[Path | None, typer.Option(help="an image of the size you use; default: a drawn scene, 512 px")] = None,
 ) -> None:
     """What will break or not pay off on this model and this machine, before you compress anything."""
     from mmrecipes.data import scenes
@@ -45,27 +45,27 @@ def doctor(
     from mmrecipes.report import doctor as report_doctor
 
     loaded = loading.load(model)
-    shown = scenes.render(scenes.make_scene(1), 512) if picture is None else picture
-    report_doctor.show(report_doctor.examine(loaded, prompts.chat(loaded, shown, "What is in this picture?")))
+    shown = scenes.render(scenes.make_scene(1), 512) if image is None else image
+    report_doctor.show(report_doctor.examine(loaded, prompts.chat(loaded, shown, "What is in this image?")))
 
 
 @app.command()
 def shrink(
     model: Annotated[str, typer.Argument(help="a house model, a local directory, or a hub id")],
     out: Annotated[Path, typer.Option(help="the directory to write: model, report.html, report.json, example.py")],
-    budget: Annotated[str | None, typer.Option(help="a share of the float32 weights, 0.25x, or a size, 80MB")] = None,
+    budget: Annotated[str | None, typer.Option(help="size of the weights: a fraction of float32, 0.25x, or 80MB")] = None,
     max_loss: Annotated[
-        float | None, typer.Option(help="points that may be lost; default: 1 of accuracy, 5 of agreement without labels")
+        float | None, typer.Option(help="points that may be lost; default: 1 of accuracy, or without labels 5 of token agreement")
     ] = None,
     runtime: Annotated[str, typer.Option(help="onnx, openvino, executorch or torch")] = "onnx",
-    calib: Annotated[Path | None, typer.Option(help="a folder of pictures to calibrate on")] = None,
-    images: Annotated[Path | None, typer.Option(help="a folder of pictures to verify on, maybe with questions.jsonl")] = None,
+    calib: Annotated[Path | None, typer.Option(help="a folder of images to calibrate on")] = None,
+    images: Annotated[Path | None, typer.Option(help="a folder of images to verify on, questions.jsonl optional")] = None,
     n: Annotated[
         int | None, typer.Option("-n", "--n", help="questions to verify on; default: what 2 minutes allow", min=2)
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and the predicted size, write nothing")] = False,
 ) -> None:
-    """Make your own model smaller, check on your pictures what that costs, and get a report and code to run it."""
+    """Quantize your own model to a budget, verify it on your images, and write it with a report and code to run it."""
     from mmrecipes import shrink as shrinking
 
     shrinking.run(shrinking.Request(model, out, runtime, budget, max_loss, calib, images, n), dry_run)
@@ -77,7 +77,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="where the model goes; default: data/models/NAME")] = None,
     work: Annotated[Path | None, typer.Option(help="checkpoints and log; run again to resume; default: runs/NAME")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
-    steps: Annotated[int, typer.Option(help="of mini-cnn, each on 32 pictures", min=1)] = 900,
+    steps: Annotated[int, typer.Option(help="optimizer steps of mini-cnn, batch 32", min=1)] = 900,
 ) -> None:
     """Train a house model from nothing. Interrupted, it resumes from its last checkpoint."""
     out, work = out or Path("data/models") / name, work or Path("runs") / name
@@ -110,7 +110,7 @@ def evaluate(
     from mmrecipes.models import loading, saving
 
     loaded = loading.load(model)
-    if hasattr(loaded, "logit_scale"):  # SigLIP, CLIP: it compares pictures with texts
+    if hasattr(loaded, "logit_scale"):  # SigLIP, CLIP: it compares images with texts
         found = retrieval.retrieval_report(loaded, n or 1000)
         for what, share in found.items():
             typer.echo(f"{what:30s} {share}")
@@ -128,7 +128,7 @@ def evaluate(
 
 def main() -> None:
     """Run the command line: errors a user can act on are one line, and exit with 1."""
-    if not sys.stderr.isatty():  # a "0" would not do: other rooms ask only whether it is set
+    if not sys.stderr.isatty():  # a "0" would not do: other modules ask only whether it is set
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()

@@ -68,7 +68,7 @@ def test_the_doctor_prints_parts_verdicts_and_what_stands_in_the_way(tmp_path):
         assert done.returncode == 0, done.stderr
         assert all(word in done.stdout for word in ("language", "dynamic int8", "decode", "pay"))
     check(run("doctor", "nowhere", cwd=tmp_path), tmp_path, "nowhere")
-    check(run("doctor", "--picture", "nothing.png", cwd=tmp_path), tmp_path, "nothing.png")
+    check(run("doctor", "--image", "nothing.png", cwd=tmp_path), tmp_path, "nothing.png")
 
 
 def test_evaluate_tells_how_well_pictures_and_captions_find_each_other(tmp_path):

@@ -36,7 +36,10 @@ BLOCKS = (  # training/what it draws; the blocks of the training split, in its o
 
 
 def block(name: str) -> range:
-    """The seeds of one of `BLOCKS`. Raises UserError for a name that is none."""
+    """The seeds of one of `BLOCKS`. Raises UserError for a name that is none.
+    >>> block("seen")
+    range(0, 10000000)
+    """
     if name not in BLOCKS:
         raise UserError(f"no block {name!r} of training scenes; there are {', '.join(BLOCKS)}")
     first = SPLITS["train"].start + BLOCKS.index(name) * BLOCK_SIZE

@@ -25,8 +25,9 @@ def profile_exported(
 
     In a fresh process; for ONNX Runtime and OpenVINO one in which PyTorch cannot be imported, because they need none. Times are
     medians of `repeats` runs after a warm-up, each with `tokens` decode steps. UserError where the process fails.
-    >>> profile_exported(mmr.export.export(model, folder / "onnx"), rows[0]["image"], "What is there?", 2, 1)["ttft_ms"] > 0
-    True
+    >>> profile_exported(folder, rows[0]["image"], "What is there?")
+    Traceback (most recent call last):
+    mmrecipes.errors.UserError: there is no exported model in the folder
     """
     # ExecuTorch's Python API takes PyTorch's tensors
     blocked = () if read_manifest(Path(folder))["runtime"] == "executorch" else ("torch", "torchao")

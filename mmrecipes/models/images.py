@@ -28,14 +28,14 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
     else:
         path = Path(source).expanduser()
         if path.is_dir() or not path.exists():
-            what = "a directory, not a image" if path.is_dir() else "no such image"
+            what = "a directory, not an image" if path.is_dir() else "no such image"
             raise UserError(f"{path}: {what}; give the path of a PNG, JPEG or WebP file")
         try:
             image = Image.open(path)
         except Image.DecompressionBombError as e:
             raise UserError(f"{path}: more than 100 megapixels ({one_line(e, 80)}); scale it down first") from e
         except Exception as e:  # UnidentifiedImageError, and what decoders raise on a broken header
-            raise UserError(f"{path}: not a image that PIL can read; give a PNG, JPEG or WebP file") from e
+            raise UserError(f"{path}: not an image that PIL can read; give a PNG, JPEG or WebP file") from e
     if image.width * image.height > MAX_PIXELS:
         raise UserError(f"{path}: {image.width} x {image.height} px is more than 100 megapixels; scale it down first")
     try:

@@ -119,17 +119,14 @@ def _directory(name: str | Path, revision: str | None) -> Path:
         raise UserError(f"no model at {text!r}: give {' or '.join(HOUSE)}, a directory or a hub id (owner/name)")
     if revision:
         raise UserError(f"{text}: revision {revision!r} is for hub ids, and this model is local: leave it out")
-    return _checked(path)
-
-
-def _checked(path: Path) -> Path:
     if not path.is_dir():
         raise UserError(f"{path}: not a directory; give the directory that holds config.json and *.safetensors")
     if not any(path.iterdir()):
         raise UserError(f"{path}: the directory is empty; download or copy the model into it again")
     if not (path / "config.json").is_file():
-        adapter = "; it is a LoRA adapter: merge it into its base model first" if (path / "adapter_config.json").exists() else ""
-        raise UserError(f"{path}: no config.json, so not a model directory{adapter or '; give the one that holds it'}")
+        adapter = (path / "adapter_config.json").exists()
+        cure = "it is a LoRA adapter: merge it into its base model first" if adapter else "give the one that holds it"
+        raise UserError(f"{path}: no config.json, so not a model directory; {cure}")
     return path
 
 

@@ -270,11 +270,11 @@ def test_picture_that_is_too_large(tmp_path, width, height):
 
 def test_pictures_that_are_none(tmp_path):
     text, nothing = tmp_path / "text.png", tmp_path / "nothing.jpg"
-    text.write_text("This is not a picture.")
+    text.write_text("This is not an image.")
     nothing.write_bytes(b"")
-    refused(text, "not a picture", "PNG", call=lambda: models.load_image(text))
-    refused(nothing, "not a picture", call=lambda: models.load_image(nothing))
-    refused(tmp_path / "absent.png", "no such picture", call=lambda: models.load_image(tmp_path / "absent.png"))
+    refused(text, "not an image", "PNG", call=lambda: models.load_image(text))
+    refused(nothing, "not an image", call=lambda: models.load_image(nothing))
+    refused(tmp_path / "absent.png", "no such image", call=lambda: models.load_image(tmp_path / "absent.png"))
     refused(tmp_path, "directory", call=lambda: models.load_image(str(tmp_path)))
 
 
@@ -291,9 +291,9 @@ def test_truncated_pictures(tmp_path, name, keep):
 
 def test_folders_without_good_pictures(tmp_path):
     refused(tmp_path / "absent", "no such folder", call=lambda: models.load_images(tmp_path / "absent"))
-    refused(tmp_path, "no pictures", call=lambda: models.load_images(tmp_path))
-    (tmp_path / "bad.png").write_text("This is not a picture.")
-    refused(tmp_path / "bad.png", "not a picture", call=lambda: models.load_images(tmp_path))
+    refused(tmp_path, "no images", call=lambda: models.load_images(tmp_path))
+    (tmp_path / "bad.png").write_text("This is not an image.")
+    refused(tmp_path / "bad.png", "not an image", call=lambda: models.load_images(tmp_path))
     refused(tmp_path / "bad.png", "not a folder", call=lambda: models.load_images(tmp_path / "bad.png"))
 
 
