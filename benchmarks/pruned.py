@@ -22,17 +22,17 @@ CALIBRATION = 64
 COURSE = distill.Course(steps=170, lr=7e-4, adam_lr=2e-4)  # of each recovery: at most five minutes on two quiet cores
 
 
-def per_layer(weight, moments, sparsity, _):
+def per_layer(weight, hessian, sparsity, _):
     """Wanda's scores, ranked over the whole layer."""
-    return weight.masked_fill(prune.smallest(weight.abs() * moments.diagonal().sqrt(), sparsity), 0)
+    return weight.masked_fill(prune.smallest(weight.abs() * hessian.diagonal().sqrt(), sparsity), 0)
 
 
-def on_marks(weight, moments, sparsity, _):
-    return prune.sparsegpt_prune(weight, moments, sparsity, bits=4)
+def on_marks(weight, hessian, sparsity, _):
+    return prune.sparsegpt_prune(weight, hessian, sparsity, bits=4)
 
 
-def at_once(weight, moments, sparsity, _):
-    return prune.round_rest(prune.sparsegpt_prune(weight, moments, sparsity), moments, 4, 32)
+def at_once(weight, hessian, sparsity, _):
+    return prune.round_rest(prune.sparsegpt_prune(weight, hessian, sparsity), hessian, 4, 32)
 
 
 def variants(model: nn.Module, seen: Any) -> dict[str, Callable[[], nn.Module]]:

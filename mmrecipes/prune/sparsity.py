@@ -15,17 +15,16 @@ from torch import Tensor, nn
 
 from mmrecipes.errors import UserError
 from mmrecipes.models.modules import clone, linears
-from mmrecipes.quantize import groups
 from mmrecipes.quantize.calibration import calibrate
-from mmrecipes.quantize.gptq import check_hessian, column_sweep
-from mmrecipes.quantize.rounding import best_scale, fake_quantize, packed_weight_bytes
+from mmrecipes.quantize.gptq import check_hessian, column_sweep, round_columns
+from mmrecipes.quantize.groups import GROUP, fake_quantize, group_scales
+from mmrecipes.quantize.rounding import packed_weight_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Sparsity = float | str
-
-
+Sparsities = Sparsity | Mapping[str, Sparsity]
 BLOCK = 128  # SparseGPT decides on so many inputs at once, as its authors do
 
 
@@ -64,76 +63,64 @@ def magnitude_prune(weight: Tensor, sparsity: Sparsity) -> Tensor:
     return weight.masked_fill(smallest(weight.abs(), sparsity), 0)
 
 
-def wanda_prune(weight: Tensor, moments: Tensor, sparsity: Sparsity) -> Tensor:
+def wanda_prune(weight: Tensor, hessian: Tensor, sparsity: Sparsity) -> Tensor:
     """`weight` (out, in) without what adds least to each output: |weight| x root mean square of its input.
 
-    Wanda, arXiv:2306.11695. `moments` is H (in, in), from quantize.input_hessians. What remains is left as it was.
+    Wanda, arXiv:2306.11695. `hessian` is H (in, in), from quantize.input_hessians. What remains is left as it was.
     """
-    check_hessian(weight, moments)
-    return weight.masked_fill(smallest(weight.abs() * moments.diagonal().sqrt(), sparsity, each_row=True), 0)
+    check_hessian(weight, hessian)
+    return weight.masked_fill(smallest(weight.abs() * hessian.diagonal().sqrt(), sparsity, each_row=True), 0)
 
 
-def sparsegpt_prune(weight: Tensor, moments: Tensor, sparsity: Sparsity, bits: int | None = None) -> Tensor:
-    """`weight` (out, in) pruned input by input; the error of each is made up for by those after it.
+def sparsegpt_prune(weight: Tensor, hessian: Tensor, sparsity: Sparsity, bits: int | None = None) -> Tensor:
+    """`weight` (out, in) pruned column by column; the error of each is compensated by those after it.
 
-    SparseGPT, arXiv:2301.00774. `moments` is H (in, in). With `bits`, for a weight that was rounded to so many (4 or 8) in groups
-    of 32 before: what remains stays on its marks (`quantize.group_scales`).
+    SparseGPT, arXiv:2301.00774. `hessian` is H (in, in). With `bits`, for a weight that was rounded to so many (4 or 8) in
+    groups of 32 before: what remains stays on its quantization levels (`quantize.group_scales`).
     """
-    block = BLOCK if not isinstance(sparsity, str) else pattern(sparsity, weight.shape[1])[1]
+    block = pattern(sparsity, weight.shape[1])[1] if isinstance(sparsity, str) else BLOCK
     gone = torch.zeros_like(weight, dtype=torch.bool)
-    scale = groups.group_scales(weight, bits) if bits else None
+    scale = group_scales(weight, bits) if bits else None
 
-    def change(w: Tensor, i: int, spread: Tensor) -> Tensor:
+    def change(w: Tensor, i: int, factor: Tensor) -> Tensor:
         if i % block == 0:  # decided late, when the errors of the inputs before have arrived
-            at = slice(i, i + block)
-            gone[:, at] = smallest(w[:, at] ** 2 / spread.diagonal()[at] ** 2, sparsity)
-        new = w[:, i] if scale is None else fake_quantize(w[:, i], scale[:, i // groups.GROUP], bits)
+            inputs = slice(i, i + block)
+            gone[:, inputs] = smallest(w[:, inputs] ** 2 / factor.diagonal()[inputs] ** 2, sparsity)
+        new = fake_quantize(w[:, i], scale[:, i // GROUP], bits) if bits else w[:, i]
         return new.masked_fill(gone[:, i], 0)
 
-    return column_sweep(weight, moments, change)
+    return column_sweep(weight, hessian, change)
 
 
-def round_rest(weight: Tensor, moments: Tensor, bits: int, group_size: int | None = None) -> Tensor:
-    """`quantize.gptq_round` for a pruned weight: its zeros stay zeros, and the rest makes up for the rounding."""
-    group, gone, scale = group_size or weight.shape[1], weight == 0, torch.ones(len(weight))
-    if weight.shape[1] % group:
-        raise UserError(f"prune: {weight.shape[1]} inputs do not divide into groups of {group}; choose a divisor")
-
-    def change(w: Tensor, i: int, spread: Tensor) -> Tensor:
-        if i % group == 0:
-            rest = w[:, i : i + group].masked_fill(gone[:, i : i + group], 0)
-            scale.copy_(best_scale(rest, bits, moments.diagonal()[i : i + group])[:, 0])
-        return fake_quantize(w[:, i], scale, bits).masked_fill(gone[:, i], 0)
-
-    return column_sweep(weight, moments, change)
+def round_rest(weight: Tensor, hessian: Tensor, bits: int, group_size: int | None = None) -> Tensor:
+    """`quantize.gptq_round` for a pruned weight: its zeros stay zeros, and the rest compensates the error of rounding."""
+    return column_sweep(weight, hessian, round_columns(weight, hessian.diagonal(), bits, group_size, weight == 0))
 
 
 # ---- the model
 
 
-def magnitude(model: nn.Module, sparsity: Sparsity | Mapping[str, Sparsity]) -> nn.Module:
+def magnitude(model: nn.Module, sparsity: Sparsities) -> nn.Module:
     """A copy with the smallest weights of each linear layer zero. Looks at no data."""
-    thin, chosen = clone(model), named(model, sparsity)
+    small, chosen = clone(model), named(model, sparsity)
     with torch.no_grad():
-        for name, layer in linears(thin):
-            if name in chosen:
-                layer.weight.copy_(magnitude_prune(layer.weight, chosen[name]))
-    return thin
+        for name, share in chosen.items():
+            weight = small.get_submodule(name).weight
+            weight.copy_(magnitude_prune(weight, share))
+    return small
 
 
-def wanda(model: nn.Module, rows: Dataset, sparsity: Sparsity | Mapping[str, Sparsity], balance: bool = False) -> nn.Module:
+def wanda(model: nn.Module, rows: Dataset, sparsity: Sparsities, balance: bool = False) -> nn.Module:
     """A copy pruned by Wanda, block after block, each calibrated on `rows` behind the pruned ones (`quantize.calibrate`)."""
-    method = lambda w, h, how, _: wanda_prune(w, h, how)  # noqa: E731
-    return calibrate(model, rows, named(model, sparsity), method, balance=balance)
+    return calibrate(model, rows, named(model, sparsity), lambda w, h, share, _: wanda_prune(w, h, share), balance=balance)
 
 
-def sparsegpt(model: nn.Module, rows: Dataset, sparsity: Sparsity | Mapping[str, Sparsity], balance: bool = False) -> nn.Module:
+def sparsegpt(model: nn.Module, rows: Dataset, sparsity: Sparsities, balance: bool = False) -> nn.Module:
     """A copy pruned by SparseGPT, block after block, each calibrated on `rows` behind the pruned ones."""
-    method = lambda w, h, how, _: sparsegpt_prune(w, h, how)  # noqa: E731
-    return calibrate(model, rows, named(model, sparsity), method, balance=balance)
+    return calibrate(model, rows, named(model, sparsity), lambda w, h, share, _: sparsegpt_prune(w, h, share), balance=balance)
 
 
-def named(model: nn.Module, sparsity: Sparsity | Mapping[str, Sparsity]) -> dict[str, Sparsity]:
+def named(model: nn.Module, sparsity: Sparsities) -> dict[str, Sparsity]:
     """{module's name: sparsity}: for every linear layer, or as given. UserError when it names a module that is none."""
     every = [n for n, _ in linears(model)]
     if not isinstance(sparsity, Mapping):
@@ -145,14 +132,14 @@ def named(model: nn.Module, sparsity: Sparsity | Mapping[str, Sparsity]) -> dict
     return dict(sparsity)
 
 
-def global_shares(model: nn.Module, sparsity: float, moments: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+def global_shares(model: nn.Module, sparsity: float, hessians: Mapping[str, Tensor] | None = None) -> dict[str, float]:
     """The share of each linear layer that goes when all weights of the model are ranked together: {module's name: share}.
 
-    By magnitude, or by Wanda's scores with `moments` {module's name: H}. Give it to `magnitude`, `wanda` or `sparsegpt`.
+    By magnitude, or by Wanda's scores with `hessians` {module's name: H}. Give it to `magnitude`, `wanda` or `sparsegpt`.
     """
     scores = {n: layer.weight.detach().abs() for n, layer in linears(model)}
-    if moments:
-        scores = {n: s * moments[n].diagonal().sqrt() for n, s in scores.items() if n in moments}
+    if hessians:
+        scores = {n: s * hessians[n].diagonal().sqrt() for n, s in scores.items() if n in hessians}
     gone = smallest(torch.cat([s.flatten() for s in scores.values()])[None], sparsity)[0]
     pieces = gone.split([s.numel() for s in scores.values()])
     return {n: piece.float().mean().item() for n, piece in zip(scores, pieces, strict=True)}
@@ -188,14 +175,15 @@ def sparse_bytes(model: nn.Module, bits: int = 16, group_size: int = 32) -> int:
 
     A weight that is smaller as it is stays so. Fewer than 16 bits come with a 16-bit scale a group. All else counts 16 bits.
     """
-    total = 0
     pruned = {id(layer.weight) for _, layer in linears(model)}
-    for p in model.parameters():
-        width = bits if id(p) in pruned else 16
-        dense = packed_weight_bytes(p, width, "group", group_size)
-        gone = int((p == 0).sum()) * width // 8
-        total += min(dense, dense - gone + -(-p.numel() // 8)) if id(p) in pruned else dense
-    return total
+
+    def stored(p: Tensor) -> int:
+        if id(p) not in pruned:
+            return packed_weight_bytes(p, 16)
+        dense = packed_weight_bytes(p, bits, "group", group_size)
+        return min(dense, dense - int((p == 0).sum()) * bits // 8 + -(-p.numel() // 8))
+
+    return sum(stored(p) for p in model.parameters())
 
 
 def zipped_bytes(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> int:

@@ -1,7 +1,8 @@
-"""What calibration needs of the data: the Hessian of each layer's inputs, gathered block after block."""
+"""What calibration needs of the data: the Hessian of each layer's inputs, gathered block after block (notebook 14)."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from mmrecipes.errors import UserError
 from mmrecipes.models.modules import block_of, clone, linears
+from mmrecipes.models.prompts import teacher_forced
 from mmrecipes.quantize.gptq import gptq_round
 
 if TYPE_CHECKING:
@@ -22,38 +24,29 @@ def input_hessians(
 ) -> dict[str, Tensor]:
     """H (in, in), float32, of each named linear layer's inputs, over all tokens of `rows` (image, question, answer).
 
-    With `balance`, the tokens of the picture weigh as much in all as those of the text, where both flow through a layer: a
-    VLM's prompt is mostly picture. Padding never counts.
+    With `balance`, the image tokens weigh as much in all as the text tokens, where both flow through a layer: most of a VLM's
+    prompt is image. Padding never counts. Raises UserError when nothing flows through a layer.
     """
-    from mmrecipes.models.prompts import teacher_forced
+    totals, weights = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    token_weight = torch.empty(0)  # [B, T], of the batch that flows
 
-    totals, weights, modules = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0), dict(model.named_modules())
-    token: dict[str, Tensor] = {}
+    def add(name: str, x: Tensor) -> None:
+        weight = token_weight if x.shape[:2] == token_weight.shape else torch.ones(x.shape[:-1], device=x.device)
+        x, weight = x.detach().float().flatten(0, -2), weight.flatten()  # [tokens, in], [tokens]
+        totals[name] += (x * weight[:, None]).T @ x
+        weights[name] += weight.sum().item()
 
-    def hook(name: str) -> Callable:
-        def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach().float()
-            share = token["weight"] if x.shape[:2] == token["weight"].shape else torch.ones(x.shape[:-1], device=x.device)
-            x, share = x.flatten(0, -2), share.flatten()
-            totals[name] += (x * share[:, None]).T @ x
-            weights[name] += share.sum().item()
-
-        return see
-
-    hooks = [modules[n].register_forward_pre_hook(hook(n)) for n in names]
-    try:
+    with contextlib.ExitStack() as hooks, torch.inference_mode():
+        for name in names:
+            module = model.get_submodule(name)
+            hooks.enter_context(module.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0])))
         for inputs, _ in teacher_forced(model, rows, batch_size):
-            real, picture = inputs["attention_mask"].float(), inputs["input_ids"] == model.config.image_token_id
-            token["weight"] = real
+            token_weight, image = inputs["attention_mask"].float(), inputs["input_ids"] == model.config.image_token_id
             if balance:
-                token["weight"] = real * torch.where(picture, 1 / picture.sum(), 1 / (real.sum() - picture.sum()))
-            with torch.inference_mode():
-                model(**inputs)
-    finally:
-        for h in hooks:
-            h.remove()
+                token_weight = token_weight * torch.where(image, 1 / image.sum(), 1 / (token_weight.sum() - image.sum()))
+            model(**inputs)
     if unseen := [n for n in names if not weights[n]]:
-        raise UserError(f"moments: nothing flowed through {unseen[0]} on {len(rows)} rows; give rows that use it, at least one")
+        raise UserError(f"Hessians: nothing flowed through {unseen[0]} on {len(rows)} rows; give rows that use it, at least one")
     return {n: totals[n] / weights[n] for n in names}
 
 
@@ -65,17 +58,18 @@ def calibrate(
     group_size: int | None = None,
     balance: bool = False,
 ) -> nn.Module:
-    """A copy with every linear weight rounded by `method`, block after block, each calibrated behind the rounded ones.
+    """A copy with every linear weight changed by `method(weight, hessian, bits, group_size)`, block after block.
 
-    With `bits` {layer's name: bits, or what else `method` takes}, only the layers named.
+    Each block is calibrated on `rows` behind the blocks already changed. With `bits` {layer's name: bits, or what else
+    `method` takes}, only the layers named.
     """
     small = clone(model)
     layers = dict(linears(small))
-    width = bits if isinstance(bits, Mapping) else dict.fromkeys(layers, bits)
-    for _, block in groupby((n for n in layers if n in width), key=block_of):
-        names = list(block)
-        found = input_hessians(small, rows, names, balance)
+    chosen = bits if isinstance(bits, Mapping) else dict.fromkeys(layers, bits)
+    for _, block in groupby((n for n in layers if n in chosen), key=block_of):
+        hessians = input_hessians(small, rows, list(block), balance)
         with torch.no_grad():
-            for n in names:
-                layers[n].weight.copy_(method(layers[n].weight, found[n], width[n], group_size))
+            for name, hessian in hessians.items():
+                weight = layers[name].weight
+                weight.copy_(method(weight, hessian, chosen[name], group_size))
     return small

@@ -1,31 +1,73 @@
-"""Weights of 4 or 8 bits in groups of 32 along the inputs, one scale a group, zero in the middle: the layout of ONNX Runtime."""
+"""Groups of weights that share a scale: the scale of least error, rounding on it, and packing to 4 or 8 bits.
+
+Symmetric: the levels are the whole multiples -2^(bits-1) ... 2^(bits-1) - 1 of the scale; the zero point is 0.
+"""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmrecipes.errors import UserError
-from mmrecipes.quantize.rounding import best_scale
 
-if TYPE_CHECKING:
-    pass
+GROUP = 32  # inputs that share a scale in the kernels of ONNX Runtime, OpenVINO and ExecuTorch
+CLIPPING_RATIOS = torch.linspace(0.35, 1.0, 14)  # where the last level may lie, as a fraction of the largest weight
+_NOTHING = 1e-10  # of a group's squared largest weight: an error that comes from float32 alone
 
-GROUP = 32
+
+def grouped(weight: Tensor, group_size: int | None = None) -> Tensor:
+    """`weight` (out, in) as (groups, group_size), one row for each scale; None: one group for each output channel.
+
+    Raises UserError when `group_size` does not divide the inputs, or weights are not finite.
+    """
+    rows = weight.reshape(len(weight), -1)  # a convolution's kernel counts as inputs
+    if group_size and rows.shape[1] % group_size:
+        raise UserError(
+            f"{rows.shape[1]} inputs do not divide into groups of {group_size}; choose a divisor, or None for one scale a channel"
+        )
+    if not torch.isfinite(weight).all():
+        raise UserError("the weight has entries that are not finite; mend the model first")
+    return rows.reshape(-1, group_size or rows.shape[1])
+
+
+def fake_quantize(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """`w` on the nearest of the 2^bits quantization levels, which are whole multiples of `scale`, in floating point."""
+    half = 2 ** (bits - 1)
+    return (w / scale).round().clamp(-half, half - 1) * scale
+
+
+def best_scale(rows: Tensor, bits: int, importance: Tensor | None = None, signs: tuple[int, ...] = (1, -1)) -> Tensor:
+    """The scale of each of `rows` (N, G) with the least squared error, weighted by `importance` (G,) or (N, G): (N, 1).
+
+    Clipping the largest weights may pay, so several clipping ratios are tried; and both signs, because the levels reach one
+    further on the negative side. Raises UserError for fewer than 2 bits.
+    """
+    if bits < 2:
+        raise UserError(f"{bits} bits; expected 2 or more: one bit has no level beside zero")
+    largest = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 1)
+    importance = torch.ones_like(rows[0]) if importance is None else importance
+    best, least = largest, torch.full_like(largest, torch.inf)
+    for ratio in CLIPPING_RATIOS.tolist():
+        for scale in (sign * ratio * largest for sign in signs):
+            error = ((rows - fake_quantize(rows, scale, bits)).square() * importance).sum(1, keepdim=True)
+            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best
+
+
+# ---- groups of 32, as runtimes store them
 
 
 def pack(weight: Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """`weight` (out, in) as whole numbers of `bits` bits and scales: (out, groups, 32 * bits / 8) uint8, (out, groups) float32.
+    """`weight` (out, in) as unsigned integers and scales: (out, groups, 32 * bits / 8) uint8, (out, groups) float32.
 
-    A weight is its number, less 2^(bits - 1), times its group's scale. Weights that lie on a grid already (GPTQ has rounded
-    them) keep it exactly; others get the scale of least squared error (`quantize.best_scale`).
+    A weight is its integer, less 2^(bits - 1), times its group's scale: the layout of ONNX Runtime. Weights that lie on
+    quantization levels already (GPTQ has rounded them) keep them exactly; others get the scale of `best_scale`.
+    Raises UserError for other bits than 4 and 8.
     """
     if bits not in (4, 8):
         raise UserError(f"pack: bits={bits}; ONNX Runtime's kernels have 4 and 8")
-    half, w = 2 ** (bits - 1), _in_groups(weight)
+    half, w = 2 ** (bits - 1), _padded(weight)
     scale = group_scales(weight, bits).view(-1, 1)
     q = (w / scale).round().clamp(-half, half - 1).add(half).to(torch.uint8)
     if bits == 4:  # two to a byte, the earlier one in the low half
@@ -35,32 +77,29 @@ def pack(weight: Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]:
 
 def group_scales(weight: Tensor, bits: int, signs: tuple[int, ...] = (1, -1)) -> Tensor:
     """The scale of each group of 32 of `weight` (out, in), as `pack` takes it: (out, groups). `signs`: those it may have."""
-    w = _in_groups(weight)
-    found, off = _grid(w, bits, signs)
+    w = _padded(weight)
+    scale, error = _levels(w, bits, signs)
     if bits == 4:
-        found = torch.where(off > _NOTHING, best_scale(w, bits, signs=signs), found)
-    return found.view(len(weight), -1)
+        scale = torch.where(error > _NOTHING, best_scale(w, bits, signs=signs), scale)
+    return scale.view(len(weight), -1)
 
 
 def on_grid(weight: Tensor, bits: int = 4) -> bool:
     """Whether `weight` (out, in) was rounded to `bits` bits in groups of 32 before, so that packing it loses nothing."""
-    return bool((_grid(_in_groups(weight), bits)[1] <= _NOTHING).all())
+    return bool((_levels(_padded(weight), bits)[1] <= _NOTHING).all())
 
 
-_NOTHING = 1e-10  # of a group's squared largest weight: an error that comes from float32 alone
-
-
-def _in_groups(weight: Tensor) -> Tensor:
+def _padded(weight: Tensor) -> Tensor:
     return torch.nn.functional.pad(weight.detach().float(), (0, -weight.shape[1] % GROUP)).reshape(-1, GROUP)
 
 
-def _grid(w: Tensor, bits: int, signs: tuple[int, ...] = (1, -1)) -> tuple[Tensor, Tensor]:
-    """A scale for each row of `w` that puts its largest weight on a mark, and the squared error it leaves, (rows, 1) both."""
-    half, most = 2 ** (bits - 1), w.abs().amax(1, keepdim=True).clamp(min=1e-12)
-    best, least = most, torch.full_like(most, torch.inf)
-    for mark in range(1, half + 1) if bits == 4 else (half - 1, half):
-        for scale in (sign * most / mark for sign in signs):  # whole numbers reach one further on the negative side
-            off = (w - (w / scale).round().clamp(-half, half - 1) * scale).square().sum(1, keepdim=True) / most.square()
-            better = off < least - _NOTHING
-            best, least = torch.where(better, scale, best), torch.where(better, off, least)
+def _levels(w: Tensor, bits: int, signs: tuple[int, ...] = (1, -1)) -> tuple[Tensor, Tensor]:
+    """A scale for each row of `w` that puts its largest weight on a level, and the squared error it leaves, (rows, 1) both."""
+    half, largest = 2 ** (bits - 1), w.abs().amax(1, keepdim=True).clamp(min=1e-12)
+    best, least = largest, torch.full_like(largest, torch.inf)
+    for level in range(1, half + 1) if bits == 4 else (half - 1, half):
+        for scale in (sign * largest / level for sign in signs):
+            error = (w - fake_quantize(w, scale, bits)).square().sum(1, keepdim=True) / largest.square()
+            better = error < least - _NOTHING
+            best, least = torch.where(better, scale, best), torch.where(better, error, least)
     return best, least

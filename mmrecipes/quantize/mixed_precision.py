@@ -1,4 +1,4 @@
-"""Which module takes which precision: hurt each alone, then spend a byte budget where it helps."""
+"""Mixed precision: round each unit alone, measure its loss, then spend a byte budget where it helps. By hand in notebook 13."""
 
 from __future__ import annotations
 
@@ -12,19 +12,15 @@ from torch import Tensor, nn
 from mmrecipes import quiet
 from mmrecipes.errors import UserError
 from mmrecipes.evaluate import likelihood
-from mmrecipes.models import modules
-from mmrecipes.models.modules import clone, linears
-from mmrecipes.quantize import rounding as quantize_rounding
+from mmrecipes.models.modules import clone, linears, part_of
 from mmrecipes.quantize.calibration import calibrate, input_hessians
 from mmrecipes.quantize.gptq import gptq_round
-from mmrecipes.quantize.rounding import search_round
+from mmrecipes.quantize.rounding import packed_bytes, packed_weight_bytes, search_round
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 BITS = (8, 6, 4, 3, 2)
-
-
 Round = Callable[[str, Tensor, int, int | None], Tensor]  # module's name, weight (out, in), bits, group size -> rounded weight
 
 
@@ -34,12 +30,12 @@ def search_rounding(name: str, weight: Tensor, bits: int, group_size: int | None
 
 
 def gptq_rounding(model: nn.Module, rows: Dataset) -> Round:
-    """Rounding by GPTQ on the inputs that each layer of `model` gets from `rows`; embeddings have none, so by `searched`."""
-    found = input_hessians(model, rows, [n for n, _ in linears(model)])
+    """Rounding by GPTQ on the inputs that each layer of `model` gets from `rows`; embeddings have none, so `search_rounding`."""
+    hessians = input_hessians(model, rows, [n for n, _ in linears(model)])
 
     def rounding(name: str, weight: Tensor, bits: int, group_size: int | None) -> Tensor:
-        if name in found:
-            return gptq_round(weight, found[name], bits, group_size)
+        if name in hessians:
+            return gptq_round(weight, hessians[name], bits, group_size)
         return search_round(weight, bits, group_size)
 
     return rounding
@@ -53,66 +49,54 @@ class Cost:
     part: str
     bits: int
     bytes: int
-    loss: float  # Kullback-Leibler divergence from the whole model, nats an answer token
+    loss: float  # Kullback-Leibler divergence from the unrounded model, nats an answer token
 
 
 def units(model: nn.Module) -> dict[str, list[str]]:
     """What a plan decides on: {name: the names of its weights' modules}.
 
-    All linear layers of one attention or one MLP together, and the word embeddings (with the output head, where it is tied).
+    All linear layers of one attention or one MLP together, and the token embeddings (with the output head, where it is tied).
     """
-    found: dict[str, list[str]] = {}
+    members: dict[str, list[str]] = {}
     for name, _ in linears(model):
-        found.setdefault(name.rpartition(".")[0] or name, []).append(name)
+        members.setdefault(name.rpartition(".")[0] or name, []).append(name)
     embeddings = model.get_input_embeddings()
-    return found | {n: [n] for n, m in model.named_modules() if m is embeddings}
+    return members | {n: [n] for n, m in model.named_modules() if m is embeddings}
 
 
 def bits_by_module(model: nn.Module, plan: Mapping[str, int]) -> dict[str, int]:
     """The plan a module instead of a unit: {module's name: bits}. UserError when it names a unit that is not there."""
     members = units(model)
     if missing := set(plan) - set(members):
-        raise UserError(f"the plan names {sorted(missing)[0]!r}, which the model does not have; expected plan.units(model)")
+        raise UserError(f"the plan names {sorted(missing)[0]!r}, which the model does not have; expected quantize.units(model)")
     return {n: bits for unit, bits in plan.items() for n in members[unit]}
 
 
 def plan_bytes(model: nn.Module, plan: Mapping[str, int], group_size: int | None = None) -> int:
     """Bytes on disk when each unit is packed to its bits: a 16-bit scale a row or group; everything else in 16 bits."""
-    return quantize_rounding.packed_bytes(model, bits_by_module(model, plan), *_scales(group_size))
-
-
-def _scales(group_size: int | None) -> tuple[str, int]:
-    return ("group", group_size) if group_size else ("channel", 0)
+    return packed_bytes(model, bits_by_module(model, plan), "group" if group_size else "channel", group_size or 0)
 
 
 def sensitivity(
-    model: nn.Module,
-    rows: Dataset,
-    bits: Sequence[int] = BITS,
-    group_size: int | None = None,
-    rounding: Round = search_rounding,
+    model: nn.Module, rows: Dataset, bits: Sequence[int] = BITS, group_size: int | None = None, rounding: Round = search_rounding
 ) -> list[Cost]:
     """The cost of each unit of `model` at each of `bits`, alone, on `rows` (image, question, answer)."""
     from tqdm.auto import tqdm
 
-    small, found, part = clone(model), [], modules.part_of(model)
+    small, parts, per, costs = clone(model), part_of(model), "group" if group_size else "channel", []
     reference, _ = likelihood.answer_logits(small, rows)
     for unit, names in tqdm(units(small).items(), disable=quiet.progress_hidden(), desc="sensitivity", leave=False):
-        whole = {n: model.get_submodule(n).weight.detach() for n in names}
+        weights = {n: small.get_submodule(n).weight.detach() for n in names}
+        originals = {n: w.clone() for n, w in weights.items()}
         for b in bits:
             for n in names:
-                _set(small, n, rounding(n, whole[n], b, group_size))
+                weights[n].copy_(rounding(n, originals[n], b, group_size))
             loss = likelihood.divergence(reference, likelihood.answer_logits(small, rows)[0])
-            size = sum(quantize_rounding.packed_weight_bytes(w, b, *_scales(group_size)) for w in whole.values())
-            found.append(Cost(unit, part[f"{names[0]}.weight"], b, size, loss))
+            size = sum(packed_weight_bytes(w, b, per, group_size or 0) for w in weights.values())
+            costs.append(Cost(unit, parts[f"{names[0]}.weight"], b, size, loss))
         for n in names:
-            _set(small, n, whole[n])
-    return found
-
-
-@torch.no_grad()
-def _set(model: nn.Module, name: str, weight: Tensor) -> None:
-    model.get_submodule(name).weight.copy_(weight)
+            weights[n].copy_(originals[n])
+    return costs
 
 
 def greedy(costs: Sequence[Cost], budget: int) -> dict[str, int]:
@@ -140,7 +124,7 @@ def knapsack(costs: Sequence[Cost], budget: int, slots: int = 4000) -> dict[str,
     Assumes that losses add up, which is roughly so where they are small.
     """
     table, slot = _table(costs), budget / slots
-    least, chosen = torch.zeros(slots + 1), []  # least[s]: the smallest loss of the units so far in at most s slots
+    least, picks = torch.zeros(slots + 1), []  # least[s]: the smallest loss of the units so far in at most s slots
     for row in table.values():
         options = torch.full((len(row), slots + 1), torch.inf)
         for i, c in enumerate(row.values()):
@@ -148,11 +132,11 @@ def knapsack(costs: Sequence[Cost], budget: int, slots: int = 4000) -> dict[str,
             if k <= slots:
                 options[i, k:] = least[: slots + 1 - k] + c.loss
         least, pick = options.min(0)
-        chosen.append(pick)
+        picks.append(pick)
     if not torch.isfinite(least[-1]):
         raise _too_small(table, budget)
     plan, s = {}, slots
-    for (unit, row), pick in zip(reversed(table.items()), reversed(chosen), strict=True):
+    for (unit, row), pick in zip(reversed(table.items()), reversed(picks), strict=True):
         cost = list(row.values())[int(pick[s])]
         plan[unit] = cost.bits
         s -= int(-(-cost.bytes // slot))
@@ -176,12 +160,12 @@ def apply_plan(
 ) -> nn.Module:
     """A copy of `model` with each unit rounded to its bits in `plan`, kept in floating point.
 
-    With calibration `rows`, linear layers by GPTQ, block after block (`quantize.calibrate`); without, by `searched`.
+    With calibration `rows`, linear layers by GPTQ, block after block (`quantize.calibrate`); without, by `search_round`.
     """
-    width, small = bits_by_module(model, plan), clone(model)
-    inner = [n for n, _ in linears(model) if n in width] if rows is not None else []
+    bits, small = bits_by_module(model, plan), clone(model)
+    by_gptq = {n: bits[n] for n, _ in linears(model) if n in bits} if rows is not None else {}
     with torch.no_grad():
-        for n in set(width) - set(inner):
-            weight = small.get_submodule(n).weight
-            weight.copy_(search_round(weight, width[n], group_size))
-    return calibrate(small, rows, {n: width[n] for n in inner}, group_size=group_size) if inner else small
+        for name in set(bits) - set(by_gptq):
+            weight = small.get_submodule(name).weight
+            weight.copy_(search_round(weight, bits[name], group_size))
+    return calibrate(small, rows, by_gptq, group_size=group_size) if by_gptq else small

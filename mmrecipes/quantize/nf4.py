@@ -1,4 +1,4 @@
-"""`shrink` for PyTorch: a checkpoint that transformers loads by itself, 4-bit NormalFloat of bitsandbytes, the rest in bf16."""
+"""A checkpoint that transformers loads by itself: 4-bit NormalFloat of bitsandbytes, the rest in bf16."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def nf4_bytes(weight: Tensor) -> int:
 
 
 def write_nf4(model: nn.Module, four: set[str], folder: Path) -> None:
-    """Save `model` to `folder`: linear layers in `four` as NF4, all else in bf16, its processor beside it. UserError."""
+    """Save `model` to `folder`: linear layers in `four` as NF4, all else in bf16, its processor beside it.
+
+    UserError when transformers and bitsandbytes cannot make it.
+    """
     from transformers import BitsAndBytesConfig
 
     require("accelerate", "bitsandbytes")
@@ -65,7 +68,7 @@ def load_nf4(folder: Path) -> nn.Module:
 
 
 def can_nf4(model: nn.Module) -> set[str]:
-    """Linear layers that bitsandbytes can take."""
+    """Names of the linear layers whose inputs divide into NF4's blocks."""
     return {name for name, layer in linears(model) if layer.in_features % BLOCK == 0}
 
 

@@ -12,9 +12,7 @@ from torch import Tensor
 from mmrecipes.errors import UserError
 
 BINS = 4095  # odd, so that zero, the commonest value after a ReLU, has a bin to itself
-
-
-LEVELS = 128  # whole numbers of int8 on one side of zero
+LEVELS = 128  # of int8 on one side of zero
 
 
 class Histogram(NamedTuple):
@@ -33,7 +31,7 @@ class Histogram(NamedTuple):
 def histogram(values: Tensor, low: float | None = None, high: float | None = None) -> Histogram:
     """The histogram of a tensor, over its own range or a wider one. Raises UserError when values are not finite, or none."""
     if not values.numel() or not torch.isfinite(values).all():
-        raise UserError("histogram: the values are none, or not all finite; mend the model or the pictures first")
+        raise UserError("histogram: the values are none, or not all finite; mend the model or the images first")
     low = values.min().item() if low is None else low
     high = values.max().item() if high is None else high
     m = max(-low, high) or 1.0
@@ -60,9 +58,9 @@ def mse(h: Histogram, symmetric: bool = False) -> tuple[float, float]:
     """The range with the least mean squared error after rounding to 8 bits: each end is drawn in as far as that helps."""
 
     def error(low: float, high: float) -> float:
-        scale, zero, least, most = qparams(low, high, symmetric)
-        q = (np.round(h.centres / scale) + zero).clip(least, most)
-        return float((h.counts * (h.centres - scale * (q - zero)) ** 2).sum())
+        scale, zero_point, least, most = qparams(low, high, symmetric)
+        q = (np.round(h.centres / scale) + zero_point).clip(least, most)
+        return float((h.counts * (h.centres - scale * (q - zero_point)) ** 2).sum())
 
     low, high = bottom, top = min(h.low, 0.0), max(h.high, 0.0)
     for _ in range(2):  # the ends hardly depend on each other: twice around is enough
@@ -83,33 +81,32 @@ def entropy(h: Histogram, step: int = 8) -> tuple[float, float]:
     size[0] = size[1]  # zero is exact whatever the range: it has no say, or its many would decide alone
     if not size.any():  # nothing but zeros
         return minmax(h)
-    ends, found = range(LEVELS, len(size) + 1, step), []
+    ends, divergences = range(LEVELS, len(size) + 1, step), []
     for end in ends:
-        seen = size[:end]
-        wanted = seen.copy()
-        wanted[-1] += size[end:].sum()  # clipped to the last bin
-        starts = np.arange(LEVELS) * end // LEVELS
-        alive = (seen > 0).astype(float)
-        mean = np.add.reduceat(seen, starts) / np.maximum(np.add.reduceat(alive, starts), 1)
-        told = np.repeat(mean, np.diff(np.append(starts, end))) * alive
-        p, q = wanted / wanted.sum(), np.maximum(told / max(told.sum(), 1), 1e-9)
-        found.append((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum())
-    m = max(-h.low, h.high) * (ends[int(np.argmin(found))] / ends[-1])
+        inside = size[:end]
+        clipped = inside.copy()
+        clipped[-1] += size[end:].sum()  # what lies beyond goes into the last bin
+        starts = np.arange(LEVELS) * end // LEVELS  # of each level, in bins
+        used = (inside > 0).astype(float)
+        mean = np.add.reduceat(inside, starts) / np.maximum(np.add.reduceat(used, starts), 1)
+        quantized = np.repeat(mean, np.diff(np.append(starts, end))) * used
+        p, q = clipped / clipped.sum(), np.maximum(quantized / max(quantized.sum(), 1), 1e-9)
+        divergences.append((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum())
+    m = max(-h.low, h.high) * (ends[int(np.argmin(divergences))] / ends[-1])
     return max(h.low, -m), min(h.high, m)
 
 
-OBSERVERS: dict[str, Callable[[Histogram], tuple[float, float]]] = {
-    "min-max": minmax,
-    "percentile": percentile,
-    "entropy": entropy,
-    "MSE": mse,
-}
+Observer = Callable[[Histogram], tuple[float, float]]
+OBSERVERS: dict[str, Observer] = {"min-max": minmax, "percentile": percentile, "entropy": entropy, "MSE": mse}
 
 
 def qparams(low: float, high: float, symmetric: bool = False) -> tuple[float, int, int, int]:
-    """Scale, zero point, least and most whole number of 8 bits for values in [low, high]; zero itself stays exact."""
+    """Scale, zero point, smallest and largest 8-bit integer for values in [low, high]; zero itself stays exact.
+
+    UserError for a range that is not finite or not in order.
+    """
     if not np.isfinite([low, high]).all() or low > high:
-        raise UserError(f"marks: the range [{low}, {high}] is not one; expected two finite numbers in order")
+        raise UserError(f"qparams: the range [{low}, {high}] is not one; expected two finite numbers in order")
     low, high = min(low, 0.0), max(high, 0.0)
     if symmetric:
         return float(max(-low, high) / 127 or 1.0), 0, -127, 127
@@ -118,6 +115,6 @@ def qparams(low: float, high: float, symmetric: bool = False) -> tuple[float, in
 
 
 def fake_quantize_range(x: Tensor, low: float, high: float, symmetric: bool = False) -> Tensor:
-    """`x` moved to the marks of [low, high], in floating point."""
-    scale, zero, least, most = qparams(low, high, symmetric)
-    return torch.fake_quantize_per_tensor_affine(x, max(scale, torch.finfo(x.dtype).tiny), zero, least, most)
+    """`x` on the 8-bit quantization levels of [low, high], in floating point."""
+    scale, zero_point, least, most = qparams(low, high, symmetric)
+    return torch.fake_quantize_per_tensor_affine(x, max(scale, torch.finfo(x.dtype).tiny), zero_point, least, most)

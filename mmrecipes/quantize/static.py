@@ -6,7 +6,7 @@ Built by hand in notebook 12. Images are pixel tensors (N, 3, H, W), as the imag
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -14,90 +14,71 @@ from torch import Tensor, nn
 
 from mmrecipes.errors import UserError
 from mmrecipes.measure import machine
-from mmrecipes.models import modules
-from mmrecipes.quantize import rounding
-from mmrecipes.quantize.observers import OBSERVERS, Histogram, fake_quantize_range, histogram
+from mmrecipes.models.modules import clone
+from mmrecipes.quantize.observers import OBSERVERS, Histogram, Observer, fake_quantize_range, histogram
+from mmrecipes.quantize.rounding import round_to_nearest
 
 LAYERS = (nn.Conv2d, nn.Linear)
 
 
-# ---- a model: folding, calibration, simulation
-
-
-def vision_output(model: nn.Module, pictures: Tensor) -> Tensor:
+def vision_output(model: nn.Module, images: Tensor) -> Tensor:
     """What a vision model gives out: its logits, or its last hidden state, or the tensor itself."""
-    found = model(pictures)
-    return found if isinstance(found, Tensor) else found.logits if hasattr(found, "logits") else found[0]
+    out = model(images)
+    return out if isinstance(out, Tensor) else out.logits if hasattr(out, "logits") else out[0]
 
 
-def fold_batch_norms(model: nn.Module, pictures: Tensor) -> nn.Module:
+def fold_batch_norms(model: nn.Module, images: Tensor) -> nn.Module:
     """A copy in eval mode in which every batch norm that follows a convolution has become part of it.
 
-    A batch norm at rest is a factor and an offset a channel, and so can be multiplied into the weights. Which one follows
+    A batch norm in eval mode is a factor and an offset a channel, and so can be multiplied into the weights. Which one follows
     which is seen on one run, not guessed from names. Raises UserError when the copy no longer computes the same.
     """
-    model = modules.clone(model).eval()
+    model = clone(model).eval()
     with torch.inference_mode():
-        before = vision_output(model, pictures)
-        pairs = _followers(model, pictures)
+        before = vision_output(model, images)
+        pairs = _convolutions_with_norms(model, images)
         for conv, norm in pairs:
             factor = norm.weight / (norm.running_var + norm.eps).sqrt()
             bias = torch.zeros_like(norm.bias) if conv.bias is None else conv.bias
             conv.weight = nn.Parameter(conv.weight * factor[:, None, None, None], requires_grad=False)
             conv.bias = nn.Parameter((bias - norm.running_mean) * factor + norm.bias, requires_grad=False)
         folded = {norm for _, norm in pairs}
-        for parent in list(model.modules()):
-            for name, child in parent.named_children():
-                if child in folded:
-                    setattr(parent, name, nn.Identity())
-        gap = (vision_output(model, pictures) - before).norm() / before.norm().clamp(min=1e-12)
+        for name in [n for n, m in model.named_modules(remove_duplicate=False) if m in folded]:
+            model.set_submodule(name, nn.Identity())
+        gap = (vision_output(model, images) - before).norm() / before.norm().clamp(min=1e-12)
     if gap > 1e-3:
         raise UserError(f"fold_batch_norms: outputs moved by {gap:.1e}; a convolution's output is used beside its batch norm")
     return model
 
 
-def _followers(model: nn.Module, pictures: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    made, pairs, hooks = {}, [], []  # `made` keeps every output alive, so that an id stays one tensor's own
+def _convolutions_with_norms(model: nn.Module, images: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    outputs, pairs = {}, []  # `outputs` keeps every output alive, so that an id stays one tensor's own
 
-    def after(conv, _, out):
-        made[id(out)] = conv, out
+    def after(conv: nn.Module, _: tuple, out: Tensor) -> None:
+        outputs[id(out)] = conv, out
 
-    def before(norm, args):
-        if id(args[0]) in made:
-            pairs.append((made[id(args[0])][0], norm))
+    def before(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if id(args[0]) in outputs:
+            pairs.append((outputs[id(args[0])][0], norm))
 
-    for m in model.modules():
-        if isinstance(m, nn.Conv2d):
-            hooks.append(m.register_forward_hook(after))
-        elif isinstance(m, nn.BatchNorm2d) and m.track_running_stats and m.affine:
-            hooks.append(m.register_forward_pre_hook(before))
-    try:
-        model(pictures[:1])
-    finally:
-        for h in hooks:
-            h.remove()
+    with contextlib.ExitStack() as hooks:
+        for m in model.modules():
+            if isinstance(m, nn.Conv2d):
+                hooks.enter_context(m.register_forward_hook(after))
+            elif isinstance(m, nn.BatchNorm2d) and m.track_running_stats and m.affine:
+                hooks.enter_context(m.register_forward_pre_hook(before))
+        model(images[:1])
     return pairs
 
 
-@contextlib.contextmanager
-def _inputs_to(model: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LAYERS)]
-    hooks = [m.register_forward_pre_hook(lambda _, args, n=n: see(n, args[0])) for n, m in layers]
-    try:
-        yield
-    finally:
-        for h in hooks:
-            h.remove()
-
-
 @torch.inference_mode()
-def histograms(model: nn.Module, pictures: Tensor, batch: int = 32) -> dict[str, Histogram]:
-    """For each convolution and linear layer of `model`, the histogram of its inputs over all pictures.
+def histograms(model: nn.Module, images: Tensor, batch_size: int = 32) -> dict[str, Histogram]:
+    """For each convolution and linear layer of `model`, the histogram of its inputs over all images.
 
-    Two passes: one finds the ends, one counts. Raises UserError when something is not finite, or no pictures are given.
+    Two passes: one finds the ends, one counts. Raises UserError when something is not finite, or no images are given.
     """
-    if not len(pictures):
-        raise UserError("histograms: no calibration pictures; give at least one, better 64")
+    if not len(images):
+        raise UserError("histograms: no calibration images; give at least one, better 64")
     ends: dict[str, tuple[float, float]] = {}
     counted: dict[str, Histogram] = {}
 
@@ -109,30 +90,35 @@ def histograms(model: nn.Module, pictures: Tensor, batch: int = 32) -> dict[str,
         h, so_far = histogram(x, *ends[name]), counted.get(name)
         counted[name] = h if so_far is None else h._replace(counts=h.counts + so_far.counts)
 
-    for see in (widen, count):
-        with _inputs_to(model, see):
-            for part in pictures.split(batch):
-                model(part)
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LAYERS)]
+    for observe in (widen, count):
+        with contextlib.ExitStack() as hooks:
+            for name, m in layers:
+                hook = m.register_forward_pre_hook(lambda _, args, name=name, observe=observe: observe(name, args[0]))
+                hooks.enter_context(hook)
+            for batch in images.split(batch_size):
+                model(batch)
     return counted
 
 
-def ranges(found: dict[str, Histogram], observer: str | Callable = "percentile") -> dict[str, tuple[float, float]]:
-    """A range for each layer's input, chosen by an observer or its name in OBSERVERS."""
-    choose = OBSERVERS[observer] if isinstance(observer, str) else observer
-    return {name: choose(h) for name, h in found.items()}
+def ranges(by_layer: Mapping[str, Histogram], observer: str | Observer = "percentile") -> dict[str, tuple[float, float]]:
+    """A range (low, high) for each layer's input, chosen by an observer or its name in OBSERVERS."""
+    observe: Callable = OBSERVERS[observer] if isinstance(observer, str) else observer
+    return {name: observe(h) for name, h in by_layer.items()}
 
 
 def simulate_static(
-    model: nn.Module, chosen: dict[str, tuple[float, float]], per: str = "channel", symmetric: bool = False
+    model: nn.Module, chosen: Mapping[str, tuple[float, float]], per: str = "channel", symmetric: bool = False
 ) -> nn.Module:
     """A copy that rounds weights (one scale a `channel`, or a `tensor`) and the inputs of its layers to 8 bits, in float.
 
-    Fold the batch norms first: nothing between layers is rounded, so a batch norm would stay in floating point.
+    `chosen` {layer's name: range of its input}. Fold the batch norms first: nothing between layers is rounded, so a batch norm
+    would stay in floating point.
     """
-    small = modules.clone(model).eval()
+    small = clone(model).eval()
     for name, m in small.named_modules():
         if name in chosen:
-            m.weight = nn.Parameter(rounding.round_to_nearest(m.weight.detach(), 8, per), requires_grad=False)
+            m.weight = nn.Parameter(round_to_nearest(m.weight.detach(), 8, per), requires_grad=False)
             m.register_forward_pre_hook(
                 lambda _, args, ends=chosen[name]: (fake_quantize_range(args[0], *ends, symmetric), *args[1:])
             )
@@ -143,17 +129,17 @@ def simulate_static(
 
 
 class SingleOutput(nn.Module):
-    """Pictures in, one tensor out: what exporters take."""
+    """Images in, one tensor out: what exporters take."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return vision_output(self.model, pictures)
+    def forward(self, images: Tensor) -> Tensor:
+        return vision_output(self.model, images)
 
 
-def pt2e(model: nn.Module, pictures: Tensor, batch: int = 32, reduce_range: bool | None = None) -> nn.Module:
+def pt2e(model: nn.Module, images: Tensor, batch_size: int = 32, reduce_range: bool | None = None) -> nn.Module:
     """`model` with quantize and dequantize operators in its exported graph: slow in eager mode, int8 kernels once compiled.
 
     torchao's X86InductorQuantizer: uint8 activations by histogram, int8 weights a channel. `reduce_range` leaves a bit of the
@@ -162,20 +148,20 @@ def pt2e(model: nn.Module, pictures: Tensor, batch: int = 32, reduce_range: bool
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-    plain = SingleOutput(modules.clone(model)).eval()
+    plain = SingleOutput(clone(model)).eval()
     config = x86.get_default_x86_inductor_quantization_config(reduce_range=saturates() if reduce_range is None else reduce_range)
-    shapes = ({0: torch.export.Dim("pictures", min=1, max=4096)},)
+    shapes = ({0: torch.export.Dim("images", min=1, max=4096)},)
     with torch.no_grad():
-        graph = torch.export.export(plain, (batch_of_two(pictures),), dynamic_shapes=shapes).module()
+        graph = torch.export.export(plain, (batch_of_two(images),), dynamic_shapes=shapes).module()
         prepared = prepare_pt2e(graph, x86.X86InductorQuantizer().set_global(config))
-        for part in pictures.split(batch):
-            prepared(part)
+        for batch in images.split(batch_size):
+            prepared(batch)
         return convert_pt2e(prepared)
 
 
-def batch_of_two(pictures: Tensor) -> Tensor:
+def batch_of_two(images: Tensor) -> Tensor:
     """A batch of two: exporters take a batch of one for a constant."""
-    return torch.cat([pictures[:1]] * 2)
+    return torch.cat([images[:1]] * 2)
 
 
 def saturates() -> bool:

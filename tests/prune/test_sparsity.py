@@ -31,7 +31,7 @@ def share_of(sparsity: float | str) -> float:
 
 
 def few_causes(seed: int, outputs: int = 12, inputs: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight, and the moments of inputs that eight hidden causes explain for the most part: the rest can make up for much."""
+    """A weight, and the Hessian of inputs that eight hidden causes explain for the most part: the rest can make up for much."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(400, 8, generator=g) @ torch.randn(8, inputs, generator=g) + 0.3 * torch.randn(400, inputs, generator=g)
     return torch.randn(outputs, inputs, generator=g), x.T @ x / len(x)
@@ -151,10 +151,10 @@ def test_bad_requests_say_what_to_do(method, sparsity, says):
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_moments_of_another_layer_or_broken_ones_are_refused(method):
+def test_hessians_of_another_layer_or_broken_ones_are_refused(method):
     w, _ = tiny.weight_and_hessian(0)
     for h in (torch.eye(16), torch.full((32, 32), float("nan"))):
-        with pytest.raises(UserError, match="moments"):
+        with pytest.raises(UserError, match="the Hessian is"):
             METHODS[method](w, h, 0.5)
 
 
@@ -162,7 +162,7 @@ def test_moments_of_another_layer_or_broken_ones_are_refused(method):
 
 
 @pytest.mark.parametrize("sparsity", [0.5, "2:4"])
-def test_rounding_after_pruning_keeps_zeros_and_makes_up_for_its_errors(sparsity):
+def test_rounding_after_pruning_keeps_zeros_and_compensates_its_errors(sparsity):
     off = torch.zeros(2)
     for seed in range(10):
         w, h = few_causes(seed)
@@ -176,7 +176,7 @@ def test_rounding_after_pruning_keeps_zeros_and_makes_up_for_its_errors(sparsity
 
 @pytest.mark.parametrize("sparsity", [0.5, "2:4"])
 @pytest.mark.parametrize("seed", range(10))
-def test_pruning_after_rounding_keeps_the_marks_and_still_makes_up(seed, sparsity):
+def test_pruning_after_rounding_keeps_the_levels_and_still_compensates(seed, sparsity):
     w, h = few_causes(seed)
     rounded = quantize.gptq_round(w, h, 4, 32)
     thin = prune.sparsegpt_prune(rounded, h, sparsity, bits=4)
@@ -199,7 +199,7 @@ def test_rounding_in_groups_that_do_not_divide_is_refused():
 
 
 @FOREIGN
-def test_a_pruned_copy_of_any_vlm_has_its_zeros_everywhere_and_leaves_its_parent_alone(make):
+def test_a_pruned_copy_of_any_vlm_has_its_zeros_everywhere_and_leaves_the_original_alone(make):
     model, rows = make(), data.calibration(4)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     for thin in (
@@ -257,8 +257,8 @@ def test_one_ranking_for_the_model_takes_the_smallest_wherever_they_are(make):
     assert sum(shares[n] * numel[n] for n in numel) == pytest.approx(0.3 * sum(numel.values()), abs=1)
     thin = prune.magnitude(model, shares)
     assert prune.sparsity_of(thin) == pytest.approx(shares, abs=1e-6)
-    moments = quantize.input_hessians(model, data.calibration(4), list(numel))
-    assert prune.global_shares(model, 0.3, moments)[small] > 0.9
+    hessians = quantize.input_hessians(model, data.calibration(4), list(numel))
+    assert prune.global_shares(model, 0.3, hessians)[small] > 0.9
 
 
 @FOREIGN

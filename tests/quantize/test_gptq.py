@@ -71,7 +71,7 @@ def test_every_method_leaves_few_values_a_row(seed, bits, group, method):
 
 
 @given(SEEDS, st.integers(2, 4))
-def test_gptq_makes_up_for_errors_that_hang_together(seed, bits):
+def test_gptq_compensates_errors_that_correlate(seed, bits):
     w, h = tiny.weight_and_hessian(seed)
     by_search = quantize.output_error(w, METHODS["search"](w, h, bits, None), h)
     assert quantize.output_error(w, quantize.gptq_round(w, h, bits), h) < by_search
@@ -112,14 +112,14 @@ def test_bad_requests_say_what_to_do(method):
         METHODS[method](w, h, 1, None)
 
 
-def test_moments_of_no_rows_are_refused():
+def test_hessians_of_no_rows_are_refused():
     model = tiny.house()
     name = next(n for n, _ in models.linears(model))
     with pytest.raises(UserError, match="nothing flowed through"):
         quantize.input_hessians(model, data.calibration(1).select([]), [name])
 
 
-def test_gptq_refuses_moments_of_another_layer():
+def test_gptq_refuses_hessians_of_another_layer():
     w, _ = tiny.weight_and_hessian(0)
     for h in (torch.eye(16), torch.full((32, 32), float("inf"))):
         with pytest.raises(UserError, match=r"expected finite \(32, 32\)"):
@@ -127,7 +127,7 @@ def test_gptq_refuses_moments_of_another_layer():
 
 
 @pytest.mark.parametrize("make", [tiny.house, tiny.llava], ids=["idefics3", "llava"])
-def test_moments_are_those_of_the_real_tokens(make):
+def test_hessians_are_those_of_the_real_tokens(make):
     model, rows, seen = make(), data.calibration(6), []
     name = next(n for n, _ in models.linears(model) if "q_proj" in n and ("text" in n or "language" in n))
     hook = dict(model.named_modules())[name].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
@@ -145,7 +145,7 @@ def test_moments_are_those_of_the_real_tokens(make):
 
 
 @pytest.mark.parametrize("make", [tiny.house, tiny.llava], ids=["idefics3", "llava"])
-def test_a_calibrated_copy_of_any_vlm_is_rounded_everywhere_and_leaves_its_parent_alone(make):
+def test_a_calibrated_copy_of_any_vlm_is_rounded_everywhere_and_leaves_the_original_alone(make):
     model, rows = make(), data.calibration(4)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     small = quantize.calibrate(model, rows, 3)
@@ -160,7 +160,7 @@ def test_layers_of_one_block_are_calibrated_together():
 
 
 @pytest.mark.parametrize("make", [tiny.house, tiny.llava], ids=["idefics3", "llava"])
-def test_rows_without_pictures_calibrate_the_language_model_alone(make):
+def test_rows_without_images_calibrate_the_language_model_alone(make):
     model, rows = make(), data.calibration(4).remove_columns("image")
     from mmrecipes.models.prompts import teacher_forced
 

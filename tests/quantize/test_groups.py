@@ -16,10 +16,10 @@ def unpacked(q, scales, bits, wide):
 
 def test_a_grid_that_is_there_already_is_kept():
     noise = torch.Generator().manual_seed(0)
-    for top in (8, 7, 5, 3):  # whichever mark is the largest that a group uses
-        marks = torch.randint(-top, min(top, 7) + 1, (40, 4, 32), generator=noise).float()
-        marks[:, :, 0] = -top
-        weight = (marks * (0.01 + torch.rand(40, 4, 1, generator=noise))).flatten(1)
+    for top in (8, 7, 5, 3):  # whichever level is the largest that a group uses
+        levels = torch.randint(-top, min(top, 7) + 1, (40, 4, 32), generator=noise).float()
+        levels[:, :, 0] = -top
+        weight = (levels * (0.01 + torch.rand(40, 4, 1, generator=noise))).flatten(1)
         assert torch.allclose(unpacked(*quantize.pack(weight, 4), 4, 128), weight, atol=1e-6)
 
 
