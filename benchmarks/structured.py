@@ -19,7 +19,7 @@ from torch import nn
 from mmrecipes import data, distill, evaluate, export, inference, measure, models, prune, quantize
 
 WORK = Path(__file__).resolve().parent.parent / "runs" / "structured"
-KEEP = {"vision": 384, "language": 128}  # columns of each FFN that stay, of 1,024 and 512
+KEEP = {"vision": 384, "language": 128}  # neurons of each FFN that stay, of 1,024 and 512
 DEEPER = {"vision": 256, "language": 128}
 SAME = {"vision": {"vision": 448}, "language": {"language": 128}}  # as many parameters gone from either side
 CALIBRATION = 64
@@ -34,8 +34,8 @@ def cut(model: nn.Module, keep: dict[str, int], seen: Dataset) -> nn.Module:
     """By magnitude; the vision tower's FFNs fitted anew, the language model's not, where that costs answers (notebook 21)."""
     scores = prune.magnitude_importance(model)
     for part, n in keep.items():
-        columns = {part: prune.strongest(scores[part]["columns"], n)}
-        model = prune.keep_ffn_neurons(model, columns, seen if part == "vision" else None)
+        neurons = {part: prune.strongest(scores[part]["neurons"], n)}
+        model = prune.keep_ffn_neurons(model, neurons, seen if part == "vision" else None)
     return model
 
 

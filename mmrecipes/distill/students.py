@@ -70,7 +70,7 @@ def make_student(
             raise UserError(f"smaller: {size.columns} columns in the {part} FFNs; expected 1 to {own.intermediate_size}")
         if size.width != own.hidden_size:
             student = SLICE[part](student, size.width, rows)
-        scores = importance.magnitude_importance(student)[part]["columns"]
+        scores = importance.magnitude_importance(student)[part]["neurons"]
         # the vision tower's FFNs are fitted anew, the language model's not, where that costs answers (notebook 21)
         fitted = rows if part == "vision" else None
         student = structured.keep_ffn_neurons(student, {part: importance.strongest(scores, size.columns)}, fitted)

@@ -1,7 +1,7 @@
-"""Less model: FFN columns, attention heads, whole layers and embedding width cut out, and saved as a plain smaller checkpoint.
+"""Less model: FFN neurons, heads, layers and hidden channels cut out, and saved as a plain smaller checkpoint.
 
 Each cut takes a model and returns a smaller copy of the same class, whose config says its new sizes. Built by hand in notebook
-21; `mmrecipes.importance` says what counts least, `mmrecipes.recovery` trains what is left.
+21; `prune.importance` says what counts least, `distill.recovery` trains what is left.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mmrecipes.errors import UserError
-from mmrecipes.models import modules
-from mmrecipes.models.modules import attention, checkpoint_with_config, clone, config_of, ffn, head_dim, layers
+from mmrecipes.models.modules import attention, checkpoint_with_config, clone, config_of, ffn, head_dim, layers, parts
+from mmrecipes.quantize.calibration import input_hessians
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,48 +27,50 @@ def keep_layers(model: nn.Module, part: str, keep: Sequence[int]) -> nn.Module:
     count = len(layers(model)[part])
     if not len(keep) or list(keep) != sorted(set(keep)) or not 0 <= keep[0] <= keep[-1] < count:
         raise UserError(f"keep_layers: {list(keep)} of {count} {part} layers; give rising indices below {count}, at least one")
-    thin = clone(model)
-    stack, config = layers(thin)[part], copy.deepcopy(model.config)
+    small, config = clone(model), copy.deepcopy(model.config)
+    stack, sizes = layers(small)[part], config_of(config, part)
     for i, layer in enumerate([stack[k] for k in keep]):
         stack[i] = layer
     del stack[len(keep) :]
-    own = config_of(config, part)
-    own.num_hidden_layers = len(keep)
-    if getattr(own, "layer_types", None):
-        own.layer_types = [own.layer_types[k] for k in keep]
-    return checkpoint_with_config(thin, config)
+    sizes.num_hidden_layers = len(keep)
+    if getattr(sizes, "layer_types", None):
+        sizes.layer_types = [sizes.layer_types[k] for k in keep]
+    return checkpoint_with_config(small, config)
 
 
 @torch.no_grad()
 def keep_ffn_neurons(model: nn.Module, keep: Mapping[str, Sequence[Sequence[int]]], rows: Dataset | None = None) -> nn.Module:
-    """A copy whose FFNs keep only the columns `keep` {part: a list of indices for each layer, all of one length}.
+    """A copy whose FFNs keep only the neurons `keep` {part: a list of indices for each layer, all of one length}.
 
-    With calibration `rows` the matrix out of each FFN is fitted anew, by least squares, so that what is left makes up for what
-    is gone.
+    With calibration `rows` the matrix out of each FFN is fitted anew, by least squares, so that what is left compensates what
+    is gone. Raises UserError for lists of several lengths.
     """
-    thin, config = clone(model), copy.deepcopy(model.config)
+    small, config = clone(model), copy.deepcopy(model.config)
+    neurons: dict[nn.Module, Sequence[int]] = {}  # {layer: those it keeps}
     for part, lists in keep.items():
-        if len({len(columns) for columns in lists}) != 1:
-            raise UserError(f"keep_columns: {[len(c) for c in lists]} columns in the {part} layers; config.json has one number")
-    _refit_(thin, {ffn(lr)[1]: c for part, lists in keep.items() for lr, c in zip(layers(thin)[part], lists, strict=True)}, rows)
-    for part, lists in keep.items():
-        for layer, columns in zip(layers(thin)[part], lists, strict=True):
-            into, out = ffn(layer)
-            keep_channels_(into, [out], columns)
+        if len({len(kept) for kept in lists}) != 1:
+            raise UserError(
+                f"keep_ffn_neurons: {[len(kept) for kept in lists]} neurons in the {part} layers; config.json has one number"
+            )
+        neurons |= zip(layers(small)[part], lists, strict=True)
         config_of(config, part).intermediate_size = len(lists[0])
-    return checkpoint_with_config(thin, config)
+    _refit_(small, {ffn(layer)[1]: kept for layer, kept in neurons.items()}, rows)
+    for layer, kept in neurons.items():
+        into, out = ffn(layer)
+        keep_channels_(into, [out], kept)
+    return checkpoint_with_config(small, config)
 
 
 @torch.no_grad()
 def keep_heads(model: nn.Module, keep: Sequence[Sequence[int]], rows: Dataset | None = None) -> nn.Module:
-    """A copy whose language layers keep only the query heads `keep`, a list for each layer; with `rows` as in `keep_columns`.
+    """A copy whose language layers keep only the query heads `keep`, a list for each layer; `rows` as in `keep_ffn_neurons`.
 
     Where several query heads share a key and value head (grouped-query attention), each group keeps as many, or goes whole.
-    Raises UserError for other choices. A ViT's config ties heads to width: see `keep_width`.
+    Raises UserError for other choices. A ViT's config ties heads to the hidden size: see `keep_hidden_channels`.
     """
-    thin, config, size = clone(model), copy.deepcopy(model.config), head_dim(model, "language")
-    own, shapes, chosen = config_of(config, "language"), set(), []
-    shared = own.num_attention_heads // own.num_key_value_heads
+    small, config, size = clone(model), copy.deepcopy(model.config), head_dim(model, "language")
+    sizes, shapes, chosen = config_of(config, "language"), set(), []
+    shared = sizes.num_attention_heads // sizes.num_key_value_heads
     for heads in keep:
         groups = [h // shared for h in heads]
         left = sorted(set(groups))
@@ -76,64 +78,70 @@ def keep_heads(model: nn.Module, keep: Sequence[Sequence[int]], rows: Dataset | 
         chosen.append((_channels(heads, size), _channels(left, size)))
     if len(shapes) != 1 or len(next(iter(shapes))) != 2:
         raise UserError(
-            f"keep_heads: {list(keep)} of {own.num_attention_heads} heads, {shared} to a key head; keep as many of "
+            f"keep_heads: {list(keep)} of {sizes.num_attention_heads} heads, {shared} to a key head; keep as many of "
             "each key head that stays, the same number in every layer"
         )
-    stack = layers(thin)["language"]
-    _refit_(thin, {attention(layer)[3]: c[0] for layer, c in zip(stack, chosen, strict=True)}, rows)
-    for layer, (queries, keys) in zip(stack, chosen, strict=True):
-        q, k, v, out = attention(layer)
+    projections = [attention(layer) for layer in layers(small)["language"]]
+    _refit_(small, {out: queries for (*_, out), (queries, _) in zip(projections, chosen, strict=True)}, rows)
+    for (q, k, v, out), (queries, keys) in zip(projections, chosen, strict=True):
         keep_channels_([q], [out], queries)
         keep_channels_([k, v], [], keys)
     groups, each = next(iter(shapes))
-    own.head_dim, own.num_attention_heads, own.num_key_value_heads = size, groups * each, groups
-    return checkpoint_with_config(thin, config)
+    sizes.head_dim, sizes.num_attention_heads, sizes.num_key_value_heads = size, groups * each, groups
+    return checkpoint_with_config(small, config)
 
 
 @torch.no_grad()
 def keep_hidden_channels(model: nn.Module, part: str, channels: Sequence[int], heads: Sequence[Sequence[int]] = ()) -> nn.Module:
-    """A copy whose embeddings in `part` keep only `channels`: words, positions, norms, every layer, and what joins them.
+    """A copy whose hidden states in `part` keep only `channels`: embeddings, norms, every layer, and the connector.
 
-    In a vision tower the config ties heads to width, so each layer keeps `heads` (as many, of as many channels), too. The
-    connector of Idefics3 reads s x s neighbouring patches at once (pixel shuffle): it loses a channel s x s times.
+    In a vision encoder the config ties heads to the hidden size, so each layer keeps `heads` (as many, of as many channels),
+    too. The connector of Idefics3 reads s x s neighbouring patches at once (pixel shuffle): it loses a channel s x s times.
+    Raises UserError when heads and channels do not agree.
     """
-    thin, config, size = clone(model), copy.deepcopy(model.config), head_dim(model, part)
-    own, found, keep = config_of(config, part), modules.parts(thin), list(channels)
-    whole, joined = own.hidden_size, [m for m in found["connector"].modules() if isinstance(m, nn.Linear)]
+    small, config, size = clone(model), copy.deepcopy(model.config), head_dim(model, part)
+    sizes, modules, keep = config_of(config, part), parts(small), list(channels)
     if part == "vision" and {len(h) * size for h in heads} != {len(keep)}:
-        raise UserError(f"keep_width: {len(keep)} channels with {[len(h) for h in heads]} heads of {size}; they must agree")
-    inner = {m for layer in layers(thin)[part] for m in (*ffn(layer)[0], ffn(layer)[1], *attention(layer))}
-    for layer, left in zip(layers(thin)[part], heads or [None] * len(layers(thin)[part]), strict=True):
-        *into, out = attention(layer)
+        raise UserError(
+            f"keep_hidden_channels: {len(keep)} channels with {[len(h) for h in heads]} heads of {size}; they must agree"
+        )
+    stack, done = layers(small)[part], set(modules["connector"].modules())
+    for layer, left in zip(stack, heads or [None] * len(stack), strict=True):
+        (*into, out), (up, down) = attention(layer), ffn(layer)
         if left is not None:
             keep_channels_(into, [out], _channels(left, size))
-        keep_channels_([out, ffn(layer)[1]], [*into, *ffn(layer)[0]], keep)
-    for module in found[part].modules():
-        if module in inner or any(module is m for m in found["connector"].modules()):
-            continue
+        keep_channels_([out, down], [*into, *up], keep)
+        done |= {*into, out, *up, down}
+    for module in set(modules[part].modules()) - done:
         for name, p in list(module.named_parameters(recurse=False)):
-            at = p.ndim - 1 if isinstance(module, nn.Embedding) else 0
-            if p.shape[at] == whole:
-                setattr(module, name, nn.Parameter(p.index_select(at, torch.tensor(keep))))
+            axis = p.ndim - 1 if isinstance(module, nn.Embedding) else 0
+            if p.shape[axis] == sizes.hidden_size:
+                setattr(module, name, nn.Parameter(p.index_select(axis, torch.tensor(keep))))
+    connector = [m for m in modules["connector"].modules() if isinstance(m, nn.Linear)]
     if part == "vision":
-        spread = joined[0].in_features // whole
-        keep_channels_([], joined[:1], [block * whole + c for block in range(spread) for c in keep])
-        own.num_attention_heads = len(heads[0])
+        patches = connector[0].in_features // sizes.hidden_size
+        keep_channels_([], connector[:1], [patch * sizes.hidden_size + c for patch in range(patches) for c in keep])
+        sizes.num_attention_heads = len(heads[0])
     else:
-        for before, after in itertools.pairwise(joined):  # LLaVA's has a hidden width, and it is the language model's
-            size_of = before.weight.square().sum(1) + after.weight.square().sum(0)
-            keep_channels_([before], [after], size_of.topk(len(keep)).indices.tolist())
-        keep_channels_(joined[-1:], [], keep)
-        words = thin.get_input_embeddings().weight  # cut above; a head that was tied to it still has its old width
+        narrow_connector_(connector, len(keep))
+        keep_channels_(connector[-1:], [], keep)
+        embeddings = small.get_input_embeddings().weight  # cut above; a head that was tied to it still has its old size
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        found["head"].weight = words if tied else nn.Parameter(found["head"].weight[:, keep])
-        own.head_dim = size
-    own.hidden_size = len(keep)
-    return checkpoint_with_config(thin, config)
+        modules["head"].weight = embeddings if tied else nn.Parameter(modules["head"].weight[:, keep])
+        sizes.head_dim = size
+    sizes.hidden_size = len(keep)
+    return checkpoint_with_config(small, config)
 
 
 def _channels(heads: Sequence[int], size: int) -> list[int]:
     return [h * size + i for h in heads for i in range(size)]
+
+
+def narrow_connector_(linears: Sequence[nn.Linear], size: int) -> None:
+    """Between each two matrices of a connector keep the `size` largest channels: LLaVA's is as wide as the language model."""
+    for before, after in itertools.pairwise(linears):
+        weights = before.weight.square().sum(1) + after.weight.square().sum(0)
+        keep_channels_([before], [after], weights.topk(size).indices.sort().values.tolist())
 
 
 def keep_channels_(rows_of: Sequence[nn.Linear], columns_of: Sequence[nn.Linear], keep: Sequence[int]) -> None:
@@ -147,20 +155,18 @@ def keep_channels_(rows_of: Sequence[nn.Linear], columns_of: Sequence[nn.Linear]
 
 
 def _refit_(model: nn.Module, keep: Mapping[nn.Linear, Sequence[int]], rows: Dataset | None) -> None:
-    from mmrecipes.quantize.calibration import input_hessians
-
     if rows is None:
         return
     names = {m: n for n, m in model.named_modules() if m in keep}
-    h = input_hessians(model, rows, list(names.values()))
-    for m, columns in keep.items():
-        m.weight.copy_(refit(m.weight, h[names[m]], columns))
+    hessians = input_hessians(model, rows, list(names.values()))
+    for m, inputs in keep.items():
+        m.weight.copy_(refit(m.weight, hessians[names[m]], inputs))
 
 
-def refit(weight: Tensor, moments: Tensor, columns: Sequence[int]) -> Tensor:
-    """The matrix (out, in), zero but for `columns`, whose output is closest to that of `weight`; `moments` is H (in, in)."""
-    kept = moments[columns][:, columns].clone()
+def refit(weight: Tensor, hessian: Tensor, keep: Sequence[int]) -> Tensor:
+    """The matrix (out, in), zero but for the inputs `keep`, whose output is closest to that of `weight`; `hessian` (in, in)."""
+    kept = hessian[keep][:, keep].clone()
     kept.diagonal().add_(0.01 * kept.diagonal().mean() + 1e-8)  # H may be nearly singular
     fitted = torch.zeros_like(weight)
-    fitted[:, columns] = torch.linalg.solve(kept, moments[columns] @ weight.T).T
+    fitted[:, keep] = torch.linalg.solve(kept, hessian[keep] @ weight.T).T
     return fitted

@@ -1,7 +1,7 @@
-"""Fewer visual tokens: drop those that a question does not need, and merge like ones in the vision tower (`merging`).
+"""Fewer visual tokens: drop those that a question does not need, and merge like ones in the vision encoder (`token_merging`).
 
 The weights stay as they are, nothing is trained, and each question may have a budget of its own. For models whose language
-model is Llama-like and gets its picture as tokens (Idefics3, SmolVLM, LLaVA). Built by hand in notebook 22.
+model is Llama-like and gets its image as tokens (Idefics3, SmolVLM, LLaVA). Built by hand in notebook 22.
 """
 
 from __future__ import annotations
@@ -13,29 +13,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmrecipes.data.datasets import majority_floor
 from mmrecipes.errors import ParityError, UserError
 from mmrecipes.evaluate import generation
 from mmrecipes.models.modules import parts
-from mmrecipes.models.prompts import batch_inputs, chat, chat_prompts
-from mmrecipes.prune import token_merging
+from mmrecipes.models.prompts import batch_inputs, chat_prompts
+from mmrecipes.prune.token_merging import merged_vision
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from PIL import Image
     from transformers import BatchFeature, DynamicCache
 
 BY_ATTENTION = ("attention", "question")  # need a language layer to have run
-
-
 HOW = (*BY_ATTENTION, "words", "distinct", "random", "uniform")
 
 
 class Prefilled(NamedTuple):
     """Prompts that were read, for `decode` to go on from: B prompts of T tokens, K of them kept."""
 
-    logits: Tensor  # (B, V), of the next token
+    logits: Tensor  # [B, V], of the next token
     cache: DynamicCache  # T keys in the layers before the drop, K in those after it
-    kept: Tensor  # (B, K): positions of the kept tokens, ascending
+    kept: Tensor  # [B, K]: positions of the kept tokens, ascending
     length: int  # T, which is the position of the next token
 
 
@@ -43,19 +41,37 @@ class Prefilled(NamedTuple):
 
 
 def features(model: nn.Module, inputs: Mapping, merge: float = 0.0) -> Tensor:
-    """Visual tokens (number in all, D) for the language model, from a processor's `inputs`; a share `merge` of patches merged."""
+    """Visual tokens (number in all, D) for the language model, from a processor's `inputs`; a share `merge` of patches merged.
+
+    Raises UserError for a share that is none, and for images that do not fill their tiles.
+    """
     given = {k: inputs[k] for k in ("pixel_values", "pixel_attention_mask") if k in inputs}
     if merge == 0:
         return torch.cat([f.flatten(0, -2) for f in model.get_image_features(**given).pooler_output])
     if not 0 < merge < 1:
-        raise UserError(f"tokens: merge={merge}; expected a share of the patches, 0 <= merge < 1")
+        raise UserError(f"token dropping: merge={merge}; expected a share of the patches, 0 <= merge < 1")
     if not given.get("pixel_attention_mask", torch.ones(1)).all():
-        raise UserError("tokens: merging needs pictures that fill their tiles; crop or resize them to whole tiles")
-    x = token_merging.merged_vision(model, given["pixel_values"].flatten(0, -4), merge)
+        raise UserError("token dropping: merging needs images that fill their tiles; crop or resize them to whole tiles")
+    x = merged_vision(model, given["pixel_values"].flatten(0, -4), merge)
     return parts(model)["connector"](x).flatten(0, 1)
 
 
-# ---- dropping, in the language model
+def embed(model: nn.Module, inputs: Mapping, merge: float = 0.0) -> tuple[Tensor, Tensor]:
+    """What the language model reads: embeddings (B, T, D), visual tokens among them, and which those are (B, T).
+
+    Raises UserError for prompts that are padded, that differ in their number of visual tokens, or have none.
+    """
+    ids = inputs["input_ids"]
+    visual = ids == getattr(model.config, "image_token_id", -1)
+    if not inputs.get("attention_mask", torch.ones(1)).all():
+        raise UserError("token dropping: the prompts are padded; give prompts of one length, or one at a time (see `prompts`)")
+    counts = visual.sum(1)
+    if not counts.all() or counts.unique().numel() > 1:
+        raise UserError(f"token dropping: visual tokens a prompt: {counts.tolist()}; expected one image's, and as many in each")
+    return model.get_input_embeddings()(ids).masked_scatter(visual[..., None], features(model, inputs, merge)), visual
+
+
+# ---- how visual tokens are ranked: the higher, the better
 
 
 def received(block: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, asking: Tensor) -> Tensor:
@@ -67,23 +83,23 @@ def received(block: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], keys: Ten
 
     attention, (cos, sin) = block.self_attn, (r[:, None, asking] for r in rope)
     q = attention.q_proj(block.input_layernorm(x[:, asking])).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-    q = q * cos + rotate_half(q) * sin
+    q = q * cos + rotate_half(q) * sin  # [B, heads, A, d]
     scores = q @ keys.repeat_interleave(q.shape[1] // keys.shape[1], 1).mT * attention.scaling
     future = torch.arange(x.shape[1], device=x.device) > asking[:, None]
     return scores.masked_fill(future, -torch.inf).softmax(-1).mean(1).amax(1)
 
 
-def likeness(x: Tensor, words: Tensor) -> Tensor:
-    """How much each of the visual tokens `x` (B, N, D) is like one of the question's `words` (B, W, D): (B, N).
+def likeness(x: Tensor, text: Tensor) -> Tensor:
+    """How much each of the visual tokens `x` (B, N, D) is like one of the question's tokens `text` (B, W, D): (B, N).
 
-    Cosine, less the word's mean over the picture: what a word finds everywhere says nothing.
+    Cosine, less the text token's mean over the image: what it finds everywhere says nothing.
     """
-    seen = F.normalize(x, dim=-1) @ F.normalize(words, dim=-1).mT
-    return (seen - seen.mean(1, keepdim=True)).amax(-1)
+    cosine = F.normalize(x, dim=-1) @ F.normalize(text, dim=-1).mT
+    return (cosine - cosine.mean(1, keepdim=True)).amax(-1)
 
 
 def distinctness(x: Tensor) -> Tensor:
-    """How little each of the visual tokens `x` (B, N, D) is like the picture's mean: (B, N). It knows nothing of the question."""
+    """How little each of the visual tokens `x` (B, N, D) is like the image's mean: (B, N). It knows nothing of the question."""
     unit = F.normalize(x, dim=-1)
     return -(unit @ unit.mean(1)[..., None])[..., 0]
 
@@ -93,43 +109,32 @@ def evenly(n: int, count: int) -> Tensor:
     return torch.zeros(count).index_fill(0, ((torch.arange(n) + 0.5) * count / n).long(), 1)
 
 
-def embed(model: nn.Module, inputs: Mapping, merge: float = 0.0) -> tuple[Tensor, Tensor]:
-    """What the language model reads: embeddings (B, T, D), visual tokens among them, and which those are (B, T).
-
-    Raises UserError for prompts that are padded, that differ in their number of visual tokens, or have none.
-    """
-    ids, visual = inputs["input_ids"], inputs["input_ids"] == image_token(model)
-    if not inputs.get("attention_mask", torch.ones(1)).all():
-        raise UserError("tokens: the prompts are padded; give prompts of one length, or one at a time (`answers` sorts them)")
-    counts = visual.sum(1)
-    if not counts.all() or counts.unique().numel() > 1:
-        raise UserError(f"tokens: visual tokens a prompt: {counts.tolist()}; expected one picture's, and as many in each")
-    return model.get_input_embeddings()(ids).masked_scatter(visual[..., None], features(model, inputs, merge)), visual
+# ---- prefill and decode
 
 
 @torch.inference_mode()
 def read(model: nn.Module, x: Tensor, visual: Tensor, keep: float = 0.5, layer: int = 2, how: str = "attention") -> Prefilled:
-    """`prefill` from embeddings `x` (B, T, D) of which `visual` (B, T) are the picture's, as `embed` makes them."""
+    """`prefill` from embeddings `x` (B, T, D) of which `visual` (B, T) are the image's, as `embed` makes them."""
     from transformers import DynamicCache
     from transformers.masking_utils import create_causal_mask
 
     language, least = _language(model), int(how in BY_ATTENTION)
     if how not in HOW or not 0 < keep <= 1 or not least <= layer < len(language.layers):
         raise UserError(
-            f"tokens: how={how!r}, keep={keep}, layer={layer}; expected one of {', '.join(HOW)}, 0 < keep <= 1, and a layer "
-            f"from 0 (after attention: from 1) to {len(language.layers) - 1}"
+            f"token dropping: how={how!r}, keep={keep}, layer={layer}; expected one of {', '.join(HOW)}, 0 < keep <= 1, and a "
+            f"layer from 0 (after attention: from 1) to {len(language.layers) - 1}"
         )
     length, count, last = x.shape[1], int(visual[0].sum()), int(visual[0].nonzero().max())
     n = max(1, round(keep * count))
     positions, cache = torch.arange(length, device=x.device).expand(len(x), -1), DynamicCache(config=language.config)
-    seen, words, before, rope = x[visual].view(len(x), count, -1), x[:, last + 1 :], None, None
+    image, text, before, rope = x[visual].view(len(x), count, -1), x[:, last + 1 :], None, None
     for i, block in enumerate(language.layers):
         if i == layer and n < count:
             if how in BY_ATTENTION:
                 asking = positions[0, -1:] if how == "attention" else positions[0, last + 1 :]
                 score = received(language.layers[i - 1], before, rope, cache.layers[i - 1].keys, asking)[visual].view(len(x), -1)
             elif how in ("words", "distinct"):
-                score = likeness(seen, words) if how == "words" else distinctness(seen)
+                score = likeness(image, text) if how == "words" else distinctness(image)
             else:
                 noise = torch.rand(len(x), count, generator=torch.Generator().manual_seed(0))
                 score = (noise if how == "random" else evenly(n, count).expand(len(x), -1)).to(x.device)
@@ -157,9 +162,10 @@ def prefill(
     """Read prompts of one length, dropping visual tokens: layers before `layer` see them all, the others a share `keep`.
 
     How they are ranked: "attention" by what the prompt's last token gave them in the layer before (FastV: Chen et al. 2024,
-    arXiv:2403.06764); "question" by the most that any token after the picture gave; "words" by `likeness` to those, known
-    before any layer; "distinct" by `distinctness`; "random" and "uniform" know nothing, and are what the others must beat. Kept
-    tokens keep their order and positions. `merge` is that of `features`. With keep=1 it computes what the model does.
+    arXiv:2403.06764); "question" by the most that any token after the image gave; "words" by `likeness` to those, known before
+    any layer; "distinct" by `distinctness`; "random" and "uniform" know nothing, and are what the others must beat. Kept tokens
+    keep their order and positions. `merge` is that of `features`. With keep=1 it computes what the model does.
+    Raises UserError for options or a model that do not fit.
     """
     return read(model, *embed(model, inputs, merge), keep, layer, how)
 
@@ -168,37 +174,41 @@ def prefill(
 def decode(model: nn.Module, start: Prefilled, max_new_tokens: int = 8) -> Tensor:
     """Greedy continuation (B, at most `max_new_tokens`), filled up with the padding token. It uses up `start.cache`."""
     language, settings = _language(model), model.generation_config
-    ends = torch.tensor(settings.eos_token_id, device=start.logits.device).flatten()
-    fill = int(ends[0]) if settings.pad_token_id is None else settings.pad_token_id
-    token = start.logits.argmax(-1)
-    found, done = [token], torch.isin(token, ends)
-    for at in range(start.length, start.length + max_new_tokens - 1):
+    eos = torch.tensor(settings.eos_token_id, device=start.logits.device).flatten()
+    pad = int(eos[0]) if settings.pad_token_id is None else settings.pad_token_id
+    token = start.logits.argmax(-1)  # [B]
+    tokens, done = [token], torch.isin(token, eos)
+    for position in range(start.length, start.length + max_new_tokens - 1):
         if done.all():
             break
         x = model.get_input_embeddings()(token[:, None])
         # the position that follows the whole prompt: a cache that lost tokens knows a smaller one
-        rope = language.rotary_emb(x, position_ids=torch.full_like(token, at)[:, None])
+        rope = language.rotary_emb(x, position_ids=torch.full_like(token, position)[:, None])
         for block in language.layers:
             x = block(x, attention_mask=None, position_embeddings=rope, past_key_values=start.cache, use_cache=True)
-        token = model.lm_head(language.norm(x[:, -1])).argmax(-1).masked_fill(done, fill)
-        found.append(token)
-        done = done | torch.isin(token, ends)
-    return torch.stack(found, 1)
+        token = model.lm_head(language.norm(x[:, -1])).argmax(-1).masked_fill(done, pad)
+        tokens.append(token)
+        done = done | torch.isin(token, eos)
+    return torch.stack(tokens, 1)
+
+
+def _language(model: nn.Module) -> nn.Module:
+    language = parts(model)["language"]
+    attention = getattr(next(iter(getattr(language, "layers", [])), None), "self_attn", None)
+    rope = getattr(language.config, "rope_parameters", None) or {}
+    if not hasattr(attention, "q_proj") or hasattr(attention, "q_norm") or "mrope_section" in rope:
+        given = type(model).__name__
+        raise UserError(f"token dropping: the language model of {given} is not Llama-like; give an Idefics3, SmolVLM or LLaVA")
+    return language
 
 
 # ---- answers
 
 
-def answer(model: nn.Module, picture: Image.Image, question: str, **options) -> str:
-    """The answer to one question, as `models.ask` gives it, with fewer visual tokens; `options` are those of `prefill`."""
-    found = decode(model, prefill(model, chat(model, picture, question), **options), 16)
-    return model.processor.tokenizer.decode(found[0], skip_special_tokens=True).strip()
-
-
 def prompts(
     model: nn.Module, images: Sequence, questions: Sequence[str], kinds: Sequence | None = None, batch_size: int = 50
 ) -> Iterator[tuple[list[int], BatchFeature]]:
-    """Batches without padding: which questions, and the processor's inputs. One length, picture size and kind a batch."""
+    """Batches without padding: which questions, and the processor's inputs. One length, image size and kind a batch."""
     texts = chat_prompts(model.processor, questions)
     lengths = [len(ids) for ids in model.processor.tokenizer(texts)["input_ids"]]
     alike = list(zip(kinds or [0] * len(texts), lengths, [image.size for image in images], strict=True))
@@ -215,41 +225,17 @@ def answers(
 
     Raises ParityError when logits are not finite: such a model is broken, not lossy.
     """
-    budgets, found = [keep(q) if callable(keep) else keep for q in questions], [""] * len(questions)
+    budgets, texts = [keep(q) if callable(keep) else keep for q in questions], [""] * len(questions)
     for rows, inputs in prompts(model, images, questions, budgets):
         start = prefill(model, inputs, budgets[rows[0]], **options)
         if not torch.isfinite(start.logits).all():
             raise ParityError("the model's logits are not finite: it is broken, not lossy; check the step that made it")
-        said = model.processor.batch_decode(decode(model, start), skip_special_tokens=True)
-        for i, text in zip(rows, said, strict=True):
-            found[i] = text.strip()
-    return found
+        for i, text in zip(rows, model.processor.batch_decode(decode(model, start), skip_special_tokens=True), strict=True):
+            texts[i] = text.strip()
+    return texts
 
 
 def vqa(model: nn.Module, rows: Dataset, keep: float | Callable[[str], float] = 0.5, **options) -> generation.Result:
     """`evaluate.vqa` with fewer visual tokens: the same questions in the same order, so that the two compare in pairs."""
-    from mmrecipes.data.datasets import majority_floor
-
-    predictions = answers(model, rows["image"][:], rows["question"][:], keep, **options)
-    return generation.score(predictions, rows["answer"][:], rows["family"][:], majority_floor(rows))
-
-
-# ---- what a model must have for this
-
-
-def image_token(model: nn.Module) -> int:
-    """The id that stands for a visual token in a prompt; UserError where the config names none."""
-    found = getattr(model.config, "image_token_id", getattr(model.config, "image_token_index", None))
-    if found is None:
-        raise UserError(f"tokens: {type(model).__name__} has no image token in its config; give an Idefics3, SmolVLM or LLaVA")
-    return found
-
-
-def _language(model: nn.Module) -> nn.Module:
-    language = parts(model)["language"]
-    attention = getattr(next(iter(getattr(language, "layers", [])), None), "self_attn", None)
-    rope = getattr(language.config, "rope_parameters", None) or {}
-    if not hasattr(attention, "q_proj") or hasattr(attention, "q_norm") or "mrope_section" in rope:
-        given = type(model).__name__
-        raise UserError(f"tokens: the language model of {given} is not Llama-like; give an Idefics3, SmolVLM or LLaVA")
-    return language
+    texts = answers(model, rows["image"][:], rows["question"][:], keep, **options)
+    return generation.score(texts, rows["answer"][:], rows["family"][:], majority_floor(rows))

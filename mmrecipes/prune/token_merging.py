@@ -1,7 +1,4 @@
-"""Visual tokens made fewer in the vision tower: like ones merged (ToMe), or a larger pixel shuffle. Built by hand in notebook 22.
-
-`tokens` uses it: there they are dropped in the language model.
-"""
+"""Fewer visual tokens in the vision encoder: like ones merged (ToMe), or a larger pixel shuffle. By hand in notebook 22."""
 
 from __future__ import annotations
 
@@ -41,7 +38,7 @@ def combine(x: Tensor, size: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merged_layer(layer: nn.Module, x: Tensor, size: Tensor, r: int, fixed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer of a SigLIP or CLIP tower that merges `r` tokens between attention and MLP: new x, new size, and place (B, N).
+    """One layer of a SigLIP or CLIP encoder that merges `r` tokens between attention and MLP: new x, new size, and place (B, N).
 
     Attention is proportional: a token of s patches counts s times, by adding log s to its scores.
     """
@@ -57,32 +54,31 @@ def merged_layer(layer: nn.Module, x: Tensor, size: Tensor, r: int, fixed: int =
 
 
 def merged_vision(model: nn.Module, pixels: Tensor, merge: float) -> Tensor:
-    """Patches (pictures, N, D) as the connector wants them, from `pixels` (pictures, 3, H, W), a share `merge` merged on the way.
+    """Patches (images, N, D) as the connector wants them, from `pixels` (images, 3, H, W), a share `merge` merged on the way.
 
     Early layers merge more than late ones (steps that shrink evenly), since what is gone early is saved in every layer after. At
-    the end each patch gets a copy of its token, as a pixel shuffle needs the whole grid.
-    Raises UserError for another kind of tower.
+    the end each patch gets a copy of its token, as a pixel shuffle needs the whole grid. UserError for another vision encoder.
     """
-    tower = parts(model)["vision"]
-    layers = getattr(getattr(tower, "encoder", None), "layers", None)
+    encoder = parts(model)["vision"]
+    layers = getattr(getattr(encoder, "encoder", None), "layers", None)
     if layers is None or not hasattr(layers[0], "layer_norm1"):
-        raise UserError(f"merging is for SigLIP and CLIP towers, and this is {type(tower).__name__}; drop tokens instead")
-    classes = hasattr(tower.embeddings, "class_embedding")
-    if classes:  # CLIP
-        x = tower.pre_layrnorm(tower.embeddings(pixels))
+        raise UserError(f"merging is for SigLIP and CLIP encoders, and this is {type(encoder).__name__}; drop tokens instead")
+    is_clip = hasattr(encoder.embeddings, "class_embedding")
+    if is_clip:
+        x = encoder.pre_layrnorm(encoder.embeddings(pixels))
     else:
-        side = [s // tower.config.patch_size for s in pixels.shape[-2:]]
-        x = tower.embeddings(pixels, torch.ones(len(pixels), *side, dtype=torch.bool, device=pixels.device))
+        side = [s // encoder.config.patch_size for s in pixels.shape[-2:]]
+        x = encoder.embeddings(pixels, torch.ones(len(pixels), *side, dtype=torch.bool, device=pixels.device))
     last = getattr(model.config, "vision_feature_layer", -1)  # LLaVA may leave out the last layers
     used = layers[: last + 1 or None] if last < 0 else layers[:last]
     n, size, source = x.shape[1], torch.ones(x.shape[:2], device=x.device), None
     for i, layer in enumerate(used):
         before, after = (round(merge * n * (1 - (1 - t / len(used)) ** 2)) for t in (i, i + 1))
-        x, size, place = merged_layer(layer, x, size, after - before, int(classes))
+        x, size, place = merged_layer(layer, x, size, after - before, int(is_clip))
         source = place if source is None else place.gather(1, source)
     x = x.gather(1, source[..., None].expand(-1, -1, x.shape[-1]))
-    if not classes:
-        return tower.post_layernorm(x) if len(used) == len(layers) else x
+    if not is_clip:
+        return encoder.post_layernorm(x) if len(used) == len(layers) else x
     return x[:, 1:] if model.config.vision_feature_select_strategy == "default" else x
 
 
@@ -90,17 +86,16 @@ def coarser(model: nn.Module, factor: int = 2) -> nn.Module:
     """A copy of an Idefics3 with `factor` times its pixel shuffle: 1 / `factor`² of the visual tokens.
 
     Its connector starts out as the mean of what it was, which is not what the language model knows: it needs training.
+    UserError for a model without a pixel shuffle, or a factor below 2.
     """
-    found = getattr(getattr(model, "model", None), "connector", None)
-    if not hasattr(found, "scale_factor") or factor < 2:
+    small = clone(model)
+    connector = parts(small).get("connector")
+    if not hasattr(connector, "scale_factor") or factor < 2:
         given = f"{type(model).__name__}, factor={factor}"
         raise UserError(f"coarser: {given}; expected a model with a pixel shuffle (Idefics3, SmolVLM) and a factor of 2 or more")
-    small = clone(model)
-    connector, old = small.model.connector, found.scale_factor
-    layer = connector.modality_projection.proj
-    rows = layer.weight.unflatten(1, (old, old, -1)).repeat(1, factor, factor, 1).flatten(1) / factor**2
-    connector.modality_projection.proj = nn.Linear(rows.shape[1], rows.shape[0], bias=False).to(rows)
-    connector.modality_projection.proj.weight = nn.Parameter(rows.detach().clone())
+    old, proj = connector.scale_factor, connector.modality_projection.proj
+    weight = proj.weight.detach().unflatten(1, (old, old, -1)).repeat(1, factor, factor, 1).flatten(1) / factor**2
+    proj.weight, proj.in_features = nn.Parameter(weight), weight.shape[1]
     connector.scale_factor = small.config.scale_factor = old * factor
     small.processor = copy.copy(model.processor)
     small.processor.image_seq_len = model.processor.image_seq_len // factor**2

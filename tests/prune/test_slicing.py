@@ -79,7 +79,7 @@ def test_the_house_model_still_sees_and_speaks_where_cut_channels_would_silence_
     def apart(model):
         return evaluate.divergence(reference, evaluate.answer_logits(model, probe)[0])
 
-    scores = prune.magnitude_importance(house)["language"]["width"]
+    scores = prune.magnitude_importance(house)["language"]["hidden"]
     cut = prune.keep_hidden_channels(house, "language", scores.topk(128).indices.sort().values.tolist())
     assert apart(prune.slice_language(house, 128, rows)) < 0.3 * apart(cut)
     assert apart(prune.slice_vision(house, 192, rows)) < 0.3
@@ -94,14 +94,14 @@ def test_factors_of_full_rank_are_exact_and_of_low_rank_the_closest():
 
 
 @pytest.mark.parametrize("width", [0, 63, 130])
-def test_widths_that_are_none_are_refused(width, rows):
+def test_sizes_that_do_not_fit_are_refused(width, rows):
     for cut in (prune.slice_language, prune.slice_vision):
-        with pytest.raises(UserError, match=f"width {width}; expected a multiple of"):
+        with pytest.raises(UserError, match=f"hidden size {width}; expected a multiple of"):
             cut(tiny.house(), width, rows)
 
 
-def test_other_towers_are_refused(rows):
-    with pytest.raises(UserError, match="expected SigLIP's tower"):
+def test_other_vision_encoders_are_refused(rows):
+    with pytest.raises(UserError, match="expected SigLIP's vision encoder"):
         prune.slice_vision(tiny.llava(), 16, rows)
 
 

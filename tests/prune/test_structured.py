@@ -157,7 +157,7 @@ def test_the_pixel_shuffle_keeps_its_order():
 def test_a_fit_makes_up_for_what_is_gone(house_vlm):
     whole, seen = mmr.load(house_vlm), data.calibration(21)
     reference, _ = evaluate.answer_logits(whole, probe := data.questions("validation", 21))
-    keep = {"vision": prune.strongest(prune.magnitude_importance(whole)["vision"]["columns"], 256)}
+    keep = {"vision": prune.strongest(prune.magnitude_importance(whole)["vision"]["neurons"], 256)}
     plain, fitted = prune.keep_ffn_neurons(whole, keep), prune.keep_ffn_neurons(whole, keep, seen)
     far = [evaluate.divergence(reference, evaluate.answer_logits(m, probe)[0]) for m in (plain, fitted)]
     assert far[1] < far[0] / 2
@@ -182,13 +182,13 @@ def test_importance_is_the_first_order_of_a_real_cut(model, rows):
     def loss(m):
         return torch.nn.functional.cross_entropy(*evaluate.answer_logits(m, one), reduction="sum").double().item()
 
-    for kind, column in (("columns", 3), ("heads", 1)):
+    for kind, column in (("neurons", 3), ("heads", 1)):
         moved = []
         for sign in (-1, 1):
             near = models.clone(model)
             layer = models.layers(near)[part][0]
             out, size = (
-                (models.ffn(layer)[1], 1) if kind == "columns" else (models.attention(layer)[3], models.head_dim(model, part))
+                (models.ffn(layer)[1], 1) if kind == "neurons" else (models.attention(layer)[3], models.head_dim(model, part))
             )
             with torch.no_grad():
                 out.weight[:, column * size : (column + 1) * size] *= 1 + sign * 10 * step
@@ -201,8 +201,8 @@ def test_scores_have_a_shape_and_a_rank(model, rows):
     by_loss, by_size = prune.taylor_importance(model, rows), prune.magnitude_importance(model)
     for part, stack in models.layers(model).items():
         own = models.config_of(model, part)
-        shapes = {"columns": (len(stack), own.intermediate_size), "heads": (len(stack), own.num_attention_heads)}
-        shapes |= {"layers": (len(stack),), "width": (own.hidden_size,)}
+        shapes = {"neurons": (len(stack), own.intermediate_size), "heads": (len(stack), own.num_attention_heads)}
+        shapes |= {"layers": (len(stack),), "hidden": (own.hidden_size,)}
         for scores in (by_loss[part], by_size[part]):
             assert {k: tuple(v.shape) for k, v in scores.items()} == shapes
             assert all(torch.isfinite(v).all() and (v >= 0).all() for v in scores.values())
@@ -212,7 +212,7 @@ def test_magnitude_is_torch_prunings():
     import torch_pruning as tp
 
     whole = tiny.house(width=256)
-    found = prune.magnitude_importance(whole)["language"]["columns"][0]
+    found = prune.magnitude_importance(whole)["language"]["neurons"][0]
     mlp = models.layers(whole)["language"][0].mlp
     graph = tp.DependencyGraph().build_dependency(mlp, example_inputs=torch.randn(1, 3, 256))
     group = graph.get_pruning_group(mlp.up_proj, tp.prune_linear_out_channels, list(range(512)))
