@@ -146,7 +146,7 @@ BROKEN = {  # what is broken -> (the rule that must catch it, how to break the g
     "a solution in the open": (hygiene.exercises, lambda nb: code(nb, 7).metadata.pop("jupyter")),
     "no recipe": (hygiene.recipe, lambda nb: tag(nb, 5)),
     "two recipes": (hygiene.recipe, lambda nb: tag(nb, 0, "recipe")),
-    "a long recipe": (hygiene.recipe, lambda nb: recipe_line(nb, RECIPE, RECIPE + "\nprint(1)" * 36)),
+    "a long recipe": (hygiene.recipe, lambda nb: recipe_line(nb, RECIPE, RECIPE + "\nprint(1)" * 75)),
     "a recipe that imports us": (hygiene.recipe, lambda nb: recipe_line(nb, "import torch", "import mmrecipes as mmr")),
     "a recipe that imports a room": (hygiene.recipe, lambda nb: recipe_line(nb, "import torch", "from mmrecipes.data import x")),
     "a recipe that imports us late": (
@@ -163,6 +163,11 @@ BROKEN = {  # what is broken -> (the rule that must catch it, how to break the g
         lambda nb: recipe_line(nb, 'os.environ.get("MODEL", "data/models/mini-vlm")', '"x"'),
     ),
     "a recipe that starts otherwise": (hygiene.recipe, lambda nb: recipe_line(nb, "import os\n", "import json\nimport os\n")),
+    "two statements on a line": (hygiene.statements, lambda nb: recipe_line(nb, "print(", "a = 1; print(")),
+    "a body behind its colon": (hygiene.statements, lambda nb: recipe_line(nb, "print(", "if torch: print(")),
+    "a walrus": (hygiene.statements, lambda nb: recipe_line(nb, "torch.ones(1)", "(x := torch.ones(1))")),
+    "several values at once": (hygiene.statements, lambda nb: recipe_line(nb, "print(", "a, b = 1, 2\nprint(")),
+    "a long recipe cell": (hygiene.lengths, lambda nb: recipe_line(nb, RECIPE, RECIPE + "\nprint(1)" * 75)),
     "a recipe with a magic": (hygiene.recipe, lambda nb: recipe_line(nb, "import torch", "%matplotlib inline")),
 }
 
@@ -174,6 +179,13 @@ def test_a_broken_notebook_is_caught(tmp_path, fault):
     assert list(check(nb, written(nb, tmp_path))) == []
     breaks(nb)
     assert list(check(nb, written(nb, tmp_path)))  # not through problems(), where an unreadable file is a problem too
+
+
+def test_a_recipe_may_be_longer_than_other_cells_and_unpack_a_result(tmp_path):
+    nb = good()
+    recipe_line(nb, "print(", "a, b = torch.ones(2)\n" + "print(1)\n" * 73 + "print(")
+    assert len(hygiene.tagged(nb, "recipe")[0].source.splitlines()) == hygiene.MAX_RECIPE_LINES
+    assert hygiene.problems(written(nb, tmp_path)) == []
 
 
 @pytest.mark.parametrize("name", ["fine.ipynb", "1_fine.ipynb", "10-fine.ipynb", "10_Fine.ipynb"])

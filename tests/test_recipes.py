@@ -44,6 +44,16 @@ def test_recipe_runs_alone(recipe, whose, tmp_path, request):
     assert done.stdout.strip(), "the recipe prints nothing: its reader cannot see what it did"
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("wrong", ["missing", "empty"])
+def test_a_wrong_model_ends_in_one_line_that_names_it(recipe, wrong, tmp_path):
+    (tmp_path / "empty").mkdir()
+    done = run_alone(recipe, tmp_path / wrong, tmp_path)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert f"MODEL={str(tmp_path / wrong)!r}" in done.stderr.splitlines()[-1]
+
+
 # ---- the tests' own tools
 
 

@@ -220,6 +220,7 @@ CHECKS: tuple[Check, ...] = (
     title,
     exercises,
     recipe,
+    statements,
 )
 
 
