@@ -20,8 +20,8 @@ def _root() -> None:
     """Make multimodal models small and fast, and measure what that costs."""
 
 
-@app.command()
-def tour(
+@app.command("tour")
+def _tour(
     model: Annotated[str, typer.Option(help="a house model, a local directory, or a hub id")] = "mini-vlm",
     images: Annotated[Path | None, typer.Option(help="a folder of your own images")] = None,
     question: Annotated[str | None, typer.Option(help="the question put to each of your images")] = None,
@@ -34,8 +34,8 @@ def tour(
     report_tour.run(model, images, question, out, n)
 
 
-@app.command()
-def doctor(
+@app.command("doctor")
+def _doctor(
     model: Annotated[str, typer.Argument(help="a house model, a local directory, or a hub id")] = "mini-vlm",
     image: Annotated[Path | None, typer.Option(help="an image of the size you use; default: a drawn scene, 512 px")] = None,
 ) -> None:
@@ -49,8 +49,8 @@ def doctor(
     report_doctor.show(report_doctor.examine(loaded, prompts.chat(loaded, shown, "What is in this image?")))
 
 
-@app.command()
-def shrink(
+@app.command("shrink")
+def _shrink(
     model: Annotated[str, typer.Argument(help="a house model, a local directory, or a hub id")],
     out: Annotated[Path, typer.Option(help="the directory to write: model, report.html, report.json, example.py")],
     budget: Annotated[str | None, typer.Option(help="size of the weights: a fraction of float32, 0.25x, or 80MB")] = None,
@@ -71,8 +71,8 @@ def shrink(
     shrinking.run(shrinking.Request(model, out, runtime, budget, max_loss, calib, images, n), dry_run)
 
 
-@app.command()
-def train(
+@app.command("train")
+def _train(
     name: Annotated[str, typer.Argument(help="the house model to train: mini-vlm, mini-siglip or mini-cnn")],
     out: Annotated[Path | None, typer.Option(help="where the model goes; default: data/models/NAME")] = None,
     work: Annotated[Path | None, typer.Option(help="checkpoints and log; run again to resume; default: runs/NAME")] = None,
@@ -97,8 +97,8 @@ def train(
         raise UserError(f"no house model {name!r} to train; expected mini-vlm, mini-siglip or mini-cnn")
 
 
-@app.command()
-def evaluate(
+@app.command("evaluate")
+def _evaluate(
     model: Annotated[str, typer.Argument(help="a house model, a local directory, or a hub id")] = "mini-vlm",
     n: Annotated[int | None, typer.Option(help="questions (default: all), or scenes for a dual encoder (1000)", min=1)] = None,
     out: Annotated[Path | None, typer.Option(help="a JSON file to write the result to")] = None,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 QUESTIONS_FILE = "questions.jsonl"
 GENERAL_QUESTIONS = ("What is in this picture?", "Describe this picture in one sentence.", "Which colours are there?")
-NEEDED = "give 2 pictures or more: some to calibrate on and others to verify on"
+NEEDED = "give 2 images or more: some to calibrate on and others to verify on"
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def gather(side: int, calib: Path | None, images: Path | None, n: int) -> Rows:
     notes = []
     if own is None and other is not None:
         own, other = _cut(other, 0.5)
-        notes.append(f"the first half of the pictures in {images.name} calibrates, the other half verifies")
+        notes.append(f"the first half of the images in {images.name} calibrates, the other half verifies")
     if own is not None and other is not None:
         _apart(own, other)
     if own is None:
@@ -52,13 +52,13 @@ def gather(side: int, calib: Path | None, images: Path | None, n: int) -> Rows:
         notes.append("calibrated and chosen on drawn scenes")
     elif len(set(own["name"])) >= 8:
         calibrate, choose = _cut(own, 0.75)
-        notes.append("of the pictures that calibrate, the last quarter only chooses between plans")
+        notes.append("of the images that calibrate, the last quarter only chooses between plans")
     else:
         calibrate = choose = own
-        notes.append("few pictures to calibrate on: plans are chosen on these, too, not on the ones that verify")
+        notes.append("few images to calibrate on: plans are chosen on these, too, not on the ones that verify")
     if other is None:
         other = _drawn("test", n, side)
-        notes.append("verified on drawn scenes: pictures of your own, with --images, say more about your use")
+        notes.append("verified on drawn scenes: images of your own, with --images, say more about your use")
     return Rows(calibrate, choose, other.select(range(min(n, len(other)))), notes)
 
 
@@ -70,7 +70,7 @@ def _drawn(split: str, n: int, side: int) -> Dataset:
 
 
 def read_folder(folder: Path) -> Dataset:
-    """Rows of a folder of pictures: those of its questions.jsonl, or three general questions about each image.
+    """Rows of a folder of images: those of its questions.jsonl, or three general questions about each image.
 
     A line: {"image": "a.png", "question": "...", "answer": "..."}, the answer in all of them or in none. Raises UserError that
     names the line or the image.
@@ -83,7 +83,7 @@ def read_folder(folder: Path) -> Dataset:
     asked, found = folder / QUESTIONS_FILE, []
     if not asked.is_file():
         named = models_images.load_images(folder)
-        found = [(name, picture, question, None) for name, picture in named for question in GENERAL_QUESTIONS]
+        found = [(name, image, question, None) for name, image in named for question in GENERAL_QUESTIONS]
     else:
         load = functools.cache(lambda name: models_images.load_image(folder / name))
         for where, line in _lines(asked):
@@ -92,8 +92,8 @@ def read_folder(folder: Path) -> Dataset:
             except UserError as e:
                 raise UserError(f"{where}: {e}") from e
     if len({name for name, *_ in found}) < 2:
-        raise UserError(f"{folder}: one picture; {NEEDED}")
-    rows = datasets.image_rows([(name, picture) for name, picture, *_ in found], "").remove_columns("question")
+        raise UserError(f"{folder}: one image; {NEEDED}")
+    rows = datasets.image_rows([(name, image) for name, image, *_ in found], "").remove_columns("question")
     rows = rows.add_column("question", [question for _, _, question, _ in found])
     answers = [answer for *_, answer in found]
     return rows.add_column("answer", answers) if answers[0] is not None else rows
@@ -126,7 +126,7 @@ def _lines(asked: Path) -> list[tuple[str, dict]]:
 
 
 def _cut(rows: Dataset, share: float) -> tuple[Dataset, Dataset]:
-    """The rows of the first `share` of the pictures, and the others; each has one picture or more."""
+    """The rows of the first `share` of the images, and the others; each has one image or more."""
     names = list(dict.fromkeys(rows["name"]))
     first = set(names[: max(1, min(len(names) - 1, round(share * len(names))))])
     at = [[i for i, name in enumerate(rows["name"]) if (name in first) is side] for side in (True, False)]
@@ -134,11 +134,11 @@ def _cut(rows: Dataset, share: float) -> tuple[Dataset, Dataset]:
 
 
 def _apart(own: Dataset, other: Dataset) -> None:
-    """UserError where two sets of rows share a picture, whatever its file is called."""
-    seen = {picture.tobytes(): name for picture, name in zip(own["image"], own["name"], strict=True)}
-    for picture, name in zip(other["image"], other["name"], strict=True):
-        if (twin := seen.get(picture.tobytes())) is not None:
+    """UserError where two sets of rows share an image, whatever its file is called."""
+    seen = {image.tobytes(): name for image, name in zip(own["image"], own["name"], strict=True)}
+    for image, name in zip(other["image"], other["name"], strict=True):
+        if (twin := seen.get(image.tobytes())) is not None:
             raise UserError(
-                f"{name} is to verify on, and the same picture is to calibrate on ({twin}): what was fitted on it proves "
+                f"{name} is to verify on, and the same image is to calibrate on ({twin}): what was fitted on it proves "
                 "nothing; take it out of one of the folders"
             )

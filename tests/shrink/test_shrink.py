@@ -330,7 +330,7 @@ def test_pictures_are_never_on_both_sides(tmp_path):
         ('{"image": "0.png"}', "line 2: .*expected"),
         ('{"image": "0.png", "question": " "}', "line 2: .*expected"),
         ('{"image": 3, "question": "What?"}', "line 2: .*expected"),
-        ('{"image": "nowhere.png", "question": "What?"}', r"line 2: .*nowhere\.png: no such picture"),
+        ('{"image": "nowhere.png", "question": "What?"}', r"line 2: .*nowhere\.png: no such image"),
         ('{"image": "0.png", "question": "What?", "answer": 7}', "line 2: the answer is 7"),
         ('{"image": "0.png", "question": "What?", "answer": "7"}', "line 2: some lines have an answer"),
     ],
@@ -352,10 +352,10 @@ def test_bad_folders_are_named(tmp_path):
     draw(tmp_path / "odd", 2)
     (tmp_path / "odd" / "questions.jsonl").write_bytes(b"\xff\xfe\xff")
     for name, said in (
-        ("one", "one picture; give 2 pictures or more"),
-        ("none", "no pictures in it"),
+        ("one", "one image; give 2 images or more"),
+        ("none", "no images in it"),
         ("nowhere", "no such folder"),
-        ("bad", r"z\.png: not a picture"),
+        ("bad", r"z\.png: not an image"),
         ("mute", "empty"),
         ("odd", "cannot be read"),
     ):
