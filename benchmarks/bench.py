@@ -90,8 +90,9 @@ def _plain_onnx(model, how: str) -> None:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    from mmrecipes.export import pipeline, wrappers
-    from mmrecipes.export.onnx import graphs as onnx_graphs
+    from mmrecipes import export
+    from mmrecipes.export import wrappers
+    from mmrecipes.export.onnx import strip_metadata
     from mmrecipes.quiet import library_logs
 
     out = folder("onnx", f"plain-{how}")
@@ -114,8 +115,8 @@ def _plain_onnx(model, how: str) -> None:
                 found.process()
                 found.model.save_model_to_file(str(graph))
     for graph in graphs.values():
-        onnx_graphs.strip_metadata(graph)
-    pipeline._write_rest(model, out, "onnx", {"vision": how, "language": how})
+        strip_metadata(graph)
+    export.write_manifest(model, out, export.BACKENDS["onnx"], {"vision": how, "language": how})
 
 
 def _plain_openvino(model, how: str) -> None:
@@ -123,7 +124,7 @@ def _plain_openvino(model, how: str) -> None:
     import openvino as ov
 
     from mmrecipes import export
-    from mmrecipes.export import openvino, pipeline
+    from mmrecipes.export import openvino
 
     # from our graph, whose attention OpenVINO keeps whole: so weights alone are compared, and the peer is at its best
     mode = {"int8": {}, "int4": {"mode": nncf.CompressWeightsMode.INT4_SYM, "group_size": 64}}[how]  # 128 does not divide 576
@@ -135,7 +136,7 @@ def _plain_openvino(model, how: str) -> None:
         ov.save_model(small, out / "small.xml", compress_to_fp16=False)
         for ending in ("xml", "bin"):
             (out / f"small.{ending}").replace(out / f"{part}.{ending}")
-    pipeline._write_rest(model, out, "openvino", {"vision": how, "language": how})
+    export.write_manifest(model, out, export.BACKENDS["openvino"], {"vision": how, "language": how})
 
 
 # ---- one variant in this process
@@ -238,6 +239,8 @@ def everything(only: list[str]) -> dict:
 
     from tqdm import tqdm
 
+    from mmrecipes import inference
+
     WORK.mkdir(parents=True, exist_ok=True)
     names = [n for n, how in VARIANTS.items() if applies(*how) and (not only or any(o in n for o in only))]
     if not names:
@@ -247,7 +250,7 @@ def everything(only: list[str]) -> dict:
     made = json.loads(exports.read_text()) if exports.exists() else {}
     for name in tqdm(names, desc="exports"):
         place = folder(*VARIANTS[name])
-        if not (place / "export.json").exists() and not (place / "model.safetensors").exists():
+        if not (place / inference.MANIFEST).exists() and not (place / "model.safetensors").exists():
             shutil.rmtree(place, ignore_errors=True)
             made[name] = _child("prepare", name)
             exports.write_text(json.dumps(made))

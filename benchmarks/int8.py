@@ -24,10 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrecipes import data, evaluate, inference, measure, models, quantize, report
-from mmrecipes.export import wrappers
-from mmrecipes.export.onnx import attached
-from mmrecipes.export.onnx import graphs as onnx_graphs
-from mmrecipes.export.onnx import quantize as onnx_quantize
+from mmrecipes.export import onnx, wrappers
 from mmrecipes.mini import model as mini_model
 
 WRONG = 0.2  # relative error from which an output is broken, not rounded
@@ -124,13 +121,13 @@ def accuracy(n: int | None = None) -> dict:
     add("torchao", simulated, f"simulated in fp32; its kernels differ from that by {error:.1e} (relative)")
     add("bitsandbytes LLM.int8", llm_int8(model), "inputs above 6 in floating point", AFEW)
     with tempfile.TemporaryDirectory() as folder:
-        whole, seen = attached.export_parts(model, folder), feeds(model)
+        whole, seen = onnx.export_parts(model, folder), feeds(model)
 
         def small(name: str, make: Callable, note: str = "", most: int | None = None) -> None:
             graphs = {part: make(part, Path(folder) / f"{part}-{len(found)}.onnx") for part in whole}
-            add(name, attached.attach(model, graphs), note, most)
+            add(name, onnx.attach(model, graphs), note, most)
 
-        add("ONNX Runtime fp32", attached.attach(model, whole), most=AFEW)
+        add("ONNX Runtime fp32", onnx.attach(model, whole), most=AFEW)
         for kind, reduced, keep, most, note in (
             ("uint8", False, True, None, "down_proj in fp32"),
             ("uint8", False, False, None, "everything int8"),
@@ -139,13 +136,14 @@ def accuracy(n: int | None = None) -> dict:
         ):
 
             def dynamic(part: str, out: Path, kind=kind, reduced=reduced, keep=keep) -> Path:
-                return onnx_quantize.dynamic_int8(whole[part], out, kind, reduced, KEEP[part] if keep else ())
+                return onnx.dynamic_int8(whole[part], out, kind, reduced, KEEP[part] if keep else ())
 
             small(f"ONNX Runtime dynamic, {kind}, {'some kept' if keep else 'all'}", dynamic, note, most)
         for method in ("MinMax", "Percentile"):
 
             def static(part: str, out: Path, method=method) -> Path:
-                return onnx_quantize.static_int8(whole[part], seen[part], out, method, keep=KEEP[part])
+                config = onnx.StaticConfig(method, reduce_range=True, keep=KEEP[part])
+                return onnx.static_int8(whole[part], seen[part], out, config)
 
             small(f"ONNX Runtime static, {method}", static, f"7-bit weights, down_proj in fp32, {CALIBRATION} questions")
     return {"model": "mini-vlm, trained weights", "variants": found}
@@ -159,7 +157,7 @@ def speed(repeats: int = 5, twin: nn.Module | None = None) -> dict:
     torch.manual_seed(0)
     twin = twin or mini_model.real_size("smolvlm-256m")
     side = twin.config.vision_config.image_size
-    vision, language = wrappers.Idefics3Vision(twin).eval(), attached.LanguageWithoutCache(twin).eval()
+    vision, language = wrappers.Idefics3Vision(twin).eval(), wrappers.LanguageWithoutCache(twin).eval()
     del twin
     width = language.decoder.config.hidden_size
     picture = {"pixel_values": torch.randn(1, 3, side, side)}
@@ -227,7 +225,7 @@ def _variants(part: str, module: nn.Module, example: dict, folder: Path) -> Iter
         return call
 
     def ort(graph: Path) -> Callable:
-        run = inference.onnx_session(graph).run
+        run = inference.onnx_session(graph, torch.get_num_threads()).run
         return lambda inputs: torch.from_numpy(run(None, {k: v.numpy() for k, v in inputs.items()})[0])
 
     yield "torch fp32", torch_(module)
@@ -236,11 +234,11 @@ def _variants(part: str, module: nn.Module, example: dict, folder: Path) -> Iter
     yield "torch fp32 compiled", torch_(torch.compile(module))
     yield "torch quantize_dynamic", torch_(quantize.dynamic_int8(module))
     yield "bitsandbytes LLM.int8", torch_(llm_int8(module))
-    graph = onnx_graphs.to_onnx(module, _doubled(example), folder / f"{part}.onnx", {k: FREE[k] for k in example})
+    graph = onnx.to_onnx(module, _doubled(example), folder / f"{part}.onnx", {k: FREE[k] for k in example})
     yield "ONNX Runtime fp32", ort(graph)
     for kind, reduced in (("uint8", False), ("int8", True), ("int8", False)):
         name = f"ONNX Runtime dynamic, {kind}{' reduced' if reduced else ''} weights"
-        yield name, ort(onnx_quantize.dynamic_int8(graph, folder / f"{part}-{kind}-{reduced}.onnx", kind, reduced))
+        yield name, ort(onnx.dynamic_int8(graph, folder / f"{part}-{kind}-{reduced}.onnx", kind, reduced))
     yield from _openvino(module, example)
     small = torchao_int8(module)
     yield "torchao", torch_(small)

@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmrecipes import data, evaluate, inference, measure, models, quantize
+from mmrecipes import data, evaluate, measure, models, quantize
 from mmrecipes.data import families, scenes
 from mmrecipes.errors import one_line
-from mmrecipes.export.onnx import quantize as onnx_quantize
-from mmrecipes.export.onnx import tensorrt
+from mmrecipes.export import onnx
 from mmrecipes.mini import cnn
 
 PICTURES = 1000
@@ -73,18 +72,19 @@ def run(n: int = PICTURES) -> dict:
     for name in ("real scenes", "one scene", "uniform noise"):
         score("PT2E", name, quantize.pt2e(tower, sets[name]))
     with tempfile.TemporaryDirectory(prefix="mmrecipes-") as folder:
-        floats = onnx_quantize.vision_to_onnx(folded, real, Path(folder, "float.onnx"))
-        score("ONNX Runtime fp32", "-", inference.vision_session(floats), bytes=floats.stat().st_size)
+        floats = onnx.vision_to_onnx(folded, real, Path(folder, "float.onnx"))
+        score("ONNX Runtime fp32", "-", onnx.tensor_session(floats), bytes=floats.stat().st_size)
         files = {}
         for explicit, kind in ((True, "explicit int8"), (False, "uint8, CPU")):
             for method in ("MinMax", "Percentile", "Entropy"):
                 for name in sets if method == "MinMax" else ("real scenes",):
                     out = Path(folder, f"{kind} {method} {name}.onnx")
-                    files[kind, method, name] = onnx_quantize.qdq(floats, sets[name], out, method, explicit)
-                    score(f"ONNX Runtime {kind}, {method}", name, inference.vision_session(out), bytes=out.stat().st_size)
-        as_written = inference.vision_session(files["explicit int8", "MinMax", "real scenes"], as_written=True)
+                    config = onnx.StaticConfig(method, "all", explicit)
+                    files[kind, method, name] = onnx.static_int8(floats, sets[name].split(32), out, config)
+                    score(f"ONNX Runtime {kind}, {method}", name, onnx.tensor_session(out), bytes=out.stat().st_size)
+        as_written = onnx.tensor_session(files["explicit int8", "MinMax", "real scenes"], as_written=True)
         score("the same explicit file, as written", "real scenes", as_written)
-        checked = tensorrt.check_explicit_int8(files["explicit int8", "MinMax", "real scenes"])
+        checked = onnx.check_explicit_int8(files["explicit int8", "MinMax", "real scenes"])
         timed = times(tower, folded, real, floats, files)
     return {"objects": len(base), "pictures": n, "rows": rows, "explicit_int8": checked, "ms": timed}
 
@@ -101,9 +101,9 @@ def times(tower: torch.nn.Module, folded: torch.nn.Module, real: Tensor, floats:
         "torch fp32, folded": partial(quantize.vision_output, folded),
         "torch fp32, compiled": torch.compile(partial(quantize.vision_output, folded)),
         "PT2E int8, compiled": torch.compile(quantize.pt2e(tower, real)),
-        "ONNX Runtime fp32": inference.vision_session(floats),
-        "ONNX Runtime explicit int8": inference.vision_session(files["explicit int8", "MinMax", "real scenes"]),
-        "ONNX Runtime uint8, CPU": inference.vision_session(files["uint8, CPU", "MinMax", "real scenes"]),
+        "ONNX Runtime fp32": onnx.tensor_session(floats),
+        "ONNX Runtime explicit int8": onnx.tensor_session(files["explicit int8", "MinMax", "real scenes"]),
+        "ONNX Runtime uint8, CPU": onnx.tensor_session(files["uint8, CPU", "MinMax", "real scenes"]),
     }
     found, failed = {}, {}
     for size in (1, 16):

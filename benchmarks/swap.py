@@ -24,9 +24,7 @@ from torch import nn
 from mmrecipes import data, distill, evaluate, export, inference, measure, models, train
 from mmrecipes.data import scenes
 from mmrecipes.distill.encoders import swapped
-from mmrecipes.export import wrappers
-from mmrecipes.export.onnx import graphs
-from mmrecipes.export.onnx import quantize as onnx_quantize
+from mmrecipes.export import onnx, wrappers
 from mmrecipes.mini import cnn
 
 WORK = Path(__file__).resolve().parent.parent / "runs" / "swap"
@@ -147,12 +145,12 @@ def _runtimes(whole: dict[str, nn.Module], rows: Dataset, folder: Path) -> dict:
     for name, model in whole.items():
         convolutions = hasattr(models.parts(model)["vision"], "backbone")
         for vision in ("fp32", "static") if convolutions else ("fp32", "int8", "static"):
-            widths = {"vision": vision, "language": "fp32" if vision == "fp32" else "int8"}
+            precisions = {"vision": vision, "language": "fp32" if vision == "fp32" else "int8"}
             given, key = pictures if vision == "static" else (), f"{name}, {vision}"
-            at = export.export(model, folder / key, "onnx", widths, pictures=given)
+            at = export.export(model, folder / key, "onnx", precisions, images=given)
             loaded[key] = inference.load_exported(at)
             sizes[key] = sum(f.stat().st_size for f in at.glob("vision.onnx*"))
-            runs[key] = partial(loaded[key].graphs.look, wrappers.calibration_pixels(model, pictures[:1])[0])
+            runs[key] = partial(loaded[key].encode_images, wrappers.calibration_pixels(model, pictures[:1])[0])
             if convolutions and vision == "static" and (kept := LAST.get(name)):  # the same, its last convolutions in float
                 key = f"{key} but for its last stage"
                 other = folder / key
@@ -160,14 +158,14 @@ def _runtimes(whole: dict[str, nn.Module], rows: Dataset, folder: Path) -> dict:
                 for graph in other.glob("vision.onnx*"):
                     graph.unlink()
                 seen = torch.from_numpy(np.concatenate(wrappers.calibration_pixels(model, pictures)))
-                eye, picture = wrappers.vision_wrapper(
-                    model
-                )  # once more: `export` leaves out of its graphs which module a node is of
-                floats = graphs.to_onnx(eye, {"pixel_values": picture}, folder / "floats.onnx", {})
-                onnx_quantize.qdq(floats, seen, other / "vision.onnx", explicit=False, batch=1, keep=kept)
+                # once more: `export` leaves out of its graphs which module a node is of
+                encoder, image = wrappers.vision_wrapper(model)
+                floats = onnx.to_onnx(encoder, {"pixel_values": image}, folder / "floats.onnx", {})
+                config = onnx.StaticConfig(layers="convolutions", keep=kept)
+                onnx.static_int8(floats, seen.split(1), other / "vision.onnx", config)
                 loaded[key] = inference.load_exported(other, check=False)  # its checksums are those of the other graph
                 sizes[key] = sum(f.stat().st_size for f in other.glob("vision.onnx*"))
-                runs[key] = partial(loaded[key].graphs.look, wrappers.calibration_pixels(model, pictures[:1])[0])
+                runs[key] = partial(loaded[key].encode_images, wrappers.calibration_pixels(model, pictures[:1])[0])
     asked = [(r["image"], r["question"]) for r in rows.select(range(5))]
     questions = {k: partial(_each, e, asked) for k, e in loaded.items()}
     eyes, five = measure.wall(runs, repeats=51), measure.wall(questions, repeats=11)
@@ -190,9 +188,9 @@ def _openvino(whole: dict[str, nn.Module], rows: Dataset | None, folder: Path, t
             key, given = f"{name}, {vision}", pictures if vision == "static" else ()
             at = folder / f"openvino {key}"
             if not at.exists():
-                export.export(model, at, "openvino", {"vision": vision, "language": "fp32"}, pictures=given)
+                export.export(model, at, "openvino", {"vision": vision, "language": "fp32"}, images=given)
             loaded[key], sizes[key] = inference.load_exported(at, threads), sum(f.stat().st_size for f in at.glob("vision*"))
-            runs[key] = partial(loaded[key].graphs.look, wrappers.calibration_pixels(model, pictures[:1])[0])
+            runs[key] = partial(loaded[key].encode_images, wrappers.calibration_pixels(model, pictures[:1])[0])
     found = {k: {"ms": ms, "bytes": sizes[k]} for k, ms in measure.wall(runs, repeats=51).items()}
     for key in (k for k in found if rows and k.endswith(("int8", "static"))):
         found[key] |= answers(loaded[key], rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,17 @@ def foreign_dual(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny
 
     return tiny.save(tiny.clip_128(layers=2), tmp_path_factory.mktemp("models") / "clip")
+
+
+@pytest.fixture(scope="session")
+def house_exports(house_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """`mini-vlm` exported for a runtime in a precision, once a session: the directory, to read. Copy it to change it."""
+    from mmrecipes import export, models
+
+    folder = tmp_path_factory.mktemp("exports")
+
+    @functools.cache
+    def exported(runtime: str, precision: str) -> Path:
+        return export.export(models.load(house_vlm), folder / f"{runtime}-{precision}", runtime, precision)
+
+    return exported

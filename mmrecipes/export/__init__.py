@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "executorch": "",
         "openvino": "",
-        "pipeline": "PARTS PRECISIONS TOLERANCE export parity supported",
+        "pipeline": "BACKENDS PARTS TOLERANCE Backend export parity supported write_manifest",
         "wrappers": "",
         "onnx": "",
     },

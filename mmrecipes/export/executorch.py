@@ -1,13 +1,12 @@
 """`export.export` for ExecuTorch (XNNPACK): vision.pte and language.pte, for phones and other small devices.
 
 A program of ExecuTorch plans all its memory ahead. So the KV cache has a fixed length and lives inside the program, and the text
-may have at most `LONGEST` tokens.
+may have at most MAX_LENGTH tokens.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,51 +22,50 @@ from mmrecipes.models import modules
 from mmrecipes.quantize import groups
 
 ATTENTION = "mmrecipes_executorch"  # its name among the attentions of transformers
-
-
 MAX_LENGTH = 2048  # tokens that the cache has room for, unless the model takes fewer
 
 
 def max_length(model: nn.Module) -> int:
-    """Tokens of one conversation, pictures' included, that an exported `model` takes."""
+    """Tokens of one conversation, images' included, that an exported `model` takes."""
     return min(MAX_LENGTH, model.config.get_text_config().max_position_embeddings)
 
 
 class ExecutorchLanguage(wrappers.LanguageWithCache):
-    """As `LanguageWithCache`, the cache inside: input_ids (1, T), image_features (N, D), before (1,) -> logits (1, 1, V).
+    """As `LanguageWithCache`, the cache inside: input_ids (1, T), image_features (N, D), cache_length (1,) -> logits (1, 1, V).
 
-    `before` says how many tokens of the cache to keep; what follows them is overwritten.
+    `cache_length` says how many tokens of the cache to keep; what follows them is overwritten.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
         self.config, self.length = model.config.get_text_config(), max_length(model)
-        width = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-        shape = (1, self.length, self.config.num_key_value_heads, width)  # as the kernels take it
+        head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        shape = (1, self.length, self.config.num_key_value_heads, head_dim)  # as the kernels take it
         for i in range(self.config.num_hidden_layers):
             self.register_buffer(f"keys_{i}", torch.zeros(shape), persistent=False)
             self.register_buffer(f"values_{i}", torch.zeros(shape), persistent=False)
 
-    def forward(self, input_ids: Tensor, image_features: Tensor, before: Tensor) -> Tensor:
-        return super().forward(input_ids, image_features, StaticCache(self, before.item(), input_ids.shape[1]))["logits"]
+    def forward(self, input_ids: Tensor, image_features: Tensor, cache_length: Tensor) -> Tensor:
+        cache = StaticCache(self, cache_length.item(), input_ids.shape[1])
+        return super().forward(input_ids, image_features, cache)["logits"]
 
 
 class StaticCache:
-    """The cache of a `Language`, as its decoder asks for it: whole, while `attend` reads only what is filled."""
+    """The cache of an `ExecutorchLanguage`, as its decoder asks for it: whole, while `attend` reads only what is filled."""
 
-    def __init__(self, holder: ExecutorchLanguage, before: int, new: int):
-        torch._check(before >= 0)
-        torch._check(before + new <= holder.length)
-        self.holder, self.before = holder, before
+    def __init__(self, holder: ExecutorchLanguage, cache_length: int, new: int):
+        torch._check(cache_length >= 0)
+        torch._check(cache_length + new <= holder.length)
+        self.holder, self.cache_length = holder, cache_length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.before
+        return self.cache_length
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Put (1, H, T, W) into their places, and give all places, (1, L, H, W)."""
+        """Put keys and values of the new tokens, (1, heads, T, head_dim), into their places, and give all places."""
         held = tuple(getattr(self.holder, f"{kind}_{layer_idx}") for kind in ("keys", "values"))
         for new, all_places in zip((keys, values), held, strict=True):
-            torch.ops.llama.update_cache(new.transpose(1, 2).contiguous(), all_places, self.before)
+            torch.ops.llama.update_cache(new.transpose(1, 2).contiguous(), all_places, self.cache_length)
         return held
 
 
@@ -75,18 +73,33 @@ def attend(
     module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, attention_mask: None, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """ExecuTorch's own attention kernel: query (1, H, T, W), keys and values (1, L, KV heads, W) -> (1, T, H, W)."""
-    before = kwargs["position_ids"][0, 0].item()
-    torch._check(before >= 0)
-    torch._check(before + query.shape[2] <= keys.shape[1])
+    cache_length = kwargs["position_ids"][0, 0].item()
+    torch._check(cache_length >= 0)
+    torch._check(cache_length + query.shape[2] <= keys.shape[1])
     query = query.transpose(1, 2).contiguous()
-    return torch.ops.llama.custom_sdpa(query, keys, values, before, None, 0.0, True, scaling), None
+    return torch.ops.llama.custom_sdpa(query, keys, values, cache_length, None, 0.0, True, scaling), None
 
 
-def write_executorch(model: nn.Module, folder: Path, widths: Mapping[str, str], pixels: Sequence[np.ndarray] = ()) -> None:
+def write_executorch(model: nn.Module, folder: Path, precisions: Mapping[str, str], pixels: Sequence[np.ndarray] = ()) -> None:
     """Write both programs to `folder`, each in its precision, of which none looks at `pixels`. Raises as `export.export`."""
     require("executorch")
+    from torch.export import Dim
+
     with quiet.native_stderr(), _attention(model):  # its import reports on the CPU of a phone that it does not find
-        _both(model, folder, widths)
+        if any(p != "fp32" for p in precisions.values()):
+            model = modules.clone(model)
+            for name, part in modules.parts(model).items():
+                _quantize(part, precisions["language" if name in ("language", "head") else "vision"])
+        encoder, image = wrappers.vision_wrapper(model)
+        # named, because a program's inputs have no names and come in this order
+        _write(encoder, {"pixel_values": image}, {"pixel_values": None}, folder / "vision.pte")
+        decoder = ExecutorchLanguage(model)
+        some = decoder.length // 4  # the exporter plans memory for four times the example, at most
+        ids, features = torch.full((1, some), decoder.image_token_id), torch.randn(some + 1, decoder.config.hidden_size)
+        example = {"input_ids": ids, "image_features": features, "cache_length": torch.zeros(1, dtype=torch.int64)}
+        tokens, rows = Dim("tokens", min=1, max=decoder.length - 1), Dim("features", min=1, max=decoder.length)
+        axes = {"input_ids": {1: tokens}, "image_features": {0: rows}, "cache_length": None}
+        _write(decoder, example, axes, folder / "language.pte")
 
 
 @contextlib.contextmanager
@@ -104,25 +117,6 @@ def _attention(model: nn.Module) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def _both(model: nn.Module, folder: Path, widths: Mapping[str, str]) -> None:
-    from torch.export import Dim
-
-    if any(w != "fp32" for w in widths.values()):
-        model = copy.deepcopy(model)
-        for name, part in modules.parts(model).items():
-            _round(part, widths["language" if name in ("language", "head") else "vision"])
-    tower, picture = wrappers.vision_wrapper(model)
-    # named, because a program's inputs have no names and come in this order
-    _write(tower, {"pixel_values": picture}, {"pixel_values": None}, folder / "vision.pte")
-    decoder = ExecutorchLanguage(model)
-    some = decoder.length // 4  # the exporter plans memory for four times the example, at most
-    ids, pieces = torch.full((1, some), decoder.image), torch.randn(some + 1, decoder.config.hidden_size)
-    example = {"input_ids": ids, "image_features": pieces, "before": torch.zeros(1, dtype=torch.int64)}
-    words, features = Dim("words", min=1, max=decoder.length - 1), Dim("features", min=1, max=decoder.length)
-    axes = {"input_ids": {1: words}, "image_features": {0: features}, "before": None}
-    _write(decoder, example, axes, folder / "language.pte")
-
-
 def _write(module: nn.Module, example: dict[str, Tensor], axes: dict[str, object], path: Path) -> None:
     from transformers.exporters.exporter_executorch import ExecutorchConfig, ExecutorchExporter
 
@@ -132,7 +126,7 @@ def _write(module: nn.Module, example: dict[str, Tensor], axes: dict[str, object
         ExecutorchExporter.save_program(ExecutorchExporter().export(module, example, config).program, path)
 
 
-def _round(module: nn.Module, width: str) -> None:
+def _quantize(module: nn.Module, precision: str) -> None:
     """Linear layers of `module` itself with weights of 8 bits, a scale a channel, or 4, in groups of 32; activations on the fly.
 
     Embeddings stay as they are.
@@ -141,17 +135,15 @@ def _round(module: nn.Module, width: str) -> None:
     from torchao.utils import unwrap_tensor_subclass
 
     for layer in module.modules():
-        if width == "fp32" or not isinstance(layer, nn.Linear):
+        if precision == "fp32" or not isinstance(layer, nn.Linear):
             continue
-        weight, four = layer.weight.detach(), {"target_dtype": torch.int4, "block_size": (1, groups.GROUP)}
-        eight = {"target_dtype": torch.int8, "block_size": (1, weight.shape[1])}
-        fits = weight.shape[1] % groups.GROUP == 0 and (width == "int4" or (width == "mixed" and groups.on_grid(weight)))
-        if fits:  # XNNPACK's scales are positive
-            scale = groups.group_scales(weight, 4, signs=(1,))
-            four |= {"custom_scale": scale, "custom_zero_point": torch.zeros_like(scale, dtype=torch.int8)}
-            four |= {"intx_choose_qparams_algorithm": None}
-        small = IntxUnpackedToInt8Tensor.from_hp(
-            weight, **(four if fits else eight), activation_quantization="int8_asym_per_token"
-        )
+        weight = layer.weight.detach()
+        options = {"target_dtype": torch.int8, "block_size": (1, weight.shape[1])}
+        four_bits = precision == "int4" or (precision == "mixed" and groups.on_grid(weight))
+        if four_bits and weight.shape[1] % groups.GROUP == 0:
+            scale = groups.group_scales(weight, 4, signs=(1,))  # XNNPACK's scales are positive
+            options = {"target_dtype": torch.int4, "block_size": (1, groups.GROUP), "intx_choose_qparams_algorithm": None}
+            options |= {"custom_scale": scale, "custom_zero_point": torch.zeros_like(scale, dtype=torch.int8)}
+        small = IntxUnpackedToInt8Tensor.from_hp(weight, **options, activation_quantization="int8_asym_per_token")
         layer.weight = nn.Parameter(small, requires_grad=False)
     unwrap_tensor_subclass(module)

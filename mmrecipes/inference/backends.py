@@ -1,4 +1,4 @@
-"""The graphs of an exported model in each runtime: `encode` images, then `step` through tokens with the KV cache."""
+"""The graphs of an exported model in each runtime: `encode` an image, then `step` through tokens with the KV cache."""
 
 from __future__ import annotations
 
@@ -7,42 +7,66 @@ from typing import Any
 
 import numpy as np
 
-from mmrecipes.inference.session import session_options
+from mmrecipes.errors import UserError, one_line, require
 from mmrecipes.quiet import native_stderr
+
+PARTS = ("vision", "language")
+
+
+def onnx_session(path: str | Path, threads: int = 0, as_written: bool = False):  # -> onnxruntime.InferenceSession
+    """The graph at `path` ready to run on the CPU, with so many `threads` (0: one for each physical core).
+
+    Threads rest once a run is done. By default they spin on for tens of milliseconds, ready for the next run, and take the cores
+    from whatever else computes in the process: eager PyTorch between two runs, or the variant that is timed next.
+    With `as_written`, without this CPU's int8 kernels: each quantize and dequantize as the file says, products in float. Slow,
+    and what the file means; kernels that saturate (`quantize.saturates`) may give something else.
+    Raises UserError for a file that is missing or that ONNX Runtime cannot load, ImportError where ONNX Runtime is missing.
+    """
+    require("onnxruntime")
+    import onnxruntime as ort
+
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; make it with export.export or export.onnx.to_onnx")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if as_written:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as e:  # ONNX Runtime's own kinds, without a common parent
+        raise UserError(f"{path}: ONNX Runtime cannot load it ({one_line(e)}); export it again") from e
 
 
 class OnnxGraphs:
     """vision.onnx and language.onnx in ONNX Runtime. The KV cache stays in the runtime's memory from step to step."""
 
-    def __init__(self, folder: Path, precision: dict[str, str], threads: int | None):
-        import onnxruntime as ort
+    package = "onnxruntime"
 
-        options = session_options(threads or 0)
-        cpu = ["CPUExecutionProvider"]
-        self.vision, self.language = (
-            ort.InferenceSession(str(folder / f"{part}.onnx"), options, providers=cpu) for part in ("vision", "language")
-        )
-        self.value = ort.OrtValue.ortvalue_from_numpy
+    def __init__(self, folder: Path, precision: dict[str, str], threads: int | None):
+        from onnxruntime import OrtValue
+
+        self.vision, self.language = (onnx_session(folder / f"{part}.onnx", threads or 0) for part in PARTS)
+        self.value = OrtValue.ortvalue_from_numpy
         _, features, *past = self.language.get_inputs()
         self.past_names = [i.name for i in past]
         self.outputs = ["logits", *(name.replace("input.", "output.", 1) for name in self.past_names)]
-        heads, width = (int(past[0].shape[axis]) for axis in (1, 3))
-        self.empty = np.zeros((1, heads, 0, width), np.float32)
-        self.nothing = np.zeros((1, int(features.shape[1])), np.float32)
+        heads, head_dim = (int(past[0].shape[axis]) for axis in (1, 3))
+        self.empty = np.zeros((1, heads, 0, head_dim), np.float32)
+        self.no_image = np.zeros((1, int(features.shape[1])), np.float32)
         self.reset()
 
     def reset(self) -> None:
         self.past = [self.value(self.empty)] * len(self.past_names)
 
-    def look(self, pixel_values: np.ndarray) -> np.ndarray:
-        """Visual tokens (T, D) of all pictures (or tiles), one after the other."""
-        name = self.vision.get_inputs()[0].name
-        found = [self.vision.run(None, {name: picture[None].astype(np.float32)})[0] for picture in pixel_values]
-        return np.concatenate([each.reshape(-1, each.shape[-1]) for each in found])
+    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
+        """Visual tokens (..., D) of one image or tile (1, 3, H, W), float32."""
+        return self.vision.run(None, {self.vision.get_inputs()[0].name: pixel_values})[0]
 
     def step(self, ids: np.ndarray, features: np.ndarray | None = None) -> np.ndarray:
         """Logits (V) after `ids` (1, T), which the cache then holds, too."""
-        values = {"input_ids": ids.astype(np.int64), "image_features": self.nothing if features is None else features}
+        values = {"input_ids": ids.astype(np.int64), "image_features": self.no_image if features is None else features}
         feeds = {name: self.value(value) for name, value in values.items()}
         feeds |= dict(zip(self.past_names, self.past, strict=True))
         logits, *self.past = self.language.run_with_ort_values(self.outputs, feeds)
@@ -50,39 +74,43 @@ class OnnxGraphs:
 
 
 class OpenVinoGraphs:
-    """vision.xml and language.xml in OpenVINO on the CPU. The KV cache is the language graph's own state."""
+    """As `OnnxGraphs`, with vision.xml and language.xml in OpenVINO. The KV cache is the language graph's own state."""
+
+    package = "openvino"
 
     def __init__(self, folder: Path, precision: dict[str, str], threads: int | None):
         import openvino as ov
 
-        core, found = ov.Core(), {}
-        for part in ("vision", "language"):
+        core, requests = ov.Core(), {}
+        for part in PARTS:
             # else it computes in bf16 wherever the CPU has instructions for it, whatever the file says
             hint = "bf16" if precision[part] == "bf16" else "f32"
             settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint}
             settings |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
-            found[part] = core.compile_model(folder / f"{part}.xml", "CPU", settings).create_infer_request()
-        self.vision, self.language = found["vision"], found["language"]
+            requests[part] = core.compile_model(folder / f"{part}.xml", "CPU", settings).create_infer_request()
+        self.vision, self.language = requests["vision"], requests["language"]
         shape = self.language.get_compiled_model().input("image_features").get_partial_shape()
-        self.nothing = np.zeros((1, shape[1].get_length() if shape[1].is_static else 1), np.float32)
+        self.no_image = np.zeros((1, shape[1].get_length() if shape[1].is_static else 1), np.float32)
         self.reset()
 
     def reset(self) -> None:
         self.language.reset_state()
 
-    def look(self, pixel_values: np.ndarray) -> np.ndarray:
-        """Visual tokens (T, D) of all pictures (or tiles), one after the other."""
-        found = [self.vision.infer([picture[None].astype(np.float32)])[0] for picture in pixel_values]
-        return np.concatenate([each.reshape(-1, each.shape[-1]) for each in found])
+    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
+        return self.vision.infer([pixel_values])[0]
 
     def step(self, ids: np.ndarray, features: np.ndarray | None = None) -> np.ndarray:
-        """Logits (V) after `ids` (1, T), which the state then holds, too."""
-        feeds = {"input_ids": ids.astype(np.int64), "image_features": self.nothing if features is None else features}
+        feeds = {"input_ids": ids.astype(np.int64), "image_features": self.no_image if features is None else features}
         return self.language.infer(feeds | {"beam_idx": np.zeros(1, np.int32)})["logits"][0, -1]
 
 
 class ExecutorchGraphs:
-    """vision.pte and language.pte in ExecuTorch. The KV cache is the language program's own memory."""
+    """As `OnnxGraphs`, with vision.pte and language.pte in ExecuTorch, whose Python API takes PyTorch's tensors.
+
+    The KV cache is the language program's own memory.
+    """
+
+    package = "executorch"
 
     def __init__(self, folder: Path, precision: dict[str, str], threads: int | None):
         with native_stderr():  # it reports on the CPU of a phone that it does not find
@@ -92,25 +120,21 @@ class ExecutorchGraphs:
 
             if threads:
                 portable_lib._unsafe_reset_threadpool(threads)
-            self.programs = [Runtime.get().load_program(folder / f"{part}.pte") for part in ("vision", "language")]
+            self.programs = [Runtime.get().load_program(folder / f"{part}.pte") for part in PARTS]  # methods need them alive
             self.vision, self.language = (program.load_method("forward") for program in self.programs)
-        shape = self.language.metadata.input_tensor_meta(1).sizes()
-        self.nothing = np.zeros((1, shape[1]), np.float32)
+        self.no_image = np.zeros((1, self.language.metadata.input_tensor_meta(1).sizes()[1]), np.float32)
         self.reset()
 
     def reset(self) -> None:
-        self.before = 0
+        self.cache_length = 0
 
-    def look(self, pixel_values: np.ndarray) -> np.ndarray:
-        """Visual tokens (T, D) of all pictures (or tiles), one after the other."""
-        found = [self._run(self.vision, picture[None].astype(np.float32)) for picture in pixel_values]
-        return np.concatenate([each.reshape(-1, each.shape[-1]) for each in found])
+    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
+        return self._run(self.vision, pixel_values)
 
     def step(self, ids: np.ndarray, features: np.ndarray | None = None) -> np.ndarray:
-        """Logits (V) after `ids` (1, T), which the cache then holds, too."""
-        features = self.nothing if features is None else features
-        logits = self._run(self.language, ids.astype(np.int64), features, np.array([self.before]))
-        self.before += ids.shape[1]
+        features = self.no_image if features is None else features
+        logits = self._run(self.language, ids.astype(np.int64), features, np.array([self.cache_length]))
+        self.cache_length += ids.shape[1]
         return logits[0, -1]
 
     def _run(self, method: Any, *inputs: np.ndarray) -> np.ndarray:
@@ -118,3 +142,6 @@ class ExecutorchGraphs:
 
         with native_stderr():
             return method.execute([torch.from_numpy(np.ascontiguousarray(each)) for each in inputs])[0].clone().numpy()
+
+
+GRAPHS = {"onnx": OnnxGraphs, "openvino": OpenVinoGraphs, "executorch": ExecutorchGraphs}

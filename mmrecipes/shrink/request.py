@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from mmrecipes.inference.exported import Exported
 
-RUNTIMES = (*pipeline.PRECISIONS, "torch")
+RUNTIMES = (*pipeline.BACKENDS, "torch")
 MAX_LOSS = {"accuracy": 1.0, "agreement": 5.0}  # points; another token is often as good, so more of these may differ
 
 

@@ -14,7 +14,7 @@ from mmrecipes import data, distill, evaluate, export, inference, models, train
 from mmrecipes.data import scenes
 from mmrecipes.distill import encoder_swap
 from mmrecipes.errors import UserError
-from mmrecipes.export.onnx import quantize as onnx_quantize
+from mmrecipes.export import onnx as onnx_export
 
 SHORT = train.TrainConfig(6, 4, 0.01, 2e-3)
 
@@ -122,8 +122,8 @@ def test_it_is_saved_with_its_code_and_loads_without_this_package(house, name, t
 
 def test_it_is_exported_with_a_tower_in_static_int8(house, shuffled, tmp_path):
     pictures = [scenes.render(scenes.make_scene(s), 128) for s in data.SPLITS["calibration"][:4]]
-    widths = {"vision": "static", "language": "int8"}
-    folder = export.export(shuffled, tmp_path / "small", "onnx", widths, pictures=pictures)
+    precisions = {"vision": "static", "language": "int8"}
+    folder = export.export(shuffled, tmp_path / "small", "onnx", precisions, images=pictures)
     assert not list(folder.glob("*.py")) and "auto_map" not in (folder / "config.json").read_text()
     loaded = inference.load_exported(folder)
     floats = export.export(shuffled, tmp_path / "floats", "onnx")
@@ -136,7 +136,9 @@ def test_it_is_exported_with_a_tower_in_static_int8(house, shuffled, tmp_path):
 
 def test_a_calibrated_convolution_agrees_with_float(shuffled, tmp_path):
     tower, x = models.parts(shuffled)["vision"].eval(), pixels(8)
-    small = inference.vision_session(onnx_quantize.qdq(tower, x, tmp_path / "tower.onnx", explicit=False))
+    floats = onnx_export.vision_to_onnx(tower, x, tmp_path / "floats.onnx")
+    config = onnx_export.StaticConfig(layers="all")
+    small = onnx_export.tensor_session(onnx_export.static_int8(floats, [x], tmp_path / "small.onnx", config))
     wanted = tower(x).last_hidden_state.detach()
     assert (small(x) - wanted).norm() / wanted.norm() < 0.2
 
@@ -145,18 +147,19 @@ def test_some_convolutions_can_stay_in_float(shuffled, tmp_path):
     import onnx
 
     tower, x = models.parts(shuffled)["vision"].eval(), pixels(8)
-    floats = onnx_quantize.vision_to_onnx(tower, x, tmp_path / "float.onnx")
+    floats = onnx_export.vision_to_onnx(tower, x, tmp_path / "float.onnx")
     sizes, errors, wanted = {}, {}, tower(x).last_hidden_state.detach()
     for name, keep in {"all": (), "kept": ("stages.2", "top")}.items():
-        path = onnx_quantize.qdq(floats, x, tmp_path / f"{name}.onnx", explicit=False, keep=keep)
+        config = onnx_export.StaticConfig(layers="convolutions" if keep else "all", keep=keep)
+        path = onnx_export.static_int8(floats, [x], tmp_path / f"{name}.onnx", config)
         graph = onnx.load(path).graph
         dequantized = {o for n in graph.node if n.op_type == "DequantizeLinear" for o in n.output}
         sizes[name] = sum(n.op_type == "Conv" and n.input[1] in dequantized for n in graph.node)
-        errors[name] = (inference.vision_session(path)(x) - wanted).norm() / wanted.norm()
+        errors[name] = (onnx_export.tensor_session(path)(x) - wanted).norm() / wanted.norm()
     convolutions = sum(n.op_type == "Conv" for n in onnx.load(floats).graph.node)
     assert sizes["all"] == convolutions and 0 < sizes["kept"] < convolutions and errors["kept"] < errors["all"]
     with pytest.raises(UserError, match="no module of that name"):
-        onnx_quantize.qdq(floats, x, tmp_path / "none.onnx", keep=("no_such_layer",))
+        onnx_export.static_int8(floats, [x], tmp_path / "none.onnx", onnx_export.StaticConfig(keep=("no_such_layer",)))
     assert not (tmp_path / "none.onnx").exists()
 
 
@@ -165,8 +168,8 @@ def test_openvino_takes_it_in_static_int8(shuffled, tmp_path):
     asked = (pictures[0], "How many circles are there?")
     found = {}
     for vision, given in (("fp32", ()), ("static", pictures)):
-        widths = {"vision": vision, "language": "fp32"}
-        found[vision] = inference.load_exported(export.export(shuffled, tmp_path / vision, "openvino", widths, pictures=given))
+        precisions = {"vision": vision, "language": "fp32"}
+        found[vision] = inference.load_exported(export.export(shuffled, tmp_path / vision, "openvino", precisions, images=given))
     assert found["fp32"].generate(*asked, 8) == models.ask(shuffled, *asked, 8)
     logits = [m.prefill(m.inputs(*asked)) for m in found.values()]
     assert 0 < np.abs(logits[0] - logits[1]).max() < 0.5 * np.abs(logits[0]).max()

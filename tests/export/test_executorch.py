@@ -19,10 +19,9 @@ def vlm(house_vlm):
 
 
 @pytest.fixture(scope="module")
-def loaded(vlm, tmp_path_factory):
+def loaded(house_exports):
     """The fp32 export; results/exported.json has the other precisions of this model, which take minutes to write."""
-    out = export.export(vlm, tmp_path_factory.mktemp("exported") / "mini", "executorch")
-    return inference.load_exported(out, threads=1)
+    return inference.load_exported(house_exports("executorch", "fp32"), threads=1)
 
 
 def test_answers_like_its_source(vlm, loaded):
@@ -68,7 +67,7 @@ def test_weights_rounded_before_are_not_rounded_again(vlm):
     layer = small.get_submodule(next(iter(quantize.bits_by_module(small, width))))
     before = layer.weight.detach().clone()
     holder = torch.nn.Sequential(layer)
-    executorch._round(holder, "mixed")
+    executorch._quantize(holder, "mixed")
     found = holder[0](torch.eye(before.shape[1]))  # activations are rounded, too: 1 to itself
     bias = 0 if layer.bias is None else layer.bias
     off = ((found - bias).T - before).norm() / before.norm()
@@ -76,15 +75,15 @@ def test_weights_rounded_before_are_not_rounded_again(vlm):
 
 
 def test_the_cache_has_room_for_what_the_manifest_promises(vlm, loaded):
-    longest = loaded.manifest["longest"]
-    words = torch.full((1, longest), vlm.processor.tokenizer("red").input_ids[0])
+    max_length = loaded.manifest["max_length"]
+    ids = torch.full((1, max_length), vlm.processor.tokenizer("red").input_ids[0])
     loaded.graphs.reset()
-    loaded.graphs.step(words[:, :-1].numpy())
-    last = loaded.graphs.step(words[:, -1:].numpy())
+    loaded.graphs.step(ids[:, :-1].numpy())
+    last = loaded.graphs.step(ids[:, -1:].numpy())
     with torch.inference_mode():
-        wanted = vlm(input_ids=words).logits[0, -1].numpy()
+        wanted = vlm(input_ids=ids).logits[0, -1].numpy()
     assert abs(last - wanted).max() < 2e-3 * abs(wanted).max(), "the last place is there, too"
-    stop, loaded.manifest["stop"] = loaded.manifest["stop"], []  # else it may stop by itself
-    found = len(list(loaded.tokens({"input_ids": words[:, :-1].numpy()}, 8)))
-    loaded.manifest["stop"] = stop
-    assert found == 2, "the last place holds the first word found, and the second needs none"
+    eos, loaded.manifest["eos_token_ids"] = loaded.manifest["eos_token_ids"], []  # else it may stop by itself
+    found = len(list(loaded.tokens({"input_ids": ids[:, :-1].numpy()}, 8)))
+    loaded.manifest["eos_token_ids"] = eos
+    assert found == 2, "the last place holds the first token generated, and the second needs none"

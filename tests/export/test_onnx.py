@@ -3,16 +3,13 @@
 import logging
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 
 import tiny
-from mmrecipes import data, evaluate, inference, models, quantize
+from mmrecipes import data, evaluate, export, inference, models, quantize
 from mmrecipes.errors import UserError
-from mmrecipes.export.onnx import attached
-from mmrecipes.export.onnx import graphs as onnx_graphs
-from mmrecipes.export.onnx import quantize as onnx_quantize
+from mmrecipes.export import onnx as onnx_export
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +19,7 @@ def vlm(house_vlm):
 
 @pytest.fixture(scope="module")
 def graphs(vlm, tmp_path_factory):
-    return attached.export_parts(vlm, tmp_path_factory.mktemp("graphs"))
+    return onnx_export.export_parts(vlm, tmp_path_factory.mktemp("graphs"))
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +38,12 @@ def relative(model, twin, inputs):
 
 
 def test_fp32_graphs_compute_what_the_model_does(vlm, graphs, batches):
-    twin = attached.attach(vlm, graphs)
+    twin = onnx_export.attach(vlm, graphs)
     assert (batches[1]["attention_mask"] == 0).any(), "the test must see left padding"
     for inputs in batches:
         assert relative(vlm, twin, inputs) < 1e-4
-    for part in attached.PARTS:  # one part alone in ONNX Runtime, the other in PyTorch
-        assert relative(vlm, attached.attach(vlm, {part: graphs[part]}), batches[1]) < 1e-4
+    for part in export.PARTS:  # one part alone in ONNX Runtime, the other in PyTorch
+        assert relative(vlm, onnx_export.attach(vlm, {part: graphs[part]}), batches[1]) < 1e-4
 
 
 def test_attention_is_fused(graphs):
@@ -57,7 +54,7 @@ def test_attention_is_fused(graphs):
 
 
 def test_answers_through_attach(vlm, graphs):
-    rows, twin = data.test_split(14), attached.attach(vlm, graphs)
+    rows, twin = data.test_split(14), onnx_export.attach(vlm, graphs)
     questions = rows["image"][:], rows["question"][:]
     assert evaluate.answers(twin, *questions) == evaluate.answers(vlm, *questions)
     assert models.ask(twin, rows[0]["image"], rows[0]["question"]) == models.ask(vlm, rows[0]["image"], rows[0]["question"])
@@ -66,7 +63,7 @@ def test_answers_through_attach(vlm, graphs):
 
 
 def test_a_picture_is_looked_at_once_an_answer(vlm, graphs):
-    seen, twin = [], attached.attach(vlm, graphs)
+    seen, twin = [], onnx_export.attach(vlm, graphs)
     twin.model.vision_model.register_forward_hook(lambda *_: seen.append(1))
     rows = data.test_split(1)
     inputs = models.chat(twin, rows[0]["image"], rows[0]["question"])
@@ -93,24 +90,24 @@ def feeds_of(vlm, inputs):
 
 def test_int8_is_near_its_parent_and_smaller(vlm, graphs, batches, tmp_path):
     feeds = feeds_of(vlm, next(models.teacher_forced(vlm, data.calibration(24), 24))[0])
-    error = {}
+    error, seven_bits = {}, onnx_export.StaticConfig(reduce_range=True)
     for name, make in {
-        "dynamic": lambda part, out: onnx_quantize.dynamic_int8(graphs[part], out),
-        "static": lambda part, out: onnx_quantize.static_int8(graphs[part], [feeds[part]], out),
+        "dynamic": lambda part, out: onnx_export.dynamic_int8(graphs[part], out),
+        "static": lambda part, out: onnx_export.static_int8(graphs[part], [feeds[part]], out, seven_bits),
     }.items():
-        small = {part: make(part, tmp_path / f"{name}-{part}.onnx") for part in attached.PARTS}
+        small = {part: make(part, tmp_path / f"{name}-{part}.onnx") for part in export.PARTS}
         assert all(small[p].stat().st_size < graphs[p].stat().st_size / 2.5 for p in small)
-        error[name] = relative(vlm, attached.attach(vlm, small), batches[1])
+        error[name] = relative(vlm, onnx_export.attach(vlm, small), batches[1])
     assert 1e-4 < error["dynamic"] < 0.15
     assert 1e-4 < error["static"] < 0.3
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"{n}-{p}.onnx" for n in error for p in attached.PARTS)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"{n}-{p}.onnx" for n in error for p in export.PARTS)
 
 
 def product(weight, tmp_path):
     """A graph of one matrix product."""
     layer = torch.nn.Linear(*weight.T.shape, bias=False)
     layer.weight.data = weight
-    return onnx_graphs.to_onnx(layer, {"input": torch.zeros(2, weight.shape[1])}, tmp_path / "one.onnx", {"input": {0: "rows"}})
+    return onnx_export.to_onnx(layer, {"input": torch.zeros(2, weight.shape[1])}, tmp_path / "one.onnx", {"input": {0: "rows"}})
 
 
 def run(graph, x):
@@ -121,15 +118,15 @@ def test_default_int8_does_not_saturate(tmp_path):
     """Large products of one sign, which overflow 16 bits two at a time: the worst case of AVX2's int8 instruction."""
     graph, x = product(torch.full((16, 64), 0.5), tmp_path), np.full((4, 64), 2.0, dtype=np.float32)
     for i, options in enumerate([{}, {"weights": "int8", "reduce_range": True}]):
-        small = onnx_quantize.dynamic_int8(graph, tmp_path / f"small{i}.onnx", **options)
+        small = onnx_export.dynamic_int8(graph, tmp_path / f"small{i}.onnx", **options)
         assert np.allclose(run(small, x), run(graph, x), rtol=0.02)
 
 
 def test_idle_sessions_leave_the_cores_alone(graphs):
     """Threads that spin on after a run would take the cores from whatever is timed next."""
-    options = inference.session_options(2)
+    options = inference.onnx_session(graphs["vision"], 2).get_session_options()
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
-    assert ort.InferenceSession(str(graphs["vision"]), options).get_session_options().intra_op_num_threads == 2
+    assert options.intra_op_num_threads == 2
 
 
 def test_plain_modules_export_too(tmp_path):
@@ -144,7 +141,7 @@ def test_plain_modules_export_too(tmp_path):
             return self.tower(pixel_values=pixel_values).pooler_output
 
     example = {"pixel_values": torch.randn(2, 3, 32, 32)}
-    path = onnx_graphs.to_onnx(Pooled(), example, tmp_path / "siglip.onnx", {"pixel_values": {0: "batch"}})
+    path = onnx_export.to_onnx(Pooled(), example, tmp_path / "siglip.onnx", {"pixel_values": {0: "batch"}})
     for n in (1, 2):
         x = torch.randn(n, 3, 32, 32)
         with torch.no_grad():
@@ -157,10 +154,10 @@ def test_plain_modules_export_too(tmp_path):
 
 def test_export_wants_fp32_and_an_idefics(tmp_path):
     with pytest.raises(UserError, match=r"bfloat16; it starts from float32"):
-        attached.export_parts(quantize.bf16(tiny.house()), tmp_path)
+        onnx_export.export_parts(quantize.bf16(tiny.house()), tmp_path)
     for other in (tiny.llava(), tiny.qwen2_5_vl(), torch.nn.Linear(2, 2)):
         with pytest.raises(UserError, match="not built like Idefics3"):
-            attached.export_parts(other, tmp_path)
+            onnx_export.export_parts(other, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -169,34 +166,34 @@ def test_a_failing_export_leaves_the_older_one(tmp_path):
     broken = tiny.house()
     broken.model.text_model.norm = torch.nn.Linear(1, 1)  # the second graph cannot be traced
     with pytest.raises(Exception):  # noqa: B017 - whatever torch.export raises
-        attached.export_parts(broken, tmp_path)
+        onnx_export.export_parts(broken, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["vision.onnx"]
     assert (tmp_path / "vision.onnx").read_text() == "older"
 
 
 def test_bad_requests(graphs, vlm, tmp_path):
     with pytest.raises(UserError, match="no graph at"):
-        onnx_quantize.dynamic_int8(tmp_path / "none.onnx", tmp_path / "out.onnx")
+        onnx_export.dynamic_int8(tmp_path / "none.onnx", tmp_path / "out.onnx")
     with pytest.raises(UserError, match="'int4'; expected one of uint8, int8"):
-        onnx_quantize.dynamic_int8(graphs["vision"], tmp_path / "out.onnx", weights="int4")
+        onnx_export.dynamic_int8(graphs["vision"], tmp_path / "out.onnx", weights="int4")
     with pytest.raises(UserError, match="no calibration feeds"):
-        onnx_quantize.static_int8(graphs["vision"], [], tmp_path / "out.onnx")
+        onnx_export.static_int8(graphs["vision"], [], tmp_path / "out.onnx")
     with pytest.raises(UserError, match="'Mean'; expected one of MinMax"):
-        onnx_quantize.static_int8(graphs["vision"], [{}], tmp_path / "out.onnx", method="Mean")
-    with pytest.raises(UserError, match="no file"):
-        attached.attach(vlm, {"vision": tmp_path / "none.onnx"})
+        onnx_export.static_int8(graphs["vision"], [{}], tmp_path / "out.onnx", onnx_export.StaticConfig("Mean"))
+    with pytest.raises(UserError, match="no such file"):
+        onnx_export.attach(vlm, {"vision": tmp_path / "none.onnx"})
     with pytest.raises(UserError, match="graphs for tower; expected vision and language"):
-        attached.attach(vlm, {"tower": graphs["vision"]})
+        onnx_export.attach(vlm, {"tower": graphs["vision"]})
     assert not list(tmp_path.iterdir())
 
 
 def test_padded_pictures_and_caches_are_refused(vlm, graphs, batches):
-    twin = attached.attach(vlm, graphs)
+    twin = onnx_export.attach(vlm, graphs)
     inputs = {k: v.clone() for k, v in batches[0].items()}
     size = inputs["pixel_values"].shape[-1]
     inputs["pixel_attention_mask"] = torch.ones(1, 1, size, size, dtype=torch.int64)
     inputs["pixel_attention_mask"][..., size // 2 :] = 0
-    with pytest.raises(UserError, match="a picture is padded"):
+    with pytest.raises(UserError, match="an image is padded"):
         twin(**inputs)
     cache = vlm(**batches[0], use_cache=True).past_key_values
     with pytest.raises(UserError, match="no KV cache"):
@@ -214,8 +211,8 @@ def test_a_missing_runtime_names_the_extra(monkeypatch, graphs):
 
 def test_quiet(vlm, graphs, tmp_path, capfd):
     level = logging.getLogger().level
-    onnx_quantize.dynamic_int8(graphs["language"], tmp_path / "small.onnx")
-    attached.export_parts(tiny.house(), tmp_path)
+    onnx_export.dynamic_int8(graphs["language"], tmp_path / "small.onnx")
+    onnx_export.export_parts(tiny.house(), tmp_path)
     out, err = capfd.readouterr()
     assert out == "" and err == ""
     assert logging.getLogger().level == level

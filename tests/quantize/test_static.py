@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from mmrecipes import data, inference, models, quantize
+from mmrecipes import data, models, quantize
 from mmrecipes.data import families, scenes
 from mmrecipes.errors import UserError
-from mmrecipes.export.onnx import quantize as onnx_quantize
-from mmrecipes.export.onnx import tensorrt
+from mmrecipes.export import onnx as onnx_export
 from mmrecipes.mini import cnn
 
 
@@ -25,6 +24,7 @@ def clip6(y: torch.Tensor) -> torch.Tensor:
 
 
 OBSERVERS = sorted(quantize.OBSERVERS)
+EXPLICIT, FOR_CPU = (onnx_export.StaticConfig(layers="all", explicit=e) for e in (True, False))
 values = st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=60).map(lambda v: torch.tensor(v, dtype=torch.float32))
 
 
@@ -52,7 +52,7 @@ def calibration():
 
 @pytest.fixture(scope="module")
 def floats(tower, calibration, tmp_path_factory):
-    return onnx_quantize.vision_to_onnx(tower, calibration, tmp_path_factory.mktemp("onnx") / "float.onnx")
+    return onnx_export.vision_to_onnx(tower, calibration, tmp_path_factory.mktemp("onnx") / "float.onnx")
 
 
 def share(run) -> float:
@@ -235,24 +235,25 @@ def test_foreign_cnns_go_through_everything(kind, tmp_path):
     simulated = quantize.simulate_static(folded, quantize.ranges(quantize.histograms(folded, x), "min-max"))
     assert 0 < moved(logits(simulated, x), wanted) < 0.1
     assert moved(logits(quantize.pt2e(model, x), x), wanted) < 0.15
-    path = onnx_quantize.qdq(model, x, tmp_path / "int8.onnx")
-    assert tensorrt.check_explicit_int8(path)["layers"] > 3
+    graph = onnx_export.vision_to_onnx(model, x, tmp_path / "float.onnx")
+    path = onnx_export.static_int8(graph, [x], tmp_path / "int8.onnx", EXPLICIT)
+    assert onnx_export.check_explicit_int8(path)["layers"] > 3
     # as written: the kernels of a CPU without VNNI saturate on 8-bit weights, which the other file avoids
-    assert moved(inference.vision_session(path, as_written=True)(x), wanted) < 0.1
-    for_the_cpu = onnx_quantize.qdq(model, x, tmp_path / "uint8.onnx", explicit=False)
-    assert moved(inference.vision_session(for_the_cpu)(x), wanted) < 0.1
+    assert moved(onnx_export.tensor_session(path, as_written=True)(x), wanted) < 0.1
+    for_the_cpu = onnx_export.static_int8(graph, [x], tmp_path / "uint8.onnx", FOR_CPU)
+    assert moved(onnx_export.tensor_session(for_the_cpu)(x), wanted) < 0.1
 
 
 def test_pt2e_and_qdq_keep_the_house_cnns_accuracy(tower, calibration, floats, tmp_path):
     base = share(lambda x: logits(tower, x))
     assert base > 90
-    assert moved(inference.vision_session(floats)(calibration[:4]), logits(tower, calibration[:4])) < 1e-4
+    assert moved(onnx_export.tensor_session(floats)(calibration[:4]), logits(tower, calibration[:4])) < 1e-4
     graph = quantize.pt2e(tower, calibration)
     assert share(lambda x: logits(graph, x)) > base - 2.5
-    for explicit in (True, False):
-        path = onnx_quantize.qdq(floats, calibration, tmp_path / "int8.onnx", explicit=explicit)
+    for config in (EXPLICIT, FOR_CPU):
+        path = onnx_export.static_int8(floats, calibration.split(32), tmp_path / "int8.onnx", config)
         assert path.stat().st_size < 0.5 * floats.stat().st_size
-        assert share(inference.vision_session(path)) > base - 2.5
+        assert share(onnx_export.tensor_session(path)) > base - 2.5
 
 
 def test_a_scale_a_tensor_leaves_a_larger_error_of_the_weights_than_one_a_channel(tower, calibration):
@@ -295,17 +296,22 @@ def test_the_doctor_finds_what_resists_in_a_plain_tower(what, calibration):
 
 
 def test_the_check_accepts_what_tensorrt_takes_and_refuses_the_rest(floats, calibration, tmp_path):
-    good = onnx_quantize.qdq(floats, calibration[:4], tmp_path / "good.onnx")
-    found = tensorrt.check_explicit_int8(good)
+    good = onnx_export.static_int8(floats, [calibration[:4]], tmp_path / "good.onnx", EXPLICIT)
+    found = onnx_export.check_explicit_int8(good)
     assert found["layers"] > 20 and found["dequantize"] >= found["quantize"] > 20
-    affine = onnx_quantize.qdq(floats, calibration[:4], tmp_path / "affine.onnx", explicit=False)
+    affine = onnx_export.static_int8(floats, [calibration[:4]], tmp_path / "affine.onnx", FOR_CPU)
     with pytest.raises(UserError, match=r"INT32|zero point"):
-        tensorrt.check_explicit_int8(affine)
+        onnx_export.check_explicit_int8(affine)
     with pytest.raises(UserError, match="no layer"):
-        tensorrt.check_explicit_int8(floats)
+        onnx_export.check_explicit_int8(floats)
     (tmp_path / "text.onnx").write_text("not a model")
     with pytest.raises(UserError, match="not an ONNX file"):
-        tensorrt.check_explicit_int8(tmp_path / "text.onnx")
+        onnx_export.check_explicit_int8(tmp_path / "text.onnx")
+
+
+@pytest.fixture(scope="module")
+def explicit(floats, calibration, tmp_path_factory):
+    return onnx_export.static_int8(floats, [calibration[:2]], tmp_path_factory.mktemp("onnx") / "good.onnx", EXPLICIT)
 
 
 def broken(good, out, change):
@@ -363,27 +369,26 @@ def _operator(graph, constant):
         (_operator, "operator of ONNX Runtime"),
     ],
 )
-def test_every_rule_of_the_check_bites(change, words, floats, calibration, tmp_path):
-    good = onnx_quantize.qdq(floats, calibration[:2], tmp_path / "good.onnx")
+def test_every_rule_of_the_check_bites(change, words, explicit, tmp_path):
     with pytest.raises(UserError, match=words):
-        tensorrt.check_explicit_int8(broken(good, tmp_path / "bad.onnx", change))
+        onnx_export.check_explicit_int8(broken(explicit, tmp_path / "bad.onnx", change))
 
 
 def test_nothing_half_written_is_left_and_logging_is_as_before(tower, floats, calibration, tmp_path):
     level = logging.getLogger().level
     with pytest.raises(UserError, match="method"):
-        onnx_quantize.qdq(floats, calibration, tmp_path / "a.onnx", "Best")
+        onnx_export.static_int8(floats, [calibration], tmp_path / "a.onnx", onnx_export.StaticConfig("Best"))
     with pytest.raises(UserError, match="none, or not all finite"):
         quantize.histograms(tower, calibration[:1] * torch.nan)
     with pytest.raises(UserError, match="could not be written"):
-        onnx_quantize.vision_to_onnx(tower, calibration, tmp_path / "no" / "folder" / "a.onnx")
+        onnx_export.vision_to_onnx(tower, calibration, tmp_path / "no" / "folder" / "a.onnx")
     (tmp_path / "a.onnx").write_text("older")
     with pytest.raises(UserError, match="not an ONNX file"):
-        onnx_quantize.qdq(tmp_path / "a.onnx", calibration, tmp_path / "a.onnx")
+        onnx_export.static_int8(tmp_path / "a.onnx", [calibration], tmp_path / "a.onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"] and (tmp_path / "a.onnx").read_text() == "older"
     assert logging.getLogger().level == level
     with pytest.raises(UserError, match="cannot load"):
-        inference.vision_session(tmp_path / "a.onnx")
+        onnx_export.tensor_session(tmp_path / "a.onnx")
 
 
 def test_the_wrong_domain_gives_other_ranges(tower, calibration):

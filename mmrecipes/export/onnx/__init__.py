@@ -5,11 +5,11 @@ from mmrecipes.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "attached": "LanguageWithoutCache PARTS attach export_parts",
+        "attached": "attach export_parts tensor_session",
         "backend": "OUTLIER_LAYERS write_onnx",
-        "graphs": "MAX_BYTES check_float32 module_scopes nodes_of_modules save_onnx strip_metadata to_onnx",
+        "graphs": "MAX_BYTES module_scopes nodes_of_modules save_onnx strip_metadata to_onnx",
         "nbits": "to_dynamic_int8 to_nbits",
-        "quantize": "dynamic_int8 prepared qdq static_int8 vision_to_onnx",
+        "quantize": "LAYERS StaticConfig dynamic_int8 prepared static_int8 vision_to_onnx",
         "tensorrt": "check_explicit_int8",
     },
 )

@@ -4,62 +4,52 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from mmrecipes.errors import UserError
-from mmrecipes.export.onnx.graphs import check_float32, to_onnx
-from mmrecipes.export.wrappers import Idefics3Vision
-from mmrecipes.inference.session import onnx_session
-
-PARTS = ("vision", "language")
+from mmrecipes.export.onnx.graphs import to_onnx
+from mmrecipes.export.wrappers import Idefics3Vision, LanguageWithoutCache, check_float32
+from mmrecipes.inference.backends import PARTS, onnx_session
 
 
-class LanguageWithoutCache(nn.Module):
-    """inputs_embeds (B, T, D) and attention_mask (B, T), 1 for real tokens -> last hidden states (B, T, D) after the norm."""
+def tensor_session(path: str | Path, threads: int | None = None, as_written: bool = False) -> Callable[..., Tensor]:
+    """A function that runs the graph at `path` on tensors, its inputs in their order, and returns its first output.
 
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.decoder = model.model.text_model
+    With as many `threads` as PyTorch uses, unless it is told otherwise. Otherwise as `inference.onnx_session`.
+    """
+    session = onnx_session(path, threads or torch.get_num_threads(), as_written)
+    names = [i.name for i in session.get_inputs()]
 
-    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # the first real token is at 0, however much padding precedes it
-        at = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
-        seen = (at[None, :] <= at[:, None])[None, None] & (attention_mask[:, None, None, :] > 0)
-        # finite, not -inf: a padding token sees nobody, and its row must not become NaN
-        mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
-        return self.decoder(
-            inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=positions, use_cache=False
-        ).last_hidden_state
+    def run(*inputs: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {n: x.detach().numpy() for n, x in zip(names, inputs, strict=True)})[0])
 
-
-# ---- export
+    return run
 
 
 def export_parts(model: nn.Module, folder: str | Path) -> dict[str, Path]:
     """`vision.onnx` and `language.onnx` of a float32 Idefics3-class VLM (SmolVLM, `mini-vlm`) in `folder`, both or neither.
 
-    Batch and text length are free; pictures are whole and of the model's own size. Raises UserError for another architecture,
+    Batch and text length are free; images are whole and of the model's own size. Raises UserError for another architecture,
     another dtype, or weights that one file cannot hold; ImportError where onnx or onnxscript is missing.
     """
     core = getattr(model, "model", None)
-    if not all(hasattr(core, n) for n in ("vision_model", "connector", "text_model")) or not hasattr(
-        core.vision_model, "post_layernorm"
-    ):
+    alike = all(hasattr(core, name) for name in ("vision_model", "connector", "text_model"))
+    if not alike or not hasattr(core.vision_model, "post_layernorm"):
         raise UserError(f"export: {type(model).__name__} is not built like Idefics3; export its parts with onnx.graphs.to_onnx")
     check_float32(model)
     modules = {"vision": Idefics3Vision(model), "language": LanguageWithoutCache(model)}
-    size, width = core.vision_model.config.image_size, core.text_model.config.hidden_size
+    size, hidden_size = core.vision_model.config.image_size, core.text_model.config.hidden_size
     mask = torch.ones(2, 12, dtype=torch.int64)
     mask[1, :3] = 0
     examples = {
         "vision": {"pixel_values": torch.randn(2, 3, size, size)},
-        "language": {"inputs_embeds": torch.randn(2, 12, width), "attention_mask": mask},
+        "language": {"inputs_embeds": torch.randn(2, 12, hidden_size), "attention_mask": mask},
     }
-    free = {"pixel_values": {0: "batch"}} | {k: {0: "batch", 1: "tokens"} for k in ("inputs_embeds", "attention_mask")}
+    free = {"pixel_values": {0: "batch"}} | {k: {0: "batch", 1: "tokens"} for k in examples["language"]}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as aside:
@@ -68,27 +58,26 @@ def export_parts(model: nn.Module, folder: str | Path) -> dict[str, Path]:
 
 
 class _AttachedVision(nn.Module):
-    """Stands where the vision tower was. The connector is in the graph, so nothing is left for the module of that name."""
+    """Stands where the vision encoder was. The connector is in the graph, so nothing is left for the module of that name."""
 
-    def __init__(self, graph: Path):
+    def __init__(self, graph: str | Path):
         super().__init__()
-        self.session = onnx_session(graph)
+        self.run = tensor_session(graph)
 
     def forward(self, pixel_values: Tensor, patch_attention_mask: Tensor | None = None, **_: object):
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         if patch_attention_mask is not None and not patch_attention_mask.all():
-            raise UserError("attach: a picture is padded; the graph takes whole pictures of the model's size: resize them to it")
-        found = self.session.run(None, {"pixel_values": pixel_values.numpy()})[0]
-        return BaseModelOutputWithPooling(last_hidden_state=torch.from_numpy(found))
+            raise UserError("attach: an image is padded; the graph takes whole images of the model's size: resize them to it")
+        return BaseModelOutputWithPooling(last_hidden_state=self.run(pixel_values))
 
 
 class _AttachedLanguage(nn.Module):
     """Stands where the language model was. Each call reads the whole text anew: the graph has no KV cache."""
 
-    def __init__(self, graph: Path, embed_tokens: nn.Module):
+    def __init__(self, graph: str | Path, embed_tokens: nn.Module):
         super().__init__()
-        self.embed_tokens, self.session = embed_tokens, onnx_session(graph)
+        self.embed_tokens, self.run = embed_tokens, tensor_session(graph)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
@@ -99,15 +88,14 @@ class _AttachedLanguage(nn.Module):
         if past_key_values is not None and past_key_values.get_seq_length():
             raise UserError("attach: this language model keeps no KV cache; call the model with use_cache=False")
         mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.int64) if attention_mask is None else attention_mask.long()
-        feeds = {"inputs_embeds": inputs_embeds.detach().numpy(), "attention_mask": mask.numpy()}
-        return BaseModelOutputWithPast(last_hidden_state=torch.from_numpy(self.session.run(None, feeds)[0]))
+        return BaseModelOutputWithPast(last_hidden_state=self.run(inputs_embeds, mask))
 
 
 def attach(model: nn.Module, graphs: Mapping[str, str | Path]) -> nn.Module:
     """A copy of `model` that computes in ONNX Runtime where `graphs` has a "vision" or a "language" file, else as before.
 
-    `mmr.ask`, `evaluate.vqa` and `generate` work on it. Without a KV cache each new token reads the whole text again; the picture
-    is still looked at once an answer.
+    `mmr.ask`, `evaluate.vqa` and `generate` work on it. Without a KV cache each new token reads the whole text again; the image
+    is still encoded once an answer.
     """
     if unknown := set(graphs) - set(PARTS):
         raise UserError(f"attach: graphs for {', '.join(sorted(unknown))}; expected {' and '.join(PARTS)}, as export gives them")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrecipes.errors import UserError, require
+from mmrecipes.export.wrappers import check_float32
 from mmrecipes.models.saving import written_aside
 from mmrecipes.quiet import library_logs
 
@@ -52,16 +53,10 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, Tensor], path: str | Path, f
     return Path(path)
 
 
-def check_float32(module: nn.Module) -> None:
-    wrong = next((p.dtype for p in module.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
-    if wrong:
-        raise UserError(f"export: the weights are {wrong}; it starts from float32, so load the model with dtype=torch.float32")
-
-
 def _attention() -> Callable:
     """How scaled_dot_product_attention is written in ONNX: one MultiHeadAttention node of ONNX Runtime's own.
 
-    Written out in MatMul and Softmax it would store all scores of a picture, and take half as long again.
+    Written out in MatMul and Softmax it would store all scores of an image, and take half as long again.
     """
     from onnx.defs import OpSchema
     from onnxscript import opset20 as op
@@ -79,13 +74,14 @@ def _attention() -> Callable:
     fused = Op(Opset("com.microsoft", 1), "MultiHeadAttention", schema)
 
     def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        heads, width = query.shape[1], query.shape[3]
+        heads, head_dim = query.shape[1], query.shape[3]
 
-        def flat(x):  # (B, heads, T, width) -> (B, T, heads * width)
+        def flat(x):  # (B, heads, T, head_dim) -> (B, T, heads * head_dim)
             return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, -1]))
 
-        found = fused(flat(query), flat(key), flat(value), None, None, attn_mask, num_heads=heads, scale=scale or width**-0.5)
-        return op.Transpose(op.Reshape(found, op.Constant(value_ints=[0, 0, heads, -1])), perm=[0, 2, 1, 3])
+        inputs = (flat(query), flat(key), flat(value), None, None, attn_mask)
+        out = fused(*inputs, num_heads=heads, scale=scale or head_dim**-0.5)
+        return op.Transpose(op.Reshape(out, op.Constant(value_ints=[0, 0, heads, -1])), perm=[0, 2, 1, 3])
 
     return attend
 
@@ -94,10 +90,10 @@ def nodes_of_modules(graph: str | Path, keep: Sequence[str]) -> list[str]:
     """Names of the graph's nodes that come from modules of which a name in `keep` is part; the exporter noted the modules."""
     if not keep:
         return []
-    found = module_scopes(graph)
-    if missing := [k for k in keep if not any(k in scope for scope in found.values())]:
+    scopes = module_scopes(graph)
+    if missing := [k for k in keep if not any(k in scope for scope in scopes.values())]:
         raise UserError(f"keep={missing[0]!r}: {graph} has no module of that name; leave it out")
-    return [name for name, scope in found.items() if any(k in scope for k in keep)]
+    return [name for name, scope in scopes.items() if any(k in scope for k in keep)]
 
 
 def module_scopes(graph: str | Path) -> dict[str, str]:

@@ -35,15 +35,15 @@ tiles = tiles.reshape(-1, 1, *tiles.shape[-3:])
 features = [vision.execute([tile.contiguous()])[0].clone() for tile in tiles]
 features = torch.cat([tokens.reshape(-1, tokens.shape[-1]) for tokens in features])
 
-# The second reads token ids and visual tokens, and finds the next token. Its KV cache is inside, and `before` says how many
-# tokens of it count.
-stop = json.loads((HERE / "export.json").read_text())["stop"]
-ids, before, answer = torch.from_numpy(inputs["input_ids"].astype(np.int64)), 0, []
+# The second reads token ids and visual tokens, and finds the next token. Its KV cache is inside, and `cache_length` says
+# how many tokens of it count.
+eos_token_ids = json.loads((HERE / "mmrecipes_export.json").read_text())["eos_token_ids"]
+ids, cache_length, answer = torch.from_numpy(inputs["input_ids"].astype(np.int64)), 0, []
 while len(answer) < MOST:
-    logits = language.execute([ids, features, torch.tensor([before])])[0]
-    before += ids.shape[1]
+    logits = language.execute([ids, features, torch.tensor([cache_length])])[0]
+    cache_length += ids.shape[1]
     token = int(logits[0, -1].argmax())  # greedy: always the likeliest
-    if token in stop:
+    if token in eos_token_ids:
         break
     answer.append(token)
     ids = torch.tensor([[token]])  # from now on only the new token goes in

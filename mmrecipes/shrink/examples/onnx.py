@@ -37,13 +37,13 @@ features = np.concatenate([tokens.reshape(-1, tokens.shape[-1]) for tokens in fe
 # its third axis counts tokens.
 past = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in language.get_inputs()[2:]}
 outputs = ["logits", *(name.replace("input.", "output.", 1) for name in past)]
-stop = json.loads((HERE / "export.json").read_text())["stop"]
+eos_token_ids = json.loads((HERE / "mmrecipes_export.json").read_text())["eos_token_ids"]
 ids, answer = inputs["input_ids"].astype(np.int64), []
 while len(answer) < MOST:
     logits, *new = language.run(outputs, {"input_ids": ids, "image_features": features, **past})
     past = dict(zip(past, new, strict=True))
     token = int(logits[0, -1].argmax())  # greedy: always the likeliest
-    if token in stop:
+    if token in eos_token_ids:
         break
     answer.append(token)
     ids = np.array([[token]])  # from now on only the new token goes in

@@ -36,12 +36,12 @@ features = np.concatenate([tokens.reshape(-1, tokens.shape[-1]) for tokens in fe
 
 # The second reads token ids and visual tokens after what its KV cache holds, and finds the next token. The cache is inside.
 language.reset_state()
-stop = json.loads((HERE / "export.json").read_text())["stop"]
+eos_token_ids = json.loads((HERE / "mmrecipes_export.json").read_text())["eos_token_ids"]
 ids, answer = inputs["input_ids"].astype(np.int64), []
 while len(answer) < MOST:
     given = {"input_ids": ids, "image_features": features, "beam_idx": np.zeros(1, np.int32)}
     token = int(language.infer(given)["logits"][0, -1].argmax())  # greedy: always the likeliest
-    if token in stop:
+    if token in eos_token_ids:
         break
     answer.append(token)
     ids = np.array([[token]])  # from now on only the new token goes in
