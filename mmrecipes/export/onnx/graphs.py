@@ -1,8 +1,4 @@
-"""Weights of 4 or 8 bits in an ONNX graph: ONNX Runtime's MatMulNBits for products and GatherBlockQuantized for embeddings.
-
-Groups of 32 weights along the inputs share a scale, zero is in the middle, and products round activations to int8 by the same
-groups (`accuracy_level` 4, the fast one). Notebook 14 compares this kernel with the others.
-"""
+"""A module as an ONNX graph, which module each of its nodes came from, and how graphs are saved."""
 
 from __future__ import annotations
 

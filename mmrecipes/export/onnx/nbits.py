@@ -1,4 +1,8 @@
-"""Weights of 4 or 8 bits in an ONNX graph: MatMulNBits for products, GatherBlockQuantized for embeddings (notebook 14)."""
+"""Weights of 4 or 8 bits in an ONNX graph: MatMulNBits for products, GatherBlockQuantized for embeddings (notebook 14).
+
+Groups of 32 weights along the inputs share a scale, zero is in the middle, and products round activations to int8 by the same
+groups (`accuracy_level` 4, the fast one).
+"""
 
 from __future__ import annotations
 

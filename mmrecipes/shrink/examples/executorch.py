@@ -1,4 +1,4 @@
-"""Ask the model in this folder about a picture: python example.py PICTURE "QUESTION"
+"""Ask the model in this folder about an image: python example.py IMAGE "QUESTION"
 
 Needs executorch, torch (for its tensors), transformers, pillow and numpy. On a phone the same two programs run from Kotlin, Swift
 or C++ (link extension_llm_custom_ops beside the XNNPACK backend); what happens around them is this.
@@ -16,18 +16,18 @@ from PIL import Image, ImageOps
 from transformers import AutoProcessor
 
 HERE = Path(__file__).resolve().parent
-MOST = 64  # tokens of an answer, at most
+MAX_NEW_TOKENS = 64
 if len(sys.argv) != 3:
     sys.exit(__doc__)
 
-# The picture, scaled as the model wants it, and the question in the model's chat format, as token ids.
+# The image, scaled as the model wants it, and the question in the model's chat format, as token ids.
 processor = AutoProcessor.from_pretrained(HERE)
-picture, question = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB"), sys.argv[2]
+image, question = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB"), sys.argv[2]
 messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-inputs = processor(text=[prompt], images=[[picture]], return_tensors="np")
+inputs = processor(text=[prompt], images=[[image]], return_tensors="np")
 
-# Two programs. The first turns pictures (or tiles of one) into visual tokens, one after the other.
+# Two programs. The first turns images (or tiles of one) into visual tokens, one after the other.
 programs = [Runtime.get().load_program(HERE / f"{name}.pte") for name in ("vision", "language")]
 vision, language = (program.load_method("forward") for program in programs)
 tiles = torch.from_numpy(inputs["pixel_values"].astype(np.float32))
@@ -39,7 +39,7 @@ features = torch.cat([tokens.reshape(-1, tokens.shape[-1]) for tokens in feature
 # how many tokens of it count.
 eos_token_ids = json.loads((HERE / "mmrecipes_export.json").read_text())["eos_token_ids"]
 ids, cache_length, answer = torch.from_numpy(inputs["input_ids"].astype(np.int64)), 0, []
-while len(answer) < MOST:
+while len(answer) < MAX_NEW_TOKENS:
     logits = language.execute([ids, features, torch.tensor([cache_length])])[0]
     cache_length += ids.shape[1]
     token = int(logits[0, -1].argmax())  # greedy: always the likeliest

@@ -1,4 +1,4 @@
-"""Ask the model in this folder about a picture: python example.py PICTURE "QUESTION"
+"""Ask the model in this folder about an image: python example.py IMAGE "QUESTION"
 
 Needs onnxruntime, transformers, pillow and numpy. Take what you need.
 """
@@ -13,18 +13,18 @@ from PIL import Image, ImageOps
 from transformers import AutoProcessor
 
 HERE = Path(__file__).resolve().parent
-MOST = 64  # tokens of an answer, at most
+MAX_NEW_TOKENS = 64
 if len(sys.argv) != 3:
     sys.exit(__doc__)
 
-# The picture, scaled as the model wants it, and the question in the model's chat format, as token ids.
+# The image, scaled as the model wants it, and the question in the model's chat format, as token ids.
 processor = AutoProcessor.from_pretrained(HERE)
-picture, question = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB"), sys.argv[2]
+image, question = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB"), sys.argv[2]
 messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-inputs = processor(text=[prompt], images=[[picture]], return_tensors="np")
+inputs = processor(text=[prompt], images=[[image]], return_tensors="np")
 
-# Two graphs. The first turns pictures (or tiles of one) into visual tokens, one after the other.
+# Two graphs. The first turns images (or tiles of one) into visual tokens, one after the other.
 vision, language = (
     ort.InferenceSession(str(HERE / f"{name}.onnx"), providers=["CPUExecutionProvider"]) for name in ("vision", "language")
 )
@@ -39,7 +39,7 @@ past = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in la
 outputs = ["logits", *(name.replace("input.", "output.", 1) for name in past)]
 eos_token_ids = json.loads((HERE / "mmrecipes_export.json").read_text())["eos_token_ids"]
 ids, answer = inputs["input_ids"].astype(np.int64), []
-while len(answer) < MOST:
+while len(answer) < MAX_NEW_TOKENS:
     logits, *new = language.run(outputs, {"input_ids": ids, "image_features": features, **past})
     past = dict(zip(past, new, strict=True))
     token = int(logits[0, -1].argmax())  # greedy: always the likeliest

@@ -1,4 +1,4 @@
-"""Ask the model in this folder about a picture: python example.py PICTURE "QUESTION"
+"""Ask the model in this folder about an image: python example.py IMAGE "QUESTION"
 
 Needs openvino, transformers, pillow and numpy. Take what you need.
 """
@@ -13,18 +13,18 @@ from PIL import Image, ImageOps
 from transformers import AutoProcessor
 
 HERE = Path(__file__).resolve().parent
-MOST = 64  # tokens of an answer, at most
+MAX_NEW_TOKENS = 64
 if len(sys.argv) != 3:
     sys.exit(__doc__)
 
-# The picture, scaled as the model wants it, and the question in the model's chat format, as token ids.
+# The image, scaled as the model wants it, and the question in the model's chat format, as token ids.
 processor = AutoProcessor.from_pretrained(HERE)
-picture, question = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB"), sys.argv[2]
+image, question = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB"), sys.argv[2]
 messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-inputs = processor(text=[prompt], images=[[picture]], return_tensors="np")
+inputs = processor(text=[prompt], images=[[image]], return_tensors="np")
 
-# Two graphs. The first turns pictures (or tiles of one) into visual tokens, one after the other. "f32" is what the model was
+# Two graphs. The first turns images (or tiles of one) into visual tokens, one after the other. "f32" is what the model was
 # checked in; without it a CPU with instructions for bf16 would compute in that.
 core, settings = ov.Core(), {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
 vision, language = (
@@ -38,7 +38,7 @@ features = np.concatenate([tokens.reshape(-1, tokens.shape[-1]) for tokens in fe
 language.reset_state()
 eos_token_ids = json.loads((HERE / "mmrecipes_export.json").read_text())["eos_token_ids"]
 ids, answer = inputs["input_ids"].astype(np.int64), []
-while len(answer) < MOST:
+while len(answer) < MAX_NEW_TOKENS:
     given = {"input_ids": ids, "image_features": features, "beam_idx": np.zeros(1, np.int32)}
     token = int(language.infer(given)["logits"][0, -1].argmax())  # greedy: always the likeliest
     if token in eos_token_ids:

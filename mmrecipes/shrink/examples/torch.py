@@ -1,4 +1,4 @@
-"""Ask the model in this folder about a picture: python example.py PICTURE "QUESTION"
+"""Ask the model in this folder about an image: python example.py IMAGE "QUESTION"
 
 Needs torch, transformers, bitsandbytes, accelerate and pillow. Take what you need.
 """
@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 HERE = Path(__file__).resolve().parent
-MOST = 64  # tokens of an answer, at most
+MAX_NEW_TOKENS = 64
 if len(sys.argv) != 3:
     sys.exit(__doc__)
 
@@ -28,15 +28,15 @@ if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2") and model.devi
         if hasattr(layer, "compute_dtype"):
             layer.compute_dtype = torch.float32
 
-# The picture, scaled as the model wants it, and the question in the model's chat format, as token ids.
-picture, question = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB"), sys.argv[2]
+# The image, scaled as the model wants it, and the question in the model's chat format, as token ids.
+image, question = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB"), sys.argv[2]
 messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-inputs = processor(text=[prompt], images=[[picture]], return_tensors="pt")
+inputs = processor(text=[prompt], images=[[image]], return_tensors="pt")
 dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 # Greedy decoding, with a KV cache.
 with torch.inference_mode():
-    ids = model.generate(**inputs.to(model.device, dtype), do_sample=False, max_new_tokens=MOST)
+    ids = model.generate(**inputs.to(model.device, dtype), do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
 answer = ids[0, inputs["input_ids"].shape[1] :]
 print(processor.tokenizer.decode(answer, skip_special_tokens=True).strip())
