@@ -133,7 +133,7 @@ def prepared(graph: str | Path) -> Iterator[str]:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     if not Path(graph).is_file():
-        raise UserError(f"no graph at {graph}; make it with onnx.attached.export_parts")
+        raise UserError(f"no graph at {graph}; make it with export.onnx.to_onnx")
     with tempfile.TemporaryDirectory(prefix="mmrecipes-") as folder, library_logs():
         try:
             model = onnx.load(str(graph))
