@@ -10,6 +10,7 @@ from torch import nn
 from mmrecipes.errors import UserError
 from mmrecipes.quantize import nf4
 from mmrecipes.quantize.groups import GROUP
+from mmrecipes.quantize.rounding import packed_weight_bytes
 from mmrecipes.shrink.source import Source
 
 UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -47,11 +48,11 @@ def _packed_bytes(source: Source, name: str, bits: int) -> int:
     embedding = isinstance(module, nn.Embedding)
     head = getattr(source.model.get_output_embeddings(), "weight", None)
     copies = 2 if embedding and head is module.weight else 1  # a tied head is stored a second time, to multiply with
-    weights, rows = module.weight.numel(), len(module.weight)
+    weights = module.weight.numel()
     if runtime == "torch":
         return nf4.nf4_bytes(module.weight) if bits == 4 else 2 * weights
-    grouped = weights * bits // 8 + weights // GROUP * 4  # a float32 scale a group
-    channels = weights + 5 * rows  # a scale and a zero point a row
+    grouped = packed_weight_bytes(module.weight, bits, "group", GROUP, scale_bytes=4)
+    channels = packed_weight_bytes(module.weight, 8, "channel", scale_bytes=5)  # a float32 scale and a zero point a row
     if runtime == "executorch" and embedding:  # only the head's copy is rounded
         return 4 * weights + (copies - 1) * (grouped if bits == 4 else channels)
     if runtime != "onnx":

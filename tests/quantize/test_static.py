@@ -163,7 +163,7 @@ def test_histograms_of_batches_are_those_of_the_whole(tower, calibration):
     for name in one:
         assert np.isclose(one[name].counts.sum(), many[name].counts.sum())
         assert np.allclose([one[name].low, one[name].high], [many[name].low, many[name].high], rtol=1e-3, atol=1e-5)
-    with pytest.raises(UserError, match="pictures"):
+    with pytest.raises(UserError, match="images"):
         quantize.histograms(tower, calibration[:0])
 
 
