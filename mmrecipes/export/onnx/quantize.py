@@ -25,7 +25,7 @@ LAYERS = {"products": PRODUCTS, "convolutions": ["Conv"], "all": None}
 def vision_to_onnx(model: nn.Module, images: Tensor, out: str | Path) -> Path:
     """Write a vision model (`images` (N, 3, H, W) to logits or hidden states) as a float32 graph, the batch left open."""
     plain = SingleOutput(modules.clone(model))
-    return to_onnx(plain, {"pictures": batch_of_two(images)}, out, {"pictures": {0: "batch"}})
+    return to_onnx(plain, {"images": batch_of_two(images)}, out, {"images": {0: "batch"}})
 
 
 def dynamic_int8(
