@@ -103,15 +103,13 @@ class ChatBatches(SceneBatches):
 
     def __getitem__(self, i: int) -> ChatBatch:
         drawn = self.draw(i)
-        rows = [self._row(s) for s in drawn]
-        longest = -(-max(len(r[0]) for r in rows) // 8) * 8
-        ids, answers, segments, positions = (torch.zeros(self.batch, longest, dtype=torch.long) for _ in range(4))
-        answers.fill_(-100)
-        segments.fill_(-1)
-        for k, row in enumerate(rows):
-            for tensor, values in zip((ids, answers, segments, positions), row[:4], strict=True):
-                tensor[k, : len(values)] = torch.tensor(values)
-        kinds = torch.tensor([r[4] for r in rows])
+        *columns, kinds = zip(*(self._row(s) for s in drawn), strict=True)
+        longest = -(-max(map(len, columns[0])) // 8) * 8
+        ids, answers, segments, positions = (
+            torch.tensor([row + [fill] * (longest - len(row)) for row in column])
+            for column, fill in zip(columns, (0, -100, -1, 0), strict=True)
+        )
+        kinds = torch.tensor(kinds)
         asks = (kinds == FAMILIES.index("exists")).gather(1, (segments - 1).clamp(0)) & (segments > 0)
         prompts = ids.where(answers < 0, 0)
         images, labels, centres = _images(drawn)

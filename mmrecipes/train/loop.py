@@ -118,9 +118,10 @@ def fit(
 def _draw(batches: Sequence[Any], begin: int, steps: int, device: torch.device) -> Iterator[Any]:
     """The batches from step `begin` on. Beside a GPU worker processes make those of a torch Dataset, so that it need not wait."""
     if device.type == "cpu" or not isinstance(batches, torch.utils.data.Dataset):
-        return (batches[step] for step in range(begin, steps))
-    rest = torch.utils.data.Subset(batches, range(begin, steps))
-    return iter(torch.utils.data.DataLoader(rest, batch_size=None, num_workers=min(8, os.cpu_count() or 1)))
+        yield from (batches[step] for step in range(begin, steps))
+    else:
+        rest = torch.utils.data.Subset(batches, range(begin, steps))
+        yield from torch.utils.data.DataLoader(rest, batch_size=None, num_workers=min(8, os.cpu_count() or 1))
 
 
 def _backward(accelerator: Any, module: nn.Module, batch: Any, config: TrainConfig) -> tuple[float, dict[str, float]]:
