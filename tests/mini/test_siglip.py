@@ -118,7 +118,7 @@ def test_it_loads_without_this_package():
 
 
 def test_it_cannot_chat_and_says_so(house):
-    with pytest.raises(UserError, match="compares pictures with texts"):
+    with pytest.raises(UserError, match="compares images with texts"):
         models.chat(house, scenes.render(scenes.make_scene(1)), "What is this?")
 
 
