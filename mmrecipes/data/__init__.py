@@ -1,4 +1,4 @@
-"""The scenes, their questions and captions as datasets; folders of a user's own images; the seeds of every split."""
+"""The scenes, their questions and captions as datasets, and the seeds of every split."""
 
 from mmrecipes.lazy import lazy_exports
 
@@ -7,7 +7,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "datasets": "TEST_FILE calibration encode_png image_rows majority_floor questions test_split",
         "families": "",
-        "folders": "GENERAL_QUESTIONS gather read_folder",
         "scenes": "",
         "splits": "BLOCKS SPLITS block",
     },

@@ -5,9 +5,6 @@ from mmrecipes.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "fidelity": (
-            "Loss MAX_ANSWER_TOKENS accuracy_loss agreement_loss greedy_tokens knows right token_agreement with_answers"
-        ),
         "generation": "Result answers eos_token_ids score vqa",
         "likelihood": "answer_logits divergence",
         "retrieval": (

@@ -7,6 +7,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "artifact": "",
         "candidates": "",
+        "fidelity": "",
+        "folders": "",
         "pipeline": "run",
         "report": "",
         "request": "Request",

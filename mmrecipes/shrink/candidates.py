@@ -21,7 +21,7 @@ from mmrecipes.shrink.source import Source
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from mmrecipes.evaluate.fidelity import Loss
+    from mmrecipes.shrink.fidelity import Loss
 
 STEPS = 4  # candidates that are tried without a budget, from 4 bits everywhere to 4 bits nowhere
 

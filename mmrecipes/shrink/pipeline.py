@@ -19,18 +19,17 @@ from rich.console import Console
 from torch import nn
 
 from mmrecipes import quiet
-from mmrecipes.data import folders
 from mmrecipes.errors import UserError, one_line
-from mmrecipes.evaluate import fidelity, likelihood
-from mmrecipes.evaluate.fidelity import Loss
+from mmrecipes.evaluate import likelihood
 from mmrecipes.export import pipeline
 from mmrecipes.models import loading, prompts
 from mmrecipes.models.modules import parts
 from mmrecipes.models.saving import take_place
 from mmrecipes.quantize.mixed_precision import Cost
 from mmrecipes.report import doctor
-from mmrecipes.shrink import artifact, report
+from mmrecipes.shrink import artifact, fidelity, folders, report
 from mmrecipes.shrink.candidates import STEPS, Candidate, best, costs, eligible_units, mixed, round_all, series
+from mmrecipes.shrink.fidelity import Loss
 from mmrecipes.shrink.request import MAX_LOSS, Evaluator, Request, check_request, make_evaluator
 from mmrecipes.shrink.sizes import budget_bytes
 from mmrecipes.shrink.source import Source

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from mmrecipes.evaluate import fidelity, generation
+from mmrecipes.evaluate import generation
 from mmrecipes.measure.size import WEIGHT_FILES
 from mmrecipes.models import saving
 from mmrecipes.report import doctor, page
+from mmrecipes.shrink import fidelity
 from mmrecipes.shrink.artifact import EXAMPLE, IMAGE, open_artifact
 
 if TYPE_CHECKING:

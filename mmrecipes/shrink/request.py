@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from mmrecipes.errors import UserError, require
-from mmrecipes.evaluate import fidelity, generation
-from mmrecipes.evaluate.fidelity import Loss
+from mmrecipes.evaluate import generation
 from mmrecipes.export import pipeline
 from mmrecipes.models.saving import check_replaceable
+from mmrecipes.shrink import fidelity
+from mmrecipes.shrink.fidelity import Loss
 from mmrecipes.shrink.sizes import budget_bytes
 
 if TYPE_CHECKING:

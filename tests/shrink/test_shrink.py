@@ -17,10 +17,9 @@ from rich.console import Console
 
 import tiny
 from mmrecipes import data, evaluate, inference, measure, models, quantize, shrink
-from mmrecipes.data import folders as data_folders
 from mmrecipes.data import scenes
 from mmrecipes.errors import UserError
-from mmrecipes.shrink import artifact, candidates
+from mmrecipes.shrink import artifact, candidates, fidelity, folders
 from mmrecipes.shrink import sizes as shrink_sizes
 from mmrecipes.shrink.source import Source
 
@@ -262,15 +261,15 @@ def test_other_budgets_are_refused(text):
 
 def test_a_model_agrees_with_itself_and_a_broken_one_does_not(house_vlm):
     model = models.load(house_vlm)
-    rows = data_folders._drawn("validation", 12, 128)
-    own = evaluate.greedy_tokens(model, rows)
+    rows = folders._drawn("validation", 12, 128)
+    own = fidelity.greedy_tokens(model, rows)
     assert all(ids[-1] in evaluate.eos_token_ids(model) for ids in own), "answers end where the model stopped"
-    same = evaluate.token_agreement(model, rows, own)
+    same = fidelity.token_agreement(model, rows, own)
     assert [len(s) for s in same] == [len(ids) for ids in own] and all(map(all, same))
     broken = quantize.simulate(model, 2)
-    lost = evaluate.agreement_loss(evaluate.token_agreement(broken, rows, own), rows["name"])
+    lost = fidelity.agreement_loss(fidelity.token_agreement(broken, rows, own), rows["name"])
     assert lost.points > 5 and lost.low < lost.points < lost.high
-    assert evaluate.with_answers(model, rows)["answer"] == evaluate.answers(model, rows["image"][:], rows["question"][:])
+    assert fidelity.with_answers(model, rows)["answer"] == evaluate.answers(model, rows["image"][:], rows["question"][:])
 
 
 def test_the_interval_goes_by_pictures():
@@ -285,19 +284,19 @@ def test_the_interval_goes_by_pictures():
 
 
 def test_no_change_on_few_questions_is_no_proof():
-    few, many = (evaluate.accuracy_loss([True] * n, [True] * n) for n in (20, 2000))
+    few, many = (fidelity.accuracy_loss([True] * n, [True] * n) for n in (20, 2000))
     assert few.points == many.points == 0
     assert few.low == -few.high and few.high > 10 and 0 < many.high < 0.5
-    worse = evaluate.accuracy_loss([True] * 100, [True] * 90 + [False] * 10)
+    worse = fidelity.accuracy_loss([True] * 100, [True] * 90 + [False] * 10)
     assert worse.points == 10 and 0 < worse.low < 10 < worse.high < 20
 
 
 def test_labels_count_where_the_original_knows_them():
     yes_no = ["yes", "no"] * 20
-    assert evaluate.knows([True] * 38 + [False] * 2, yes_no)
-    assert not evaluate.knows([True] * 22 + [False] * 18, yes_no), "a coin would do that"
-    assert not evaluate.knows([False] * 40, ["a", "b", "c", "d"] * 10)
-    assert evaluate.right(["A cat.", "Two", "red"], ["a cat", "two", "blue"]) == [True, True, False]
+    assert fidelity.knows([True] * 38 + [False] * 2, yes_no)
+    assert not fidelity.knows([True] * 22 + [False] * 18, yes_no), "a coin would do that"
+    assert not fidelity.knows([False] * 40, ["a", "b", "c", "d"] * 10)
+    assert fidelity.right(["A cat.", "Two", "red"], ["a cat", "two", "blue"]) == [True, True, False]
 
 
 # ---- the user's folders
@@ -308,18 +307,18 @@ def test_pictures_are_never_on_both_sides(tmp_path):
     (tmp_path / "a" / "questions.jsonl").write_text(
         "\n".join(json.dumps({"image": f"{i % 10}.png", "question": f"What is {i}?", "answer": "x"}) for i in range(30))
     )
-    for folders in ((None, tmp_path / "a"), (tmp_path / "a", tmp_path / "a")):
-        rows = data.gather(64, *folders, 1000)
+    for given in ((None, tmp_path / "a"), (tmp_path / "a", tmp_path / "a")):
+        rows = folders.gather(64, *given, 1000)
         sides = [set(r["name"]) for r in (rows.calibrate, rows.choose, rows.verify)]
         assert len(sides[0] | sides[1]) == len(sides[2]) == 5 and not (sides[0] | sides[1]) & sides[2]
         assert len(rows.verify) == 15 and rows.verify["answer"][:] == ["x"] * 15
     draw(tmp_path / "b", 12, side=90)
-    rows = data.gather(64, tmp_path / "b", tmp_path / "a", 7)
+    rows = folders.gather(64, tmp_path / "b", tmp_path / "a", 7)
     assert len(rows.verify) == 7 and len(rows.calibrate) == 3 * 9 and len(rows.choose) == 3 * 3
     assert not set(rows.calibrate["name"]) & set(rows.choose["name"]) and "answer" not in rows.calibrate.column_names
     (tmp_path / "b" / "twin.jpg").write_bytes((tmp_path / "a" / "3.png").read_bytes())
     with pytest.raises(UserError, match=r"3\.png is to verify on.*twin\.jpg"):
-        data.gather(64, tmp_path / "b", tmp_path / "a", 1000)
+        folders.gather(64, tmp_path / "b", tmp_path / "a", 1000)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +338,7 @@ def test_a_bad_line_is_named(tmp_path, line, said):
     draw(tmp_path / "mine", 2)
     (tmp_path / "mine" / "questions.jsonl").write_text('{"image": "1.png", "question": "What?"}\n' + line)
     with pytest.raises(UserError, match=rf"questions\.jsonl, {said}"):
-        data.read_folder(tmp_path / "mine")
+        folders.read_folder(tmp_path / "mine")
 
 
 def test_bad_folders_are_named(tmp_path):
@@ -360,7 +359,7 @@ def test_bad_folders_are_named(tmp_path):
         ("odd", "cannot be read"),
     ):
         with pytest.raises(UserError, match=said):
-            data.read_folder(tmp_path / name)
+            folders.read_folder(tmp_path / name)
 
 
 # ---- what cannot be done
@@ -430,6 +429,6 @@ def test_transparent_and_turned_pictures_are_taken(tmp_path):
     (tmp_path / "mine").mkdir()
     Image.new("RGBA", (40, 30), (255, 0, 0, 0)).save(tmp_path / "mine" / "clear.png")
     Image.new("L", (30, 40), 99).save(tmp_path / "mine" / "grey.webp")
-    rows = data.read_folder(tmp_path / "mine")
+    rows = folders.read_folder(tmp_path / "mine")
     assert len(rows) == 2 * len(data.GENERAL_QUESTIONS) and {p.mode for p in rows["image"]} == {"RGB"}
     assert rows[0]["image"].getpixel((0, 0)) == (255, 255, 255)
