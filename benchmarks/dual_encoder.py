@@ -15,16 +15,17 @@ from structured import Kept
 from torch import Tensor, nn
 
 from mmrecipes import distill, evaluate, measure, models, quantize, train
+from mmrecipes.mini import curriculum
 
 WORK = Path(__file__).resolve().parent.parent / "runs" / "dual"
-LAYERS, COLUMNS = {"vision": (0, 2), "language": (0, 1)}, {"vision": 96, "language": 112}
-# the teacher's vectors first, then all lessons; and pairs alone for about as many minutes
-FIRST, TAUGHT, ALONE = (
-    train.TrainConfig(300, 64, 0.003, 1e-3),
-    train.TrainConfig(500, 64, 0.003, 1e-3),
-    train.TrainConfig(1300, 64, 0.003, 1e-3),
-)
-VECTORS = distill.ContrastiveWeights(contrast=0, affinity=0, interactive=0)
+LAYERS, NEURONS = {"vision": (0, 2), "language": (0, 1)}, {"vision": 96, "language": 112}
+# the teacher's embeddings first, then all losses; and pairs alone for about as many minutes
+CONFIGS = {
+    "vectors": train.TrainConfig(300, 64, 0.003, 1e-3),
+    "taught": train.TrainConfig(500, 64, 0.003, 1e-3),
+    "alone": train.TrainConfig(1300, 64, 0.003, 1e-3),
+}
+EMBEDDINGS = distill.ContrastiveWeights(contrast=0, affinity=0, interactive=0)
 SCENES, HARDER = 4000, 1000  # test scenes; and pools of so many, beside those of 100
 
 
@@ -32,13 +33,15 @@ def run(work: Path = WORK, n: int = SCENES, shrink: int = 1) -> dict:
     """Retrieval both ways, matching and telling apart of every variant, paired with the teacher's; time and bytes."""
     teacher, kept, seen = models.load("mini-siglip"), Kept(work), evaluate.gallery(n=n)
     index = [evaluate.embeddings(teacher, texts=t) for t in (seen.captions, seen.negatives)]  # as somebody embedded them once
-    student = distill.make_dual_student(teacher, LAYERS, COLUMNS)
+    student = distill.make_dual_student(teacher, LAYERS, NEURONS)
     kept.row("teacher", lambda: _found(teacher, seen, index))
     kept.row("cut, untrained", lambda: _found(student, seen, index))
-    first = distill.distill_dual(student, teacher, _shorter(FIRST, shrink), VECTORS, work=work / "vectors")
+    configs = {name: _shorter(config, shrink) for name, config in CONFIGS.items()}
+    batches = {name: curriculum.caption_batches("student", c, teacher.processor.tokenizer) for name, c in configs.items()}
+    first = distill.distill_dual(student, teacher, batches["vectors"], configs["vectors"], EMBEDDINGS, work / "vectors")
     kept.row("its vectors matched", lambda: _found(first, seen, index))
-    taught = distill.distill_dual(first, teacher, _shorter(TAUGHT, shrink), work=work / "taught")
-    alone = distill.distill_dual(student, None, _shorter(ALONE, shrink), work=work / "alone")
+    taught = distill.distill_dual(first, teacher, batches["taught"], configs["taught"], work=work / "taught")
+    alone = distill.distill_dual(student, None, batches["alone"], configs["alone"], work=work / "alone")
     spent = {name: train.read_log(work / name) for name in ("vectors", "taught", "alone")}
     minutes = {name: log["seconds"][-1] / 60 for name, log in spent.items()}
     kept.row("taught", lambda: _found(taught, seen, index) | {"minutes": minutes["vectors"] + minutes["taught"]})
@@ -49,8 +52,8 @@ def run(work: Path = WORK, n: int = SCENES, shrink: int = 1) -> dict:
     return _content(kept.rows, parameters) | {"logs": logs}
 
 
-def _shorter(course: train.TrainConfig, shrink: int) -> train.TrainConfig:
-    return replace(course, steps=max(2, course.steps // shrink))
+def _shorter(config: train.TrainConfig, shrink: int) -> train.TrainConfig:
+    return replace(config, steps=max(2, config.steps // shrink))
 
 
 def _found(model: nn.Module, seen: evaluate.Gallery, index: list[Tensor]) -> dict:

@@ -48,7 +48,7 @@ def trainings(work: Path = WORK, shrink: int = 1) -> dict[str, Callable[[], nn.M
         return train.train_lora(train.add_lora(base, RANK, token_ids=token_ids), novel(replay), config, work / _slug(name))
 
     def whole(name: str, replay: bool) -> nn.Module:
-        return distill.distill(house, None, replace(config, adam_lr=WHOLE), rows=novel(replay), work=work / _slug(name))
+        return distill.distill(house, None, novel(replay), replace(config, adam_lr=WHOLE), work=work / _slug(name))
 
     found: dict[str, Callable[[], nn.Module]] = {}
     for told, replay in {"new only": False, "new and old": True}.items():
@@ -59,9 +59,9 @@ def trainings(work: Path = WORK, shrink: int = 1) -> dict[str, Callable[[], nn.M
     found["pruned + LoRA"] = lambda: train.train_lora(
         train.add_lora(_thin(house), RANK), ordinary, back, work / _slug("pruned + LoRA")
     )
-    slow = distill.Course(back.steps, back.batch, back.lr, 3e-4)
+    slow = replace(back, adam_lr=3e-4)
     kept = "pruned, all weights trained, zeros kept"
-    found[kept] = lambda: distill.recover(_thin(house), slow, work=work / _slug(kept))
+    found[kept] = lambda: distill.recover(_thin(house), ordinary, slow, work=work / _slug(kept))
     return found
 
 

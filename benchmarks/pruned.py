@@ -16,10 +16,11 @@ from typing import Any
 
 from torch import nn
 
-from mmrecipes import data, distill, evaluate, measure, models, prune, quantize
+from mmrecipes import data, distill, evaluate, measure, models, prune, quantize, train
+from mmrecipes.mini import curriculum
 
 CALIBRATION = 64
-COURSE = distill.Course(steps=170, lr=7e-4, adam_lr=2e-4)  # of each recovery: at most five minutes on two quiet cores
+CONFIG = train.TrainConfig(170, 16, 7e-4, 2e-4)  # of each recovery: at most five minutes on two quiet cores
 
 
 def per_layer(weight, hessian, sparsity, _):
@@ -60,8 +61,9 @@ def variants(model: nn.Module, seen: Any) -> dict[str, Callable[[], nn.Module]]:
     )
     found["4 bits, then SparseGPT 50%"] = lambda: round_all(gptq(), bits=half, method=on_marks)
     found["SparseGPT 50% and 4 bits at once"] = partial(round_all, model, bits=half, method=at_once)
+    batches = curriculum.chat_batches("recovery", CONFIG, model.processor.tokenizer)
     for how in ("magnitude", "SparseGPT"):
-        found[f"{how}, 70%, recovered"] = lambda way=ways[how]: distill.recover(way(0.7), COURSE)
+        found[f"{how}, 70%, recovered"] = lambda way=ways[how]: distill.recover(way(0.7), batches, CONFIG)
     return found
 
 
@@ -69,7 +71,7 @@ def run(n: int | None = None, kept: Path = Path("runs/pruned.json")) -> dict:
     """Of each variant: accuracy, the change against the whole model (paired), families, zeros by part, megabytes."""
     model, rows = models.load("mini-vlm"), data.test_split(n)
     seen, environment = data.calibration(CALIBRATION), measure.environment()
-    stamp = [environment["commit"], len(rows), COURSE.steps]
+    stamp = [environment["commit"], len(rows), CONFIG.steps]
     old = json.loads(kept.read_text()) if kept.is_file() else {}
     found, base = old["variants"] if old.get("stamp") == stamp else {}, evaluate.vqa(model, rows)
     for name, make in variants(model, seen).items():
@@ -85,7 +87,7 @@ def run(n: int | None = None, kept: Path = Path("runs/pruned.json")) -> dict:
         print(f"{name:42s} {hurt.overall}  {row['change']}", flush=True)
     about = f"{CALIBRATION} pictures with question and answer; linear layers only; SparseGPT and Wanda block after block"
     trained = [row["seconds"] for name, row in found.items() if "recovered" in name]
-    recovery = {"steps": COURSE.steps, "batch": COURSE.batch, "seconds": max(trained)}
+    recovery = {"steps": CONFIG.steps, "batch": CONFIG.batch, "seconds": max(trained)}
     whole = {"mb": megabytes(model, 16), "n": base.overall.n, "accuracy": base.overall}
     return {"calibration": about, "whole": whole, "recovery": recovery, "variants": found}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from mmrecipes import data, distill, evaluate, export, inference, measure, models, prune, quantize
+from mmrecipes import data, distill, evaluate, export, inference, measure, models, prune, quantize, train
+from mmrecipes.mini import curriculum
 
 WORK = Path(__file__).resolve().parent.parent / "runs" / "structured"
 KEEP = {"vision": 384, "language": 128}  # neurons of each FFN that stay, of 1,024 and 512
@@ -24,9 +26,10 @@ DEEPER = {"vision": 256, "language": 128}
 SAME = {"vision": {"vision": 448}, "language": {"language": 128}}  # as many parameters gone from either side
 CALIBRATION = 64
 # the smaller cut has little to learn anew: half the rates. The deeper one was not tried with these at full length
-GENTLE = distill.Course(steps=420, lr=5e-4, adam_lr=1.5e-4)
-ALONE, TAUGHT = distill.Course(steps=560), distill.Course(steps=420)  # about as many minutes: a parent takes its share
-SHORT = distill.Course(steps=80, lr=5e-4, adam_lr=1.5e-4)
+GENTLE = train.TrainConfig(420, 16, 5e-4, 1.5e-4)
+ALONE = train.TrainConfig(560, 16, 0.001, 3e-4)
+TAUGHT = train.TrainConfig(420, 16, 0.001, 3e-4)  # about as many minutes: a teacher takes its share
+SHORT = train.TrainConfig(80, 16, 5e-4, 1.5e-4)
 FEWER = 1050  # questions for what answers one at a time, or is a step on the way
 
 
@@ -48,14 +51,14 @@ def run(work: Path = WORK, n: int | None = None, shrink: int = 1) -> dict:
     thin, thinner = cut(model, KEEP, seen), cut(model, DEEPER, seen)
     kept.row("cut", lambda: answers(thin, few))
     kept.row("deeper cut", lambda: answers(thinner, few))
-    courses = {
+    configs = {
         "recovered with its parent": (thin, GENTLE, model),
         "deeper, recovered alone": (thinner, ALONE, None),
         "deeper, recovered with its parent": (thinner, TAUGHT, model),
     }
     back = {}
-    for name, (less, course, parent) in courses.items():
-        back[name] = _recover(less, _shorter(course, shrink), parent, work / name)
+    for name, (less, config, teacher) in configs.items():
+        back[name] = _recover(less, _shorter(config, shrink), teacher, work / name)
         kept.row(name, lambda m=back[name], at=work / name: answers(m, rows) | {"recovery": _log(at)})
     best, deeper = back["recovered with its parent"], back["deeper, recovered with its parent"]
     kept.row("its int8 (PyTorch, dynamic)", lambda: answers(quantize.dynamic_int8(best), few))
@@ -101,12 +104,13 @@ def _exported(model: nn.Module, rows: Dataset, precision: str) -> dict:
         return answers(loaded, rows) | {"mb": sum(loaded.manifest["bytes"].values()) / 1e6}
 
 
-def _shorter(course: distill.Course, shrink: int) -> distill.Course:
-    return distill.Course(max(2, course.steps // shrink), course.batch, course.lr, course.adam_lr)
+def _shorter(config: train.TrainConfig, shrink: int) -> train.TrainConfig:
+    return replace(config, steps=max(2, config.steps // shrink))
 
 
-def _recover(thin: nn.Module, course: distill.Course, parent: nn.Module | None, at: Path) -> nn.Module:
-    return distill.recover(thin, course, parent, work=at)
+def _recover(thin: nn.Module, config: train.TrainConfig, teacher: nn.Module | None, work: Path) -> nn.Module:
+    batches = curriculum.chat_batches("recovery", config, thin.processor.tokenizer)
+    return distill.recover(thin, batches, config, teacher, work)
 
 
 def _log(at: Path) -> dict:

@@ -20,17 +20,16 @@ from structured import Kept, answers
 from torch import nn
 
 from mmrecipes import data, distill, evaluate, export, inference, measure, models, prune, quantize, train
-from mmrecipes.mini import vlm
+from mmrecipes.mini import curriculum, vlm
 
 WORK = Path(__file__).resolve().parent.parent / "runs" / "student"
-# all layers stay, and all heads: notebook 21 found none to spare. Width and columns go
+# all layers stay, and all heads: notebook 21 found none to spare. Width and neurons go
 SIZES = {"language": distill.StudentSize((0, 1, 2, 3), 128, 192), "vision": distill.StudentSize((0, 1, 2, 3), 160, 192)}
 CALIBRATION = 64
-EYE = train.TrainConfig(500, 64, 0.002, 5e-4)  # vision tower and connector first, on pictures alone
+VISION = train.TrainConfig(500, 64, 0.002, 5e-4)  # vision encoder and connector first, on images alone
 TAUGHT = train.TrainConfig(750, 16, 0.0007, 2e-4)
 LABELS = train.TrainConfig(1600, 16, 0.0007, 2e-4)  # as many minutes: without a teacher a step takes less
 SHORT = {"vision": 150, "reading": 450, "align": 700, "joint": 320}  # steps: as many minutes again, from nothing
-AIMS = distill.LossWeights()
 FEWER = 1050  # questions for what answers one at a time
 
 
@@ -42,13 +41,17 @@ def run(work: Path = WORK, n: int | None = None, shrink: int = 1) -> dict:
     seen = data.calibration(CALIBRATION)
     student = distill.make_student(teacher, SIZES, seen)
     kept.row("cut, untrained", lambda: answers(student, few))
-    narrow = prune.slice_language(teacher, SIZES["language"].width, seen)  # the teacher's eye, in the student's words
-    sees = distill.match_vision_encoder(student, narrow, _shorter(EYE, shrink), work / "eye")
+    narrow = prune.slice_language(teacher, SIZES["language"].hidden_size, seen)  # its visual tokens are as wide as the student's
+    vision, taught_config, labels = (_shorter(config, shrink) for config in (VISION, TAUGHT, LABELS))
+    images = curriculum.image_batches("student", vision)
+    sees = distill.match_vision_encoder(student, narrow, images, vision, work / "eye")
     kept.row("its eye matched", lambda: answers(sees, few))
-    taught = distill.distill(sees, teacher, _shorter(TAUGHT, shrink), AIMS, work=work / "taught")
+    chats = curriculum.chat_batches("student", taught_config, teacher.processor.tokenizer)
+    taught = distill.distill(sees, teacher, chats, taught_config, work=work / "taught")
     spent = {name: train.read_log(work / name) for name in ("eye", "taught")}
     kept.row("taught", lambda: answers(taught, rows) | {"minutes": sum(s["seconds"][-1] for s in spent.values()) / 60})
-    alone = distill.distill(student, None, _shorter(LABELS, shrink), work=work / "labels")
+    chats = curriculum.chat_batches("student", labels, teacher.processor.tokenizer)
+    alone = distill.distill(student, None, chats, labels, work=work / "labels")
     spent["labels"] = train.read_log(work / "labels")
     kept.row("labels alone", lambda: answers(alone, rows) | {"minutes": spent["labels"]["seconds"][-1] / 60})
     stages = {name: replace(config, steps=max(2, SHORT[name] // shrink)) for name, config in vlm.STAGES.items()}
@@ -64,8 +67,8 @@ def run(work: Path = WORK, n: int | None = None, shrink: int = 1) -> dict:
     return _content(kept.rows, parameters) | {"logs": logs}
 
 
-def _shorter(course: train.TrainConfig, shrink: int) -> train.TrainConfig:
-    return replace(course, steps=max(2, course.steps // shrink))
+def _shorter(config: train.TrainConfig, shrink: int) -> train.TrainConfig:
+    return replace(config, steps=max(2, config.steps // shrink))
 
 
 def _log(model: nn.Module) -> dict[str, list]:

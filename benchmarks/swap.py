@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from mmrecipes import data, distill, evaluate, export, inference, measure, model
 from mmrecipes.data import scenes
 from mmrecipes.distill.encoders import swapped
 from mmrecipes.export import onnx, wrappers
-from mmrecipes.mini import cnn
+from mmrecipes.mini import cnn, curriculum
 
 WORK = Path(__file__).resolve().parent.parent / "runs" / "swap"
 FEATURES = {  # from nothing, and from the weights of mini-cnn, which names what lies in each place (notebook 12)
@@ -37,7 +37,7 @@ CONNECTOR = train.TrainConfig(60, 16, 0.004, 1e-3)
 ALL = train.TrainConfig(200, 16, 0.001, 3e-4)
 SMALLER, SEEN = "ViT, smaller", 64  # the house's own, turned and cut (notebook 30), on so many pictures
 SIZE = {"vision": distill.StudentSize((0, 1, 2, 3), 128, 192)}
-EYE, AFTER = train.TrainConfig(600, 32, 0.002, 5e-4), train.TrainConfig(100, 16, 0.0007, 2e-4)
+VISION, AFTER = train.TrainConfig(600, 32, 0.002, 5e-4), train.TrainConfig(100, 16, 0.0007, 2e-4)
 LAST = {"ShuffleNetV2 1.0x": ("stages.2", "backbone.top")}  # where rounding costs most: few places, many channels
 FEWER = 1050  # questions for what is on its way, and for what answers one at a time
 PICTURES = (96, 224, 512)  # px
@@ -48,16 +48,27 @@ def stages(name: str, work: Path = WORK, shrink: int = 1) -> dict[str, nn.Module
     teacher, at = models.load("mini-vlm"), work / name.split()[0].lower().strip(",")
     if name == SMALLER:
         student = distill.make_student(teacher, SIZE, data.calibration(SEEN))
-        sees = distill.match_vision_encoder(student, teacher, _shorter(EYE, shrink), at / "features")
-        return {"features": sees, "all": distill.distill(sees, teacher, _shorter(AFTER, shrink), work=at / "all")}
-    start, pictures = None, None
+        vision, after = _shorter(VISION, shrink), _shorter(AFTER, shrink)
+        first = distill.match_vision_encoder(student, teacher, _images(vision), vision, at / "features")
+        return {"features": first, "all": distill.distill(first, teacher, _chats(teacher, after), after, work=at / "all")}
+    start, images = None, None
     if name == "MobileNetV2 0.5":
-        start, pictures = house_cnn().mobilenet_v2, cnn.images("calibration", CALIBRATION // shrink)
+        start, images = house_cnn().mobilenet_v2, cnn.images("calibration", CALIBRATION // shrink)
     blank = distill.swap_vision_encoder(teacher, distill.ENCODERS[name], start)
-    first = distill.match_features(blank, teacher, _shorter(FEATURES[name], shrink), at / "features", pictures)
-    second = distill.align_connector(first, teacher, _shorter(CONNECTOR, shrink), at / "connector")
-    third = distill.distill(second, teacher, _shorter(ALL, shrink), work=at / "all")
+    features, connector, everything = (_shorter(config, shrink) for config in (FEATURES[name], CONNECTOR, ALL))
+    first = distill.match_features(blank, teacher, _images(features), features, at / "features", images)
+    chats = curriculum.chat_batches("connector", connector, teacher.processor.tokenizer)
+    second = distill.align_connector(first, teacher, chats, connector, at / "connector")
+    third = distill.distill(second, teacher, _chats(teacher, everything), everything, work=at / "all")
     return {"features": first, "connector": second, "all": third}
+
+
+def _images(config: train.TrainConfig) -> Sequence:
+    return curriculum.image_batches("encoder-swap", config)
+
+
+def _chats(teacher: nn.Module, config: train.TrainConfig) -> Sequence:
+    return curriculum.chat_batches("encoder-swap", config, teacher.processor.tokenizer)
 
 
 def house_cnn() -> nn.Module:
@@ -68,8 +79,8 @@ def house_cnn() -> nn.Module:
     return AutoModelForSemanticSegmentation.from_pretrained(path, dtype=torch.float32).eval()
 
 
-def _shorter(course: train.TrainConfig, shrink: int) -> train.TrainConfig:
-    return replace(course, steps=max(2, course.steps // shrink))
+def _shorter(config: train.TrainConfig, shrink: int) -> train.TrainConfig:
+    return replace(config, steps=max(2, config.steps // shrink))
 
 
 def run(work: Path = WORK, n: int | None = None, shrink: int = 1) -> dict:
@@ -122,7 +133,7 @@ def _towers(teacher: nn.Module) -> dict:
         own = type(teacher.config.vision_config)(**teacher.config.vision_config.to_dict() | {"image_size": side})
         base = SiglipVisionModel(SiglipVisionConfig(image_size=side, vision_use_head=False))
         towers = {"mini-vlm's ViT": Idefics3VisionTransformer(own), "SigLIP-base": base}
-        towers |= {name: swapped.Tower(kind, side, side // 16) for name, kind in distill.ENCODERS.items()}
+        towers |= {name: swapped.BackboneEncoder(kind, side, side // 16) for name, kind in distill.ENCODERS.items()}
         runs = {}
         for key, dtype in dtypes.items():
             picture = torch.rand(1, 3, side, side, dtype=dtype)

@@ -1,22 +1,23 @@
-"""Another vision encoder for a VLM: put in, then taught step by step to say to the language model what the old one said.
+"""Another vision encoder for a VLM: put in, then taught step by step to tell the language model what the old one told it.
 
-First its features through a linear map, which becomes the connector's; then the connector alone; then everything
-(`distill.distill`). Built by hand in notebook 31. `mmrecipes.swapped` is the model that comes out.
+First its features through a linear map, which is folded into the connector; then the connector alone; then everything
+(`distill.distill`). Built by hand in notebook 31. `encoders.swapped` holds the class of the model that comes out.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmrecipes.distill import kd, losses
+from mmrecipes.distill.kd import LossWeights, StudentWithProjections, distillation_loss, fit_outputs
+from mmrecipes.distill.losses import ridge
 from mmrecipes.errors import UserError, one_line
-from mmrecipes.mini import curriculum
 from mmrecipes.models import modules
 from mmrecipes.models.modules import clone
 from mmrecipes.train.loop import TrainConfig, fit
@@ -32,38 +33,38 @@ ENCODERS = {  # name -> config of the backbone; MobileNetV2 keeps 8 x 8 position
 
 
 def swap_vision_encoder(
-    model: nn.Module, tower: dict, start: nn.Module | None = None, seed: int = 0
+    model: nn.Module, backbone: dict, start: nn.Module | None = None, seed: int = 0
 ) -> nn.Module:  # -> encoders.swapped.SwappedForConditionalGeneration
     """A copy of an Idefics3 with another vision encoder and a connector that fits it, both with random weights.
 
-    `tower` is one of TOWERS or a dict like those; with `start`, a trained backbone of that kind, it has its weights. The language
-    model is copied. Raises UserError for a model of another class, a connector that shuffles pixels, a tower that does not exist
-    or gives no map of the model's grid, or weights that do not fit it.
+    `backbone` is one of ENCODERS or a dict like those; with `start`, a trained backbone of that kind, it has its weights. The
+    language model is copied. Raises UserError for a model of another class, a connector that shuffles pixels, a backbone that
+    does not exist or gives no map of the model's grid, or weights that do not fit it.
     """
     from mmrecipes.distill.encoders import swapped
 
     if type(model).__name__ != "Idefics3ForConditionalGeneration" or model.config.scale_factor != 1:
         given = f"{type(model).__name__}, scale_factor {getattr(model.config, 'scale_factor', None)}"
         raise UserError(f"swap: {given}; expected an Idefics3ForConditionalGeneration with scale_factor 1, as mini-vlm is")
-    own = model.config.vision_config
+    old = model.config.vision_config
+    grid = old.image_size // old.patch_size
     torch.manual_seed(seed)
     try:
-        eye = swapped.Tower(tower, own.image_size, own.image_size // own.patch_size).eval()
+        encoder = swapped.BackboneEncoder(backbone, old.image_size, grid).eval()
         with torch.no_grad():
-            width = eye(torch.zeros(1, own.num_channels, own.image_size, own.image_size)).last_hidden_state.shape[-1]
+            hidden_size = encoder(torch.zeros(1, old.num_channels, old.image_size, old.image_size)).last_hidden_state.shape[-1]
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        side = own.image_size // own.patch_size
-        raise UserError(f"swap: {tower} makes no map of {side} x {side} places ({one_line(e)}); give one of TOWERS") from e
+        raise UserError(f"swap: {backbone} makes no map of {grid} x {grid} places ({one_line(e)}); give one of ENCODERS") from e
     if start is not None:
         try:
-            eye.backbone.load_state_dict(start.state_dict())
+            encoder.backbone.load_state_dict(start.state_dict())
         except RuntimeError as e:
-            raise UserError(f"swap: the weights of {type(start).__name__} do not fit {tower} ({one_line(e)})") from e
+            raise UserError(f"swap: the weights of {type(start).__name__} do not fit {backbone} ({one_line(e)})") from e
     rest = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "transformers_version")}
-    config = swapped.SwappedConfig(**copy.deepcopy(rest), tower=dict(tower))
-    config.vision_config.hidden_size = width
+    config = swapped.SwappedConfig(**copy.deepcopy(rest), vision_backbone=dict(backbone))
+    config.vision_config.hidden_size = hidden_size
     student = swapped.SwappedForConditionalGeneration(config).to(model.device, model.dtype).eval()
-    student.model.vision_model.load_state_dict(eye.state_dict())
+    student.model.vision_model.load_state_dict(encoder.state_dict())
     kept = {k: v for k, v in model.state_dict().items() if not k.startswith(("model.vision_model.", "model.connector."))}
     student.load_state_dict(kept, strict=False)
     student.generation_config, student.processor = copy.deepcopy(model.generation_config), model.processor
@@ -71,31 +72,31 @@ def swap_vision_encoder(
 
 
 class EncoderWithMap(nn.Module):
-    """A vision encoder with a linear map from its tokens (B, N, C) to the old encoder's (B, N, D)."""
+    """A vision encoder with a map from its features (B, N, C) to those of another one (B, N, D)."""
 
-    def __init__(self, tower: nn.Module, width: int, wanted: int):
+    def __init__(self, encoder: nn.Module, maps: nn.Module):
         super().__init__()
-        self.tower, self.maps = tower, nn.Linear(width, wanted, bias=False)  # the connector has no bias to fold one into
-        self.maps.use_adamw = True
+        self.encoder, self.maps = encoder, maps
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.maps(self.tower(images).last_hidden_state)
+        """images (B, 3, H, W) -> features (B, N, D)."""
+        return self.maps(self.encoder(images).last_hidden_state)
 
 
 @torch.no_grad()
-def least_squares_map(student: nn.Module, teacher: nn.Module, pictures: Tensor, batch: int = 64) -> Tensor:
-    """The linear map (D, C) from the features of `student`'s encoder to `teacher`'s that errs least on `pictures` (N, 3, H, W).
+def least_squares_map(student: nn.Module, teacher: nn.Module, images: Tensor, batch: int = 64) -> Tensor:
+    """The linear map (D, C) from the features of `student`'s encoder to `teacher`'s that errs least on `images` (N, 3, H, W).
 
-    Least squares in float64, by `distill.ridge`. Raises UserError without pictures.
+    Least squares in float64, with a ridge. Raises UserError without images.
     """
-    if not len(pictures):
-        raise UserError("best_map: no pictures; give some hundred like those to come")
-    own, old = (modules.parts(m)["vision"] for m in (student, teacher))
-    moments = products = 0.0
-    for some in pictures.split(batch):
-        x, y = (eye(some).last_hidden_state.flatten(0, 1).double() for eye in (own, old))
-        moments, products = moments + x.T @ x, products + x.T @ y
-    return losses.ridge(moments, products).float()
+    if not len(images):
+        raise UserError("least_squares_map: no images; give some hundred like those to come")
+    encoders = [modules.parts(m)["vision"] for m in (student, teacher)]
+    gram = cross = 0.0
+    for part in images.split(batch):
+        x, y = (encoder(part).last_hidden_state.flatten(0, 1).double() for encoder in encoders)
+        gram, cross = gram + x.T @ x, cross + x.T @ y
+    return ridge(gram, cross).float()
 
 
 @torch.no_grad()
@@ -106,55 +107,44 @@ def fold_map_(student: nn.Module, teacher: nn.Module, linear: Tensor) -> None:
 
 
 def match_features(
-    student: nn.Module, teacher: nn.Module, course: TrainConfig, work: Path | None = None, pictures: Tensor | None = None
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Sequence[Any],
+    config: TrainConfig,
+    work: Path | None = None,
+    images: Tensor | None = None,
 ) -> nn.Module:
     """Step one: a copy of `student` whose encoder gives `teacher`'s features through a linear map, now part of its connector.
 
-    On the house model's pictures, without labels, as `match_vision_encoder`. An encoder that was trained before begins with the
-    `least_squares_map` on `pictures`, others with a random one. Raises UserError as `fit` does.
+    On images alone: `batches[i][0]` are pixels (B, 3, H, W). An encoder that was trained before begins with the
+    `least_squares_map` on `images` (N, 3, H, W), others with a random one. Raises UserError as `train.fit` does.
     """
-    student, old = clone(student).requires_grad_(True), clone(teacher).requires_grad_(False)
-    widths = [modules.config_of(m, "vision").hidden_size for m in (student, old)]
+    device, student, teacher = student.device, clone(student).requires_grad_(True), clone(teacher)
     torch.manual_seed(0)
-    matched, seen = EncoderWithMap(modules.parts(student)["vision"], *widths), modules.parts(old)["vision"]
-    if pictures is not None:
-        matched.maps.weight.data.copy_(least_squares_map(student, old, pictures))
-
-    def loss(own: EncoderWithMap, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float]]:
-        with torch.no_grad():
-            wanted = seen.to(batch[0].device)(batch[0]).last_hidden_state
-        far = losses.feature_loss(own(batch[0]), wanted)
-        return far, {"features": far.item()}
-
-    at = student.device  # the training may move it to a GPU
-    with channels_last(matched.tower):
-        fit(matched, curriculum.image_batches("encoder-swap", course), loss, course, work)
-    student.to(at)
-    fold_map_(student, old.to(at), matched.maps.weight)
+    # without a bias: the connector has none to fold it into
+    linear = nn.Linear(*(modules.config_of(m, "vision").hidden_size for m in (student, teacher)), bias=False)
+    linear.use_adamw = True
+    if images is not None:
+        linear.weight.data.copy_(least_squares_map(student, teacher, images))
+    own, wanted = (modules.parts(m)["vision"] for m in (student, teacher))
+    own.to(memory_format=torch.channels_last)  # in which convolutions train faster on a CPU
+    fit_outputs(EncoderWithMap(own, linear), EncoderWithMap(wanted, nn.Identity()), batches, config, work)
+    own.to(memory_format=torch.contiguous_format)
+    student.to(device)
+    fold_map_(student, teacher.to(device), linear.weight.to(device))
     return student.eval()
 
 
-def align_connector(student: nn.Module, teacher: nn.Module, course: TrainConfig, work: Path | None = None) -> nn.Module:
+def align_connector(
+    student: nn.Module, teacher: nn.Module, batches: Sequence[Any], config: TrainConfig, work: Path | None = None
+) -> nn.Module:
     """Step two: a copy of `student` whose connector alone learned what to say, by right answers and `teacher`'s logits.
 
-    On the house model's lessons, as `distill.distill`. Raises UserError as `fit` does.
+    `batches` bring their own `answer_loss`, as for `distill.distill`. Raises UserError as `train.fit` does.
     """
-    student, old = clone(student).requires_grad_(False), clone(teacher).requires_grad_(False)
+    device, weights = student.device, LossWeights(hidden=0, vision=0)
+    student, teacher = (clone(m).requires_grad_(False) for m in (student, teacher))
     modules.parts(student)["connector"].requires_grad_(True)
-    pupil, aims = kd.StudentWithProjections(student, old), kd.LossWeights(hidden=0, vision=0)
-    pupil.vision_maps.requires_grad_(False)
-    pupil.hidden_maps.requires_grad_(False)
-    batches = curriculum.chat_batches("connector", course, student.processor.tokenizer)
-    at = student.device
-    fit(pupil, batches, kd.distillation_loss(old, aims, batches.answer_loss), course, work)
-    return student.to(at).eval()
-
-
-@contextlib.contextmanager
-def channels_last(tower: nn.Module) -> Iterator[None]:
-    """Convolutions train faster on a CPU when the channels of a place lie side by side. Weights go back to the usual order."""
-    tower.to(memory_format=torch.channels_last)
-    try:
-        yield
-    finally:
-        tower.to(memory_format=torch.contiguous_format)
+    projected = StudentWithProjections(student, teacher, learned=False)
+    fit(projected, batches, distillation_loss(teacher, weights, batches.answer_loss), replace(config, about=repr(weights)), work)
+    return student.to(device).eval()

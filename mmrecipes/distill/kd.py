@@ -1,12 +1,12 @@
-"""Knowledge distillation: a small model, the student, learns to do what a large one, its teacher, does.
+"""Knowledge distillation of a VLM: a small model, the student, learns to do what a large one, its teacher, does.
 
-A student cut from the teacher or made from nothing, what it may be asked to match (probabilities, hidden features, attention,
-the vision tower's output), and the training. Built by hand in notebook 30; `mmrecipes.fit` runs it on one process or many.
+The student may be asked to match right answers, the teacher's logits, hidden states, visual features and attention relations.
+`recover` is the same after a cut, with features compared as they are, and zeros that stay. Built by hand in notebook 30.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,19 @@ from torch import Tensor, nn
 
 from mmrecipes.distill.losses import feature_loss, kl_loss, relation_loss, ridge
 from mmrecipes.errors import UserError
-from mmrecipes.mini.curriculum import chat_batches, image_batches
 from mmrecipes.models import modules
 from mmrecipes.models.modules import VisionWithConnector, clone
-from mmrecipes.train import hooks
-from mmrecipes.train.hooks import captured_with_attention
+from mmrecipes.train.hooks import captured, captured_with_attention, layer_pairs
 from mmrecipes.train.loop import Loss, TrainConfig, fit, mean_over_processes, shard
-from mmrecipes.train.objectives import RowBatches
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """What the student is asked for, each with a weight; 0 leaves it out.
+    """The weight of each loss; 0 leaves it out. All but `answers` need a teacher.
 
-    The right `answers`; the teacher's `logits` at `temperature`; its `hidden` states, layer by layer, and its `vision` features,
-    both through a linear map that is thrown away; its `attention`, by relations in the last layer of both towers.
+    `answers`: cross-entropy of the right ones. `logits`: KL divergence from the teacher's at `temperature`, or `reverse`.
+    `hidden`: its hidden states, layer by layer, and `vision`: its visual features, both through a linear projection that is
+    thrown away. `attention`: relations in the last layer of the vision encoder and of the language model.
     """
 
     answers: float = 1.0
@@ -41,128 +39,145 @@ class LossWeights:
     temperature: float = 1.0
     reverse: bool = False
 
+    @property
+    def need_teacher(self) -> bool:
+        """Is anything asked for but right answers?"""
+        return bool(self.logits or self.hidden or self.vision or self.attention)
+
 
 LABELS_ONLY = LossWeights(logits=0, hidden=0, vision=0)
 
 
 class StudentWithProjections(nn.Module):
-    """A student with the maps from its features to its teacher's; only the student outlives the training."""
+    """A student with linear projections of its features to its teacher's width; only the student outlives the training.
 
-    def __init__(self, student: nn.Module, teacher: nn.Module):
+    Without `learned` projections features are compared as they are.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, learned: bool = True):
         super().__init__()
         self.student = student
-        widths = {p: [modules.config_of(m, p).hidden_size for m in (student, teacher)] for p in modules.TOWERS}
-        self.vision_maps = nn.Linear(*widths["vision"])
-        self.hidden_maps = nn.ModuleList(
-            nn.Linear(*widths["language"]) for _ in modules.layers(student, ("language",))["language"]
-        )
-        self.vision_maps.use_adamw = self.hidden_maps.use_adamw = True
+        depth = len(modules.layers(student, ("language",))["language"])
+        if learned:
+            sizes = {p: [modules.config_of(m, p).hidden_size for m in (student, teacher)] for p in ("vision", "language")}
+            self.vision_maps = nn.Linear(*sizes["vision"])
+            self.hidden_maps = nn.ModuleList(nn.Linear(*sizes["language"]) for _ in range(depth))
+            self.vision_maps.use_adamw = self.hidden_maps.use_adamw = True
+        else:
+            self.vision_maps, self.hidden_maps = nn.Identity(), nn.ModuleList(nn.Identity() for _ in range(depth))
 
     @torch.no_grad()
-    def fit_maps_(self, own: dict[str, Any], wanted: dict[str, Any]) -> None:
-        """The best linear maps for one batch (`watched` of both), so that training need not begin with looking for them."""
-        pairs = list(zip(self.hidden_maps, hooks.layer_pairs(own["hidden"], wanted["hidden"]), strict=True))
-        for m, (x, y) in [*pairs, *([(self.vision_maps, (own["vision"], wanted["vision"]))] if "vision" in own else [])]:
-            x, y = (t.flatten(0, -2).double() for t in (x, y))
-            x, y, middles = x - x.mean(0), y - y.mean(0), (x.mean(0), y.mean(0))
-            weight = ridge(x.T @ x, x.T @ y)
-            m.weight.copy_(weight)
-            m.bias.copy_(middles[1] - weight @ middles[0])
+    def fit_projections_(self, own: dict[str, Any], wanted: dict[str, Any]) -> None:
+        """The least-squares projections for one batch (`captured` of both models), so that training need not begin with them."""
+        hidden = zip(self.hidden_maps, layer_pairs(own["hidden"], wanted["hidden"]), strict=True)
+        vision = [(self.vision_maps, (own["vision"], wanted["vision"]))] if "vision" in own else []
+        for projection, features in (*hidden, *vision):
+            x, y = (f.flatten(0, -2).double() for f in features)
+            x_mean, y_mean = x.mean(0), y.mean(0)
+            weight = ridge((x - x_mean).T @ (x - x_mean), (x - x_mean).T @ (y - y_mean))
+            projection.weight.copy_(weight)
+            projection.bias.copy_(y_mean - weight @ x_mean)
 
 
-def distillation_loss(teacher: nn.Module | None, aims: LossWeights, answers: Callable[[nn.Module, Any], tuple]) -> Loss:
-    """The loss of a `Pupil` on a batch. `answers(model, batch)`: loss of the right ones, their number of tokens, what to log."""
+def distillation_loss(teacher: nn.Module | None, weights: LossWeights, answer_loss: Callable[[nn.Module, Any], tuple]) -> Loss:
+    """The loss of a StudentWithProjections on a batch, for `train.fit`. `answer_loss(model, batch)` is that of the batches."""
 
-    def loss(pupil: StudentWithProjections, batch: Any) -> tuple[Tensor, dict[str, float]]:
-        with captured_with_attention(pupil.student) as own:
-            right, tokens, logs = answers(pupil.student, batch)
+    def loss(projected: StudentWithProjections, batch: Any) -> tuple[Tensor, dict[str, float]]:
+        capture = captured_with_attention if weights.attention else captured
+        with capture(projected.student) as own:
+            right, tokens, logs = answer_loss(projected.student, batch)
         terms = {"answers": right}
-        if teacher is not None and (aims.logits or aims.hidden or aims.vision or aims.attention):
+        if weights.need_teacher:
             teacher.to(own["logits"].device)
-            with captured_with_attention(teacher) as wanted, torch.no_grad():
-                answers(teacher, batch)
-            if aims.logits:
-                terms["logits"] = kl_loss(own["logits"], wanted["logits"], aims.temperature, aims.reverse)
-            if aims.hidden:
-                pairs = hooks.layer_pairs(own["hidden"], wanted["hidden"])
-                far = [feature_loss(m(h), w) for m, (h, w) in zip(pupil.hidden_maps, pairs, strict=True)]
-                terms["hidden"] = sum(far) / len(far)
-            if aims.vision and "vision" in own:
-                terms["vision"] = feature_loss(pupil.vision_maps(own["vision"]), wanted["vision"])
-            if aims.attention:
-                far = [relation_loss(own["attention"][k], w) for k, w in wanted["attention"].items() if k in own["attention"]]
-                terms["attention"] = sum(far) / len(far)
-        own_share = tokens / mean_over_processes(tokens)  # a mean over all processes' tokens, not a mean of their means
-        scaled = {k: v * own_share if k in ("answers", "logits") else v for k, v in terms.items()}
-        return sum(getattr(aims, k) * v for k, v in scaled.items()), logs | {k: v.item() for k, v in terms.items()}
+            with capture(teacher) as wanted, torch.no_grad():
+                answer_loss(teacher, batch)
+            terms |= _teacher_terms(projected, own, wanted, weights)
+        share = tokens / mean_over_processes(tokens)  # a mean over all processes' tokens, not a mean of their means
+        scaled = {k: v * share if k in ("answers", "logits") else v for k, v in terms.items()}
+        return sum(getattr(weights, k) * v for k, v in scaled.items()), logs | {k: v.item() for k, v in terms.items()}
 
     return loss
 
 
-# ---- training
+def _teacher_terms(
+    projected: StudentWithProjections, own: dict[str, Any], wanted: dict[str, Any], weights: LossWeights
+) -> dict[str, Tensor]:
+    """How far what the student computed (`own`) is from what its teacher did (`wanted`), by what is asked for."""
+    terms = {}
+    if weights.logits:
+        terms["logits"] = kl_loss(own["logits"], wanted["logits"], weights.temperature, weights.reverse)
+    if weights.hidden:
+        pairs = zip(projected.hidden_maps, layer_pairs(own["hidden"], wanted["hidden"]), strict=True)
+        distances = [feature_loss(projection(h), w) for projection, (h, w) in pairs]
+        terms["hidden"] = sum(distances) / len(distances)
+    if weights.vision and "vision" in own:  # text alone never reaches the vision encoder
+        terms["vision"] = feature_loss(projected.vision_maps(own["vision"]), wanted["vision"])
+    if weights.attention:
+        shared = own["attention"].keys() & wanted["attention"].keys()  # a convolutional encoder has none
+        distances = [relation_loss(own["attention"][k], wanted["attention"][k]) for k in sorted(shared)]
+        terms["attention"] = sum(distances) / len(distances)
+    return terms
 
 
 def distill(
     student: nn.Module,
     teacher: nn.Module | None,
-    course: TrainConfig,
-    aims: LossWeights | None = None,
-    rows: Any = None,
+    batches: Sequence[Any],
+    config: TrainConfig,
+    weights: LossWeights | None = None,
     work: Path | None = None,
 ) -> nn.Module:
     """A trained copy of `student`; without a teacher it learns from the right answers alone.
 
-    On the house model's lessons, never seen before, or on `rows` (image, question, answer) over and over, which takes any VLM;
-    without a column `image` it is text-only distillation. With `work` it is resumable. Raises UserError as `fit` does.
+    `batches` bring their own `answer_loss`: `train.RowBatches` for any VLM (without a column `image` this is text-only
+    distillation), the book's own from `mini.curriculum`. With a folder `work` it is resumable. Raises UserError for weights
+    that need a teacher where none is given, and as `train.fit` does.
     """
-    aims = aims or (LABELS_ONLY if teacher is None else LossWeights())
-    if teacher is None and (aims.logits or aims.hidden or aims.vision or aims.attention):
-        raise UserError(f"distill: {aims} needs a teacher; give one, or aims=LABELS")
-    pupil = StudentWithProjections(clone(student).requires_grad_(True), teacher or student)
-    is_batches = rows is not None and hasattr(rows, "answer_loss")
-    batches = rows if is_batches else None
-    if batches is None:
-        house = rows is None
-        batches = chat_batches("student", course, student.processor.tokenizer) if house else RowBatches(student, rows, course)
-    at = student.device  # the training may move it to a GPU
-    if teacher is not None:  # frozen, or its vision tower would compute gradients that nobody wants
-        teacher = clone(teacher).requires_grad_(False).to(at)
-    if aims.hidden or aims.vision:
-        first = shard(batches[0], 0, 1, at)
-        with torch.no_grad(), captured_with_attention(pupil.student) as own, captured_with_attention(teacher) as wanted:
-            for m in (pupil.student, teacher):
-                batches.answer_loss(m, first)
-        pupil.fit_maps_(own, wanted)
-    fit(
-        pupil,
-        batches,
-        distillation_loss(teacher, aims, batches.answer_loss),
-        replace(course, about=repr(aims)),
-        work,
-    )
-    return pupil.student.to(at).eval()
+    weights = weights or (LABELS_ONLY if teacher is None else LossWeights())
+    if weights.need_teacher and teacher is None:
+        raise UserError(f"distill: {weights} needs a teacher; give one, or weights=LABELS_ONLY")
+    projected = StudentWithProjections(clone(student).requires_grad_(True), teacher or student, learned=weights.need_teacher)
+    device = student.device  # the training may move it to a GPU
+    if teacher is not None:  # frozen, or its vision encoder would compute gradients that nobody wants
+        teacher = clone(teacher).requires_grad_(False).to(device)
+    if weights.hidden or weights.vision:
+        first = shard(batches[0], 0, 1, device)
+        with torch.no_grad(), captured(projected.student) as own, captured(teacher) as wanted:
+            for model in (projected.student, teacher):
+                batches.answer_loss(model, first)
+        projected.fit_projections_(own, wanted)
+    loss = distillation_loss(teacher, weights, batches.answer_loss)
+    fit(projected, batches, loss, replace(config, about=repr(weights)), work)
+    return projected.student.to(device).eval()
 
 
-def match_vision_encoder(student: nn.Module, teacher: nn.Module, course: TrainConfig, work: Path | None = None) -> nn.Module:
-    """A copy of `student` whose vision tower and connector give the visual tokens that the teacher's give: before any words.
+def match_vision_encoder(
+    student: nn.Module, teacher: nn.Module, batches: Sequence[Any], config: TrainConfig, work: Path | None = None
+) -> nn.Module:
+    """A copy of `student` whose vision encoder and connector give the visual tokens that the teacher's give: before any text.
 
-    On the house model's pictures, without labels; every other batch has much printed in it, since reading is learned last.
-    Raises UserError unless both language models read tokens of the same width: match one whose language model was sliced with
-    the teacher sliced in the same way.
+    On images alone: `batches[i][0]` are pixels (B, 3, H, W). Raises UserError unless both language models read tokens of the
+    same width (slice the teacher's as the student's was), and as `train.fit` does.
     """
-    widths = [modules.config_of(m, "language").hidden_size for m in (student, teacher)]
-    if widths[0] != widths[1]:
-        raise UserError(f"match_eye: visual tokens of {widths[0]} and {widths[1]} channels; slice the teacher's words first")
-    student = clone(student).requires_grad_(True)
-    wanted = VisionWithConnector(clone(teacher).requires_grad_(False))
+    sizes = [modules.config_of(m, "language").hidden_size for m in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"match_vision_encoder: visual tokens of {sizes[0]} and {sizes[1]} channels; slice the teacher's language model first"
+        )
+    device, student = student.device, clone(student).requires_grad_(True)
+    fit_outputs(VisionWithConnector(student), VisionWithConnector(clone(teacher)), batches, config, work)
+    return student.to(device).eval()
 
-    def loss(eye: VisionWithConnector, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float]]:
-        wanted.to(batch[0].device)
+
+def fit_outputs(student: nn.Module, teacher: nn.Module, batches: Sequence[Any], config: TrainConfig, work: Path | None) -> None:
+    """Train a part of a model, in place, to give the features (B, N, D) that `teacher`'s part gives of the images `batch[0]`."""
+    teacher.requires_grad_(False)
+
+    def loss(part: nn.Module, batch: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
+        images = batch[0]
         with torch.no_grad():
-            tokens = wanted(batch[0])
-        far = feature_loss(eye(batch[0]), tokens)
-        return far, {"tokens": far.item()}
+            wanted = teacher.to(images.device)(images)
+        distance = feature_loss(part(images), wanted)
+        return distance, {"features": distance.item()}
 
-    at = student.device  # the training may move it to a GPU
-    fit(VisionWithConnector(student), image_batches("student", course), loss, course, work)
-    return student.to(at).eval()
+    fit(student, batches, loss, config, work)

@@ -15,9 +15,8 @@ from mmrecipes.data import scenes
 from mmrecipes.data.families import FAMILIES, Question
 from mmrecipes.data.scenes import ALPHABET, COLOURS, SHAPES, SIZES, Scene
 from mmrecipes.data.splits import slot
-from mmrecipes.distill.losses import CaptionBatch
 from mmrecipes.mini import losses
-from mmrecipes.mini.labels import CLASS_NAMES, PATCH_TARGETS, ChatBatch, patch_labels, pixels
+from mmrecipes.mini.labels import CLASS_NAMES, PATCH_TARGETS, CaptionBatch, ChatBatch, patch_labels, pixels
 from mmrecipes.mini.model import GRID, VISUAL_TOKENS
 
 # How many of an image's training questions come from each family: more for those that take several looks

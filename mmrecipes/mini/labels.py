@@ -39,6 +39,16 @@ class ChatBatch(NamedTuple):
     centres: Tensor  # (B, 64, 2): of `patch_labels`
 
 
+class CaptionBatch(NamedTuple):
+    """A batch of B images with captions."""
+
+    images: Tensor  # (B, 3, 128, 128)
+    captions: Tensor  # (B, 56): the true captions' tokens
+    negatives: Tensor  # (B, 56): captions with one attribute of one object changed
+    there: Tensor  # (B, 2, 48): 1 for each (colour, shape) in the image; 1 for each that is large
+    sizes: Tensor  # (B,): does the caption tell sizes?
+
+
 def pixels(scene: Scene) -> np.ndarray:
     """The image as the processor would hand it over: float32 (3, 128, 128) in [-1, 1]."""
     image = np.asarray(scenes.render(scene, IMAGE_SIZE), dtype=np.float32)

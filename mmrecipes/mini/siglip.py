@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmrecipes.data.splits import block
-from mmrecipes.distill.losses import CaptionBatch, embed, siglip_loss
+from mmrecipes.distill.losses import embed, siglip_loss
 from mmrecipes.mini.batches import CAPTION_LENGTH, CaptionBatches, VisionBatches
+from mmrecipes.mini.labels import CaptionBatch
 from mmrecipes.mini.losses import Probes
 from mmrecipes.mini.model import GRID, IMAGE_SIZE, PATCH, make_tokenizer, sincos_positions
 from mmrecipes.models import saving

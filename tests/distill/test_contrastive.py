@@ -12,9 +12,10 @@ import tiny
 from mmrecipes import distill, models, train
 from mmrecipes.data import families, scenes
 from mmrecipes.errors import UserError
-from mmrecipes.mini import siglip
+from mmrecipes.mini import curriculum, siglip
+from mmrecipes.mini.labels import CaptionBatch
 
-COURSE = train.TrainConfig(6, 4, 0.003, 1e-3)
+CONFIG = train.TrainConfig(6, 4, 0.003, 1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,21 @@ def rows():
     drawn = [scenes.make_scene(seed) for seed in range(8)]
     columns = {"image": [scenes.render(s) for s in drawn], "caption": [families.caption(s) for s in drawn]}
     return Dataset.from_dict(columns)
+
+
+def batches_of(model, rows, config=CONFIG):
+    """One batch of rows for the model's own processor, over and over."""
+    first = rows[: config.batch]
+    longest = model.config.text_config.max_position_embeddings
+    texts = {"padding": "max_length", "max_length": longest, "truncation": True, "return_tensors": "pt"}
+    pixels = model.processor(images=first["image"], return_tensors="pt")["pixel_values"]
+    ids = [model.processor(text=first[k], **texts)["input_ids"] for k in ("caption", "negative")]
+    unused = torch.zeros(config.batch)
+    return [CaptionBatch(pixels, *ids, unused, unused)] * config.steps
+
+
+def house_batches(model):
+    return curriculum.caption_batches("student", CONFIG, model.processor.tokenizer)
 
 
 def two_layers():
@@ -36,7 +52,7 @@ def vectors(seed: int, n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(n, 8, generator=chance), torch.randn(2 * n, 8, generator=chance)
 
 
-def test_a_student_inherits_layers_and_the_strongest_columns(tmp_path):
+def test_a_student_inherits_layers_and_the_strongest_neurons(tmp_path):
     teacher = two_layers()
     student = distill.make_dual_student(teacher, {"vision": (1,), "language": (0,)}, {"vision": 100, "language": 30})
     models.save(student, teacher.processor, tmp_path / "s", dtype="auto")
@@ -49,7 +65,7 @@ def test_a_student_inherits_layers_and_the_strongest_columns(tmp_path):
     kept = strength.topk(100).indices.sort().values
     assert torch.equal(mine.mlp.fc1.weight, theirs.mlp.fc1.weight[kept])
     assert torch.equal(mine.mlp.fc2.weight, theirs.mlp.fc2.weight[:, kept])
-    with pytest.raises(UserError, match="10000 columns in the vision FFNs"):
+    with pytest.raises(UserError, match="intermediate size 10000 of vision"):
         distill.make_dual_student(teacher, {}, {"vision": 10_000})
 
 
@@ -61,12 +77,12 @@ def test_losses_are_nothing_for_a_student_that_is_its_teacher():
     assert distill.interactive_loss(model, own, own).item() == pytest.approx(distill.pair_loss(model, *own).item(), rel=1e-5)
 
 
-def test_affinity_is_kullback_leibler_over_texts_and_over_pictures():
+def test_affinity_is_kullback_leibler_over_texts_and_over_images():
     own, wanted = vectors(0), vectors(1)
     p, q = ((5 * F.normalize(i, dim=-1) @ F.normalize(t, dim=-1).T) for i, t in (wanted, own))
-    to_text = (p.softmax(1) * (p.log_softmax(1) - q.log_softmax(1))).sum(1).mean()
-    back = (p[:, :4].softmax(0) * (p[:, :4].log_softmax(0) - q[:, :4].log_softmax(0))).sum(0).mean()
-    assert distill.affinity_loss(own, wanted, 5.0).item() == pytest.approx(((to_text + back) / 2).item(), rel=1e-4)
+    over_texts = (p.softmax(1) * (p.log_softmax(1) - q.log_softmax(1))).sum(1).mean()
+    over_images = (p[:, :4].softmax(0) * (p[:, :4].log_softmax(0) - q[:, :4].log_softmax(0))).sum(0).mean()
+    assert distill.affinity_loss(own, wanted, 5.0).item() == pytest.approx(((over_texts + over_images) / 2).item(), rel=1e-4)
 
 
 def test_feature_loss_of_opposite_vectors_is_two():
@@ -84,23 +100,26 @@ def test_clips_loss_is_the_librarys(rows):
 
 
 @pytest.mark.parametrize("make", [tiny.siglip_128, tiny.clip_128], ids=["siglip", "clip"])
-@pytest.mark.parametrize("aims", [distill.ContrastiveWeights(), distill.CONTRAST_ONLY], ids=["taught", "alone"])
-def test_a_student_learns_from_rows(make, aims, rows, tmp_path):
+@pytest.mark.parametrize("weights", [distill.ContrastiveWeights(), distill.CONTRAST_ONLY], ids=["taught", "alone"])
+def test_a_student_learns_from_rows(make, weights, rows, tmp_path):
     teacher, student = make(), make()
     torch.manual_seed(1)
     with torch.no_grad():
         for p in models.parts(student)["vision"].parameters():
             p.add_(0.02 * torch.randn_like(p))
-    small = distill.distill_dual(student, None if aims == distill.CONTRAST_ONLY else teacher, COURSE, aims, rows, tmp_path)
+    batches, teacher = batches_of(student, rows), None if weights == distill.CONTRAST_ONLY else teacher
+    small = distill.distill_dual(student, teacher, batches, CONFIG, weights, tmp_path)
     found = train.read_log(tmp_path)
     assert found["loss"][-1] < found["loss"][0]
-    assert ("affinity" in found) == (aims != distill.CONTRAST_ONLY)
+    assert ("affinity" in found) == (weights != distill.CONTRAST_ONLY)
     assert not all(torch.equal(a, b) for a, b in zip(small.parameters(), student.parameters(), strict=True))
 
 
-def test_what_was_rounded_or_zeroed_stays_so(tmp_path):
+def test_what_was_rounded_or_zeroed_stays_so():
     model = tiny.siglip_128()
-    trained = distill.distill_dual(model, None, COURSE, trained={"vision": "small", "language": "nothing"})
+    chosen = distill.set_trainable(model.requires_grad_(False), {"vision": "small", "language": "nothing"})
+    assert chosen.logit_scale.requires_grad and not any(p.requires_grad for p in model.parameters()), "a copy is changed"
+    trained = distill.distill_dual(chosen, None, house_batches(model), CONFIG)
     before, after = (dict(models.parts(m)["vision"].named_parameters()) for m in (model, trained))
     same = {name: torch.equal(p, after[name]) for name, p in before.items()}
     assert all(same[name] == (p.ndim >= 2) for name, p in before.items() if "k_proj.bias" not in name)
@@ -108,15 +127,25 @@ def test_what_was_rounded_or_zeroed_stays_so(tmp_path):
     assert all(torch.equal(a, b) for a, b in texts)
 
 
-def test_what_cannot_be_taught_is_refused(rows):
+def test_a_run_with_other_losses_or_parameters_is_not_resumed(tmp_path):
+    model = tiny.siglip_128()
+    config = train.TrainConfig(1, 2)
+    batches = curriculum.caption_batches("student", config, model.processor.tokenizer)
+    distill.distill_dual(model, None, batches, config, work=tmp_path)
+    with pytest.raises(UserError, match="of another run"):
+        distill.distill_dual(model, model, batches, config, work=tmp_path)
+    with pytest.raises(UserError, match="of another run"):
+        distill.distill_dual(distill.set_trainable(model, {"vision": "small"}), None, batches, config, work=tmp_path)
+
+
+def test_what_cannot_be_taught_is_refused():
     model = tiny.siglip_128()
     with pytest.raises(UserError, match="needs a teacher"):
-        distill.distill_dual(model, None, COURSE, distill.ContrastiveWeights())
-    with pytest.raises(UserError, match="'most' of 'vision' is to be trained; expected all, small, nothing"):
-        distill.distill_dual(model, None, COURSE, trained={"vision": "most"})
-    with pytest.raises(UserError, match="8 rows for batches of 16"):
-        distill.distill_dual(model, None, train.TrainConfig(1, 16), rows=rows)
-    with pytest.raises(UserError, match="no column negative"):
-        distill.distill_dual(model, None, COURSE, rows=rows.remove_columns("negative"))
-    with pytest.raises(UserError, match="this model takes 32"):
-        distill.distill_dual(tiny.clip_128(), None, COURSE)
+        distill.distill_dual(model, None, house_batches(model), CONFIG, distill.ContrastiveWeights())
+    with pytest.raises(UserError, match="'most' of 'vision'; expected all, small, nothing"):
+        distill.set_trainable(model, {"vision": "most"})
+    with pytest.raises(UserError, match="say what learns with set_trainable"):
+        distill.distill_dual(model.requires_grad_(False), None, house_batches(model), CONFIG)
+    larger = siglip.make_siglip(len(model.processor.tokenizer), 128, 1, 1)
+    with pytest.raises(UserError, match="embeddings of 64 and 128 numbers"):
+        distill.distill_dual(tiny.siglip_128(), larger, house_batches(model), CONFIG)

@@ -12,11 +12,15 @@ import torch
 
 from mmrecipes import data, distill, evaluate, export, inference, models, train
 from mmrecipes.data import scenes
-from mmrecipes.distill import encoder_swap
 from mmrecipes.errors import UserError
 from mmrecipes.export import onnx as onnx_export
+from mmrecipes.mini import curriculum
 
-SHORT = train.TrainConfig(6, 4, 0.01, 2e-3)
+CONFIG = train.TrainConfig(6, 4, 0.01, 2e-3)
+
+
+def chats(house):
+    return curriculum.chat_batches("encoder-swap", CONFIG, house.processor.tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -63,34 +67,31 @@ def test_places_lie_in_the_order_of_the_vits(shuffled):
 
 
 def test_features_connector_everything(house, shuffled, tmp_path):
-    first = distill.match_features(shuffled, house, train.TrainConfig(12, 8, 0.02, 4e-3), tmp_path / "features")
+    longer = train.TrainConfig(12, 8, 0.02, 4e-3)
+    images = curriculum.image_batches("encoder-swap", longer)
+    first = distill.match_features(shuffled, house, images, longer, tmp_path / "features")
     log = train.read_log(tmp_path / "features")["features"]
     assert log[-1] < log[0]
-    second = distill.align_connector(first, house, SHORT, tmp_path / "connector")
+    second = distill.align_connector(first, house, chats(house), CONFIG, tmp_path / "connector")
     one, two = first.state_dict(), second.state_dict()
     moved = {k for k in one if not torch.equal(one[k], two[k])}
     assert moved == {"model.connector.modality_projection.proj.weight"}, "not even a batch norm's statistics moved"
-    third = distill.distill(second, house, SHORT, work=tmp_path / "all")
+    third = distill.distill(second, house, chats(house), CONFIG, work=tmp_path / "all")
     parts = {k.split(".")[1] for k, v in third.state_dict().items() if not torch.equal(v, two[k])}
     assert {"vision_model", "connector", "text_model"} <= parts
     assert torch.isfinite(evaluate.answer_logits(third, data.test_split(4))[0]).all()
 
 
-def test_the_map_of_the_features_becomes_the_connector(house, shuffled, monkeypatch):
+def test_the_map_of_the_features_becomes_the_connector(house, shuffled, tmp_path):
     """What the map gives, through the old connector, is what the new connector gives: nothing is lost by folding."""
-    kept, make = {}, distill.EncoderWithMap
-
-    def spy(*args):
-        kept["matched"] = make(*args)
-        return kept["matched"]
-
-    monkeypatch.setattr(encoder_swap, "EncoderWithMap", spy)
-    first = distill.match_features(shuffled, house, train.TrainConfig(2, 4, 0.01, 2e-3))
+    config = train.TrainConfig(2, 4, 0.01, 2e-3)
+    first = distill.match_features(shuffled, house, curriculum.image_batches("encoder-swap", config), config, tmp_path)
+    state = torch.load(next((tmp_path / "checkpoint").glob("*.bin")), weights_only=True)
+    learned = next(v for k, v in state.items() if k.endswith("maps.weight"))
     old, new = models.parts(house), models.parts(first)
     with torch.no_grad():
-        wanted = old["connector"](kept["matched"].eval()(pixels(1)))
-        found = new["connector"](new["vision"](pixels(1)).last_hidden_state)
-    assert torch.allclose(found, wanted, atol=1e-4)
+        features = new["vision"](pixels(1)).last_hidden_state
+        assert torch.allclose(new["connector"](features), old["connector"](features @ learned.T), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["ShuffleNetV2 1.0x", "EfficientFormer-L1", "SwiftFormer-XS"])
@@ -180,13 +181,13 @@ def test_openvino_takes_it_in_static_int8(shuffled, tmp_path):
 def test_what_does_not_fit_is_refused(house, foreign_vlm):
     with pytest.raises(UserError, match="expected an Idefics3"):
         distill.swap_vision_encoder(models.load(foreign_vlm), distill.ENCODERS["ShuffleNetV2 1.0x"])
-    with pytest.raises(UserError, match=r"no_such_net.*give one of TOWERS"):
+    with pytest.raises(UserError, match=r"no_such_net.*give one of ENCODERS"):
         distill.swap_vision_encoder(house, {"model_type": "no_such_net"})
     with pytest.raises(UserError, match="8 x 8 places"):
         distill.swap_vision_encoder(house, {"model_type": "bert"})
     with pytest.raises(UserError, match="do not fit"):
         distill.swap_vision_encoder(house, distill.ENCODERS["ShuffleNetV2 1.0x"], start=torch.nn.Linear(2, 2))
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         distill.least_squares_map(house, house, pixels(0))
     with pytest.raises(UserError, match="0 pictures"):
         evaluate.image_text_matching(house, n=0)

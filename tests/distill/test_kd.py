@@ -11,9 +11,10 @@ from mmrecipes import data, distill, evaluate, models, train
 from mmrecipes.distill.kd import LossWeights
 from mmrecipes.distill.students import StudentSize
 from mmrecipes.errors import UserError
+from mmrecipes.mini import curriculum
 
 SIZES = {"vision": StudentSize((0,), 64, 100), "language": StudentSize((1,), 64, 60)}
-COURSE = train.TrainConfig(16, 4, 0.003, 1e-3)
+CONFIG = train.TrainConfig(16, 4, 0.003, 1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,11 @@ def test_a_student_has_the_sizes_that_were_asked_for_and_is_a_plain_checkpoint(i
     student = distill.make_student(teacher, SIZES, rows, inherit)
     for part, size in SIZES.items():
         own = models.config_of(student, part)
-        assert (own.num_hidden_layers, own.hidden_size, own.intermediate_size) == (len(size.layers), size.width, size.columns)
+        assert (own.num_hidden_layers, own.hidden_size, own.intermediate_size) == (
+            len(size.layers),
+            size.hidden_size,
+            size.intermediate_size,
+        )
     models.save(student, teacher.processor, tmp_path / "student", dtype="auto")
     again = models.load(tmp_path / "student")
     answers = [evaluate.answers(m, [data.questions("test", 1)[0]["image"]], ["How many?"]) for m in (student, again)]
@@ -91,7 +96,7 @@ def test_a_student_as_large_as_its_teacher_answers_as_it_does(rows):
     [
         ("vision", StudentSize((0,), 63, 60), "width 63; expected a multiple of 2 up to 128"),
         ("language", StudentSize((0,), 256, 60), "width 256; expected a multiple of 2 up to 128"),
-        ("vision", StudentSize((0,), 64, 10_000), "10000 columns in the vision FFNs; expected 1 to 512"),
+        ("vision", StudentSize((0,), 64, 10_000), "intermediate size 10000 of vision; expected 1 to 512"),
         ("language", StudentSize((0, 5), 64, 60), "give rising indices"),
     ],
 )
@@ -113,46 +118,48 @@ def test_a_llava_gets_a_smaller_language_model(rows):
 
 @pytest.mark.parametrize("make", [lambda: tiny.house(layers=2), tiny.llava], ids=["house", "llava"])
 @pytest.mark.parametrize(
-    "aims", [LossWeights(answers=0), LossWeights(0, attention=1.0, reverse=True, temperature=2.0), distill.LABELS_ONLY]
+    "weights", [LossWeights(answers=0), LossWeights(0, attention=1.0, reverse=True, temperature=2.0), distill.LABELS_ONLY]
 )
-def test_every_aim_is_learned_from_rows(make, aims, rows, tmp_path):
+def test_every_loss_is_learned_from_rows(make, weights, rows, tmp_path):
     teacher = make()
     torch.manual_seed(1)
     student = type(teacher)(teacher.config).eval()
     student.processor = teacher.processor
     before = [p.clone() for p in student.parameters()]
-    small = distill.distill(student, None if aims == distill.LABELS_ONLY else teacher, COURSE, aims, rows, tmp_path)
+    batches = train.RowBatches(student, rows, CONFIG)
+    small = distill.distill(student, None if weights == distill.LABELS_ONLY else teacher, batches, CONFIG, weights, tmp_path)
     found = train.read_log(tmp_path)
-    learned = "logits" if aims.logits else "answers"
+    learned = "logits" if weights.logits else "answers"
     assert found[learned][-1] < found[learned][0] and "answers" in found
     assert {k for k in ("logits", "hidden", "vision", "attention") if k in found} == {
-        k for k in ("logits", "hidden", "vision", "attention") if getattr(aims, k)
+        k for k in ("logits", "hidden", "vision", "attention") if getattr(weights, k)
     }
     assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True)), "a copy is trained"
-    if aims.logits:
+    if weights.logits:
         reference = evaluate.answer_logits(teacher, rows)[0]
         far = [evaluate.divergence(reference, evaluate.answer_logits(m, rows)[0]) for m in (student, small)]
         assert far[1] < 0.9 * far[0]
 
 
-def test_maps_begin_as_the_best_linear_ones(rows):
+def test_projections_begin_as_the_best_linear_ones(rows):
     teacher = tiny.house(layers=2)
     student = distill.make_student(teacher, SIZES, rows)
-    pupil, batch = distill.StudentWithProjections(student, teacher), train.RowBatches(teacher, rows, COURSE)[0]
-    lesson = distill.distillation_loss(teacher, LossWeights(0, 0), lambda m, b: train.answer_loss(m, b, None))
+    projected, batches = distill.StudentWithProjections(student, teacher), train.RowBatches(teacher, rows, CONFIG)
+    loss = distill.distillation_loss(teacher, LossWeights(0, 0), batches.answer_loss)
     with torch.no_grad():
-        before = lesson(pupil, batch)[1]
-        with train.captured_with_attention(student) as own, train.captured_with_attention(teacher) as wanted:
+        before = loss(projected, batches[0])[1]
+        with train.captured(student) as own, train.captured(teacher) as wanted:
             for m in (student, teacher):
-                train.answer_loss(m, batch, None)
-        pupil.fit_maps_(own, wanted)
-        after = lesson(pupil, batch)[1]
+                batches.answer_loss(m, batches[0])
+        projected.fit_projections_(own, wanted)
+        after = loss(projected, batches[0])[1]
     assert after["vision"] < 0.5 * before["vision"] and after["hidden"] < 0.5 * before["hidden"] and after["hidden"] < 1
 
 
-def test_text_alone_never_reaches_the_vision_tower(rows, tmp_path):
+def test_text_alone_never_reaches_the_vision_encoder(rows, tmp_path):
     teacher, student = tiny.house(layers=2), tiny.house(seed=1)
-    small = distill.distill(student, teacher, COURSE, LossWeights(answers=0, vision=0), rows.remove_columns("image"), tmp_path)
+    batches = train.RowBatches(student, rows.remove_columns("image"), CONFIG)
+    small = distill.distill(student, teacher, batches, CONFIG, LossWeights(answers=0, vision=0), tmp_path)
     assert train.read_log(tmp_path)["logits"][-1] < train.read_log(tmp_path)["logits"][0]
     seen, words = (models.parts(m) for m in (student, small))
     assert all(torch.equal(a, b) for a, b in zip(seen["vision"].parameters(), words["vision"].parameters(), strict=True))
@@ -160,43 +167,46 @@ def test_text_alone_never_reaches_the_vision_tower(rows, tmp_path):
     assert not all(torch.equal(a, b) for a, b in moved)
 
 
-def test_lessons_log_the_families(tmp_path):
-    distill.distill(tiny.house(), tiny.house(layers=2), train.TrainConfig(2, 2), work=tmp_path)
+def test_the_books_batches_log_the_families(tmp_path):
+    config = train.TrainConfig(2, 2)
+    batches = curriculum.chat_batches("student", config, tiny.processor().tokenizer)
+    distill.distill(tiny.house(), tiny.house(layers=2), batches, config, work=tmp_path)
     found = train.read_log(tmp_path)
     assert {"answers", "logits", "hidden", "vision", "colour", "reading"} <= set(found) and len(found["loss"]) == 2
 
 
-def test_an_eye_learns_its_teachers_visual_tokens(tmp_path):
+def test_a_vision_encoder_learns_its_teachers_visual_tokens(tmp_path):
     teacher, student = tiny.house(layers=2), tiny.house(seed=1)
-    small = distill.match_vision_encoder(student, teacher, train.TrainConfig(20, 4, 0.005, 1e-3), tmp_path)
-    found = train.read_log(tmp_path)["tokens"]
+    config = train.TrainConfig(20, 4, 0.005, 1e-3)
+    batches = curriculum.image_batches("student", config)
+    small = distill.match_vision_encoder(student, teacher, batches, config, tmp_path)
+    found = train.read_log(tmp_path)["features"]
     assert found[-1] < 0.8 * found[0]
     language = zip(models.parts(student)["language"].parameters(), models.parts(small)["language"].parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in language)
     with pytest.raises(UserError, match="visual tokens of 128 and 256 channels"):
-        distill.match_vision_encoder(student, tiny.house(width=256), COURSE)
+        distill.match_vision_encoder(student, tiny.house(width=256), batches, config)
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_its_logits(rows):
     model = tiny.house(layers=2)
-    pupil, batch = distill.StudentWithProjections(model, model), train.RowBatches(model, rows, COURSE)[0]
-    lesson = distill.distillation_loss(
-        model, LossWeights(answers=0, hidden=0, vision=0), lambda m, b: train.answer_loss(m, b, None)
-    )
-    assert lesson(pupil, batch)[0].item() == pytest.approx(0, abs=1e-6)
+    projected, batches = distill.StudentWithProjections(model, model), train.RowBatches(model, rows, CONFIG)
+    loss = distill.distillation_loss(model, LossWeights(answers=0, hidden=0, vision=0), batches.answer_loss)
+    assert loss(projected, batches[0])[0].item() == pytest.approx(0, abs=1e-6)
 
 
 def test_the_answers_loss_of_rows_is_cross_entropy(rows):
     model = tiny.llava()
     batches = train.RowBatches(model, rows, train.TrainConfig(9, 16))
-    loss, tokens, _ = train.answer_loss(model, batches[0], None)
+    loss, tokens, _ = batches.answer_loss(model, batches[0])
     logits, wanted = evaluate.answer_logits(model, rows)
     assert tokens == len(wanted) and loss.item() == pytest.approx(F.cross_entropy(logits, wanted).item(), rel=1e-4)
     assert len(batches) == 9 and torch.equal(batches[8]["input_ids"], batches[0]["input_ids"]), "over and over"
 
 
 def test_what_cannot_be_taught_is_refused(rows):
+    model = tiny.house()
     with pytest.raises(UserError, match="needs a teacher"):
-        distill.distill(tiny.house(), None, COURSE, LossWeights(), rows)
+        distill.distill(model, None, train.RowBatches(model, rows, CONFIG), CONFIG, LossWeights())
     with pytest.raises(UserError, match="16 rows for batches of 32"):
-        distill.distill(tiny.house(), None, train.TrainConfig(1, 32), rows=rows)
+        train.RowBatches(model, rows, train.TrainConfig(1, 32))

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from mmrecipes import data, distill, evaluate, export, inference, models, prune, quantize
-from mmrecipes.distill import recovery
+from mmrecipes import data, evaluate, export, inference, models, prune, quantize
 from mmrecipes.errors import UserError
 
 SEEDS, SHARES = st.integers(0, 10**6), st.sampled_from([0.0, 0.25, 0.5, 0.75, "1:4", "2:4", "4:8"])
@@ -259,65 +258,6 @@ def test_one_ranking_for_the_model_takes_the_smallest_wherever_they_are(make):
     assert prune.sparsity_of(thin) == pytest.approx(shares, abs=1e-6)
     hessians = quantize.input_hessians(model, data.calibration(4), list(numel))
     assert prune.global_shares(model, 0.3, hessians)[small] > 0.9
-
-
-@FOREIGN
-@pytest.mark.parametrize("taught", [False, True], ids=["alone", "with its parent"])
-def test_recovery_keeps_every_zero_and_lowers_the_loss(make, taught):
-    whole, rows = make(), data.calibration(8)
-    thin, course = prune.magnitude(whole, 0.5), distill.Course(steps=12, batch=8, lr=0.01, adam_lr=1e-3)
-    tuned = distill.recover(thin, course, whole if taught else None, rows)
-    assert prune.sparsity_of(tuned) == prune.sparsity_of(thin) and not tuned.training
-    lesson = recovery._rows_loss(thin, course, rows)
-    with torch.no_grad():
-        assert lesson(tuned, 0) < 0.98 * lesson(thin, 0)
-
-
-def test_recovery_on_the_house_lessons():
-    thin = prune.magnitude(tiny.house(), 0.5)
-    tuned = distill.recover(thin, distill.Course(steps=2, batch=1))
-    assert prune.sparsity_of(tuned) == prune.sparsity_of(thin)
-    name = language(thin)[0]
-    assert not torch.equal(tuned.get_submodule(name).weight, thin.get_submodule(name).weight)
-    with pytest.raises(UserError, match="lower the course's lr"), torch.no_grad():
-        thin.get_submodule(name).weight[0, 0] = float("nan")
-        with torch.enable_grad():
-            distill.recover(thin, distill.Course(steps=2, batch=1))
-
-
-def test_a_killed_recovery_of_a_pruned_model_keeps_its_zeros(tmp_path):
-    thin, rows = prune.magnitude(tiny.house(), 0.5), data.calibration(4)
-    course = distill.Course(steps=4, batch=4)
-    tuned = distill.recover(thin, course, None, rows, work=tmp_path, every=2)
-    again = distill.recover(thin, course, None, rows, work=tmp_path, every=2)  # from its last checkpoint
-    assert prune.sparsity_of(again) == prune.sparsity_of(tuned) == prune.sparsity_of(thin)
-    (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
-    with pytest.raises(UserError, match="remove it to begin anew"):
-        distill.recover(thin, course, None, rows, work=tmp_path)
-
-
-def test_a_recovery_refuses_what_it_cannot_do(tmp_path):
-    from mmrecipes import models, prune
-
-    whole, rows, course = tiny.house(), data.calibration(2), distill.Course(steps=1, batch=2)
-    for wrong in (distill.Course(steps=0), distill.Course(batch=0)):
-        with pytest.raises(UserError, match="at least one"):
-            distill.recover(whole, wrong, None, rows)
-    distill.recover(whole, course, None, rows, work=tmp_path / "here")
-    with pytest.raises(UserError, match="another model"):
-        distill.recover(
-            prune.keep_ffn_neurons(whole, {"vision": [[0, 1]] * len(models.layers(whole)["vision"])}),
-            course,
-            None,
-            rows,
-            work=tmp_path / "here",
-        )
-    torch.save([1], tmp_path / "here" / "checkpoint.pt")
-    with pytest.raises(UserError, match="another course"):
-        distill.recover(whole, course, None, rows, work=tmp_path / "here")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is a file"):
-        distill.recover(whole, course, None, rows, work=tmp_path / "file")
 
 
 # ---- what zeros go through afterwards

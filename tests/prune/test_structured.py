@@ -9,8 +9,7 @@ from transformers import AutoModelForImageTextToText
 
 import mmrecipes as mmr
 import tiny
-from mmrecipes import data, distill, evaluate, export, inference, models, prune, quantize
-from mmrecipes.distill import recovery
+from mmrecipes import data, evaluate, export, inference, models, prune, quantize
 from mmrecipes.errors import UserError
 
 KINDS = {"house": lambda: tiny.house(width=256, layers=2), "llava": lambda: two_layers()}
@@ -291,50 +290,3 @@ def test_the_parent_stays_as_it_was(model):
     prune.keep_heads(model, [[0, 3], [1, 2]])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert model.config.text_config.num_attention_heads == 4
-
-
-# ---- recovery
-
-
-@pytest.mark.parametrize("taught", [False, True], ids=["alone", "with its parent"])
-def test_recovery_brings_any_model_back(model, rows, taught):
-    thin = prune.keep_ffn_neurons(model, {part: halves(model, part) for part in models.TOWERS})
-    before = F.cross_entropy(*evaluate.answer_logits(thin, rows)).item()
-    well = distill.recover(thin, distill.Course(steps=6, batch=7), model if taught else None, rows)
-    assert F.cross_entropy(*evaluate.answer_logits(well, rows)).item() < before
-    assert F.cross_entropy(*evaluate.answer_logits(thin, rows)).item() == pytest.approx(before, rel=1e-4)  # a copy was trained
-
-
-def test_a_model_is_no_distance_from_itself(model, rows):
-    lesson = recovery._rows_loss(model, distill.Course(batch=7), rows)
-    loss, logs = distill.imitate(model, models.clone(model), lambda m: lesson(m, 0))
-    assert abs(logs["divergence"]) < 1e-5 and logs["vision"] < 1e-8 and logs["hidden"] < 1e-8
-    assert loss.item() == pytest.approx(logs["answers"], abs=1e-4)
-
-
-def test_a_killed_recovery_goes_on_where_it_was(tmp_path, monkeypatch):
-    whole = tiny.house(width=128, layers=2)
-    thin, course = prune.keep_layers(whole, "vision", [0]), distill.Course(steps=4, batch=2)
-    wanted = distill.recover(thin, course, whole)
-
-    class Killed(Exception):
-        pass
-
-    real, calls = distill.imitate, []
-
-    def dies(*args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise Killed
-        return real(*args)
-
-    with monkeypatch.context() as m:
-        m.setattr(recovery, "imitate", dies)
-        with pytest.raises(Killed):
-            distill.recover(thin, course, whole, work=tmp_path, every=2)
-    found = distill.recover(thin, course, whole, work=tmp_path, every=2)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found.parameters(), wanted.parameters(), strict=True))
-    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert steps == [0, 1, 2, 3]
-    with pytest.raises(UserError, match="another course"):
-        distill.recover(thin, distill.Course(steps=5, batch=2), whole, work=tmp_path)

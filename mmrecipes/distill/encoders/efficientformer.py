@@ -1,7 +1,7 @@
 """EfficientFormer-L1 (Li et al. 2022, arXiv:2206.01191), the published design in one page: 12.3 million parameters.
 
 Convolutions where maps are large, with average pooling for the mixing of places, and attention only in the last block, where
-49 tokens are left. transformers does not have it. `swapped.py` puts it in the place of a vision tower.
+49 tokens are left. transformers does not have it. `swapped.py` puts it in the place of a VLM's vision encoder.
 """
 
 from __future__ import annotations
@@ -13,12 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 DEPTHS, WIDTHS, ATTENTION_BLOCKS = (3, 2, 6, 4), (48, 96, 224, 448), 1  # L1; the attention blocks are the last ones
-
-
 HEADS, KEY, VALUE = 8, 32, 128  # attention: heads, and the width of each one's keys and values
-
-
-STRIDE = 32
+STRIDE = 32  # px of an image's side for each place of the last stage
 
 
 def conv(into: int, out: int, kernel: int, stride: int = 1, act: type[nn.Module] | None = None) -> nn.Sequential:
@@ -92,7 +88,7 @@ class Block3D(nn.Module):
 
 
 class EfficientFormer(nn.Module):
-    """Pictures (B, 3, `size`, `size`) -> scores (B, classes), the mean of two heads: one was taught by labels, one by a teacher.
+    """Images (B, 3, `size`, `size`) -> scores (B, classes), the mean of two heads: one was taught by labels, one by a teacher.
 
     `features` gives the maps of the stages. `size` is a multiple of 32, because the last stage knows its places.
     """
@@ -111,12 +107,12 @@ class EfficientFormer(nn.Module):
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Maps of (B, 48, H/4, W/4), (B, 96, H/8, W/8), (B, 224, H/16, W/16) and (B, 448, H/32, W/32)."""
-        x, found = self.stem(x), []
+        x, maps = self.stem(x), []
         for down, stage in zip(self.down, self.stages, strict=True):
             x = stage(down(x))
-            found.append(x)
+            maps.append(x)
         tokens = self.norm(self.attention(x.flatten(2).transpose(1, 2)))
-        return [*found[:-1], tokens.transpose(1, 2).unflatten(2, x.shape[2:])]
+        return [*maps[:-1], tokens.transpose(1, 2).unflatten(2, x.shape[2:])]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(x)[-1].mean((2, 3))

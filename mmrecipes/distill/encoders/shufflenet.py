@@ -1,7 +1,7 @@
 """ShuffleNet V2 1.0x (Ma et al. 2018, arXiv:1807.11164), the published design in one page: 2.3 million parameters.
 
 Half of a block's channels pass by untouched, the other half is convolved, and a shuffle mixes the two for the next block.
-transformers does not have it. `swapped.py` puts it in the place of a vision tower.
+transformers does not have it. `swapped.py` puts it in the place of a VLM's vision encoder.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 STAGES = ((4, 116), (8, 232), (4, 464))  # blocks and channels of stages 2, 3 and 4, table 5 of the paper, 1x
-
-
-STEM, TOP = 24, 1024
+STEM, TOP = 24, 1024  # channels of the first convolution and of the last
 
 
 def conv(into: int, out: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True) -> nn.Sequential:
@@ -43,7 +41,7 @@ class Block(nn.Module):
 
 
 class ShuffleNetV2(nn.Module):
-    """Pictures (B, 3, H, W) -> scores (B, classes); `features` gives the maps of the stages."""
+    """Images (B, 3, H, W) -> scores (B, classes); `features` gives the maps of the stages."""
 
     def __init__(self, classes: int = 1000):
         super().__init__()
@@ -58,11 +56,11 @@ class ShuffleNetV2(nn.Module):
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Maps of (B, 116, H/8, W/8), (B, 232, H/16, W/16), (B, 464, H/32, W/32) and (B, 1024, H/32, W/32)."""
-        x, found = self.stem(x), []
+        x, maps = self.stem(x), []
         for stage in self.stages:
             x = stage(x)
-            found.append(x)
-        return [*found, self.top(x)]
+            maps.append(x)
+        return [*maps, self.top(x)]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classes(self.features(x)[-1].mean((2, 3)))

@@ -15,23 +15,26 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from .efficientformer import EfficientFormer
 from .shufflenet import ShuffleNetV2
 
-LACKING = {"shufflenet_v2": lambda size: ShuffleNetV2(), "efficientformer": lambda size: EfficientFormer(size=size)}
+OWN = {  # kind -> a backbone that transformers lacks, by the side of its images in px
+    "shufflenet_v2": lambda size: ShuffleNetV2(),
+    "efficientformer": lambda size: EfficientFormer(size=size),
+}
 
 
-class Tower(nn.Module):
-    """Pictures (B, 3, H, W) to tokens (B, N, C), one for each place of the last map of `grid` x `grid` places.
+class BackboneEncoder(nn.Module):
+    """Images (B, 3, H, W) to features (B, N, C), one for each place of the last map of `grid` x `grid` places.
 
-    `tower` names the backbone: a config of transformers as a dict with its "model_type", or one of LACKING. Where the backbone
-    goes on to coarser maps, the last of them is stretched to that grid and stands beside the finer one.
+    `backbone` is a config of transformers as a dict with its "model_type", or one of OWN's. Where it goes on to coarser maps,
+    the last of them is stretched to that grid and stands beside the finer one. `size` is the side of the images in px.
     """
 
-    def __init__(self, tower: dict, size: int, grid: int):
+    def __init__(self, backbone: dict, size: int, grid: int):
         super().__init__()
-        kind, self.grid = tower["model_type"], grid
-        if kind in LACKING:
-            self.backbone = LACKING[kind](size)
+        kind, self.grid = backbone["model_type"], grid
+        if kind in OWN:
+            self.backbone = OWN[kind](size)
         else:
-            self.backbone = AutoModel.from_config(AutoConfig.for_model(**tower))
+            self.backbone = AutoModel.from_config(AutoConfig.for_model(**backbone))
         for head in ("classes", "distilled"):  # nobody asks for ImageNet's classes here
             if hasattr(self.backbone, head):
                 setattr(self.backbone, head, nn.Identity())
@@ -43,27 +46,27 @@ class Tower(nn.Module):
         """All maps (B, C, h, w) of the backbone, in their order."""
         if hasattr(self.backbone, "features"):
             return self.backbone.features(pixel_values)
-        found = self.backbone(pixel_values, output_hidden_states=True)
-        return [*found.hidden_states, found.last_hidden_state]
+        out = self.backbone(pixel_values, output_hidden_states=True)
+        return [*out.hidden_states, out.last_hidden_state]
 
     def forward(self, pixel_values: Tensor, **unused) -> BaseModelOutputWithPooling:
         maps = self.maps(pixel_values)
-        tokens = [m for m in maps if m.shape[-1] == self.grid][-1]
+        features = [m for m in maps if m.shape[-1] == self.grid][-1]
         if maps[-1].shape[-1] < self.grid:
-            tokens = torch.cat([tokens, F.interpolate(maps[-1], size=tokens.shape[-2:])], 1)
-        return BaseModelOutputWithPooling(last_hidden_state=tokens.flatten(2).transpose(1, 2))
+            features = torch.cat([features, F.interpolate(maps[-1], size=features.shape[-2:])], 1)
+        return BaseModelOutputWithPooling(last_hidden_state=features.flatten(2).transpose(1, 2))
 
 
 class SwappedConfig(Idefics3Config):
-    """`tower`: as for `Tower`. `vision_config` still says how large a picture and a place are (`image_size`, `patch_size`), and
-    how many channels the connector reads (`hidden_size`)."""
+    """`vision_backbone`: as for `BackboneEncoder`. `vision_config` still says how large an image and a place are (`image_size`,
+    `patch_size`), and how many channels the connector reads (`hidden_size`)."""
 
     model_type = "idefics3_swapped"
-    tower: dict | None = None
+    vision_backbone: dict | None = None
 
 
 class SwappedForConditionalGeneration(Idefics3ForConditionalGeneration):
-    """Idefics3 with `config.tower` in the place of its vision model."""
+    """Idefics3 with `config.vision_backbone` in the place of its vision model."""
 
     config_class = SwappedConfig
     config: SwappedConfig
@@ -71,11 +74,9 @@ class SwappedForConditionalGeneration(Idefics3ForConditionalGeneration):
     def __init__(self, config: SwappedConfig):
         super().__init__(config)
         own = config.vision_config
-        self.model.vision_model = Tower(config.tower, own.image_size, own.image_size // own.patch_size)
+        self.model.vision_model = BackboneEncoder(config.vision_backbone, own.image_size, own.image_size // own.patch_size)
         self.post_init()
 
 
 SwappedConfig.register_for_auto_class()
-
-
 SwappedForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
