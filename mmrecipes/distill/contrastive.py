@@ -101,24 +101,15 @@ def contrastive_loss(teacher: nn.Module | None, weights: ContrastiveWeights) -> 
             teacher.to(ids.device)
             with torch.no_grad():
                 wanted = (embed(teacher, batch.images), embed(teacher, ids=ids))
-            terms |= _teacher_terms(teacher, own, wanted, weights)
+            if wanted[0].shape != own[0].shape and (weights.feature or weights.interactive):
+                sizes = f"{own[0].shape[-1]} and {wanted[0].shape[-1]} numbers"
+                raise UserError(f"distill_dual: embeddings of {sizes}; feature and interactive need the same, affinity does not")
+        if weights.affinity:
+            terms["affinity"] = affinity_loss(own, wanted, teacher.logit_scale.exp())
+        if weights.feature:
+            terms["feature"] = embedding_loss(own, wanted)
+        if weights.interactive:
+            terms["interactive"] = interactive_loss(teacher, own, wanted)
         return sum(getattr(weights, k) * v for k, v in terms.items()), {k: v.item() for k, v in terms.items()}
 
     return loss
-
-
-def _teacher_terms(
-    teacher: nn.Module, own: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], weights: ContrastiveWeights
-) -> dict[str, Tensor]:
-    """How far the student's embeddings of images and texts (`own`) are from its teacher's, by what is asked for."""
-    if wanted[0].shape != own[0].shape and (weights.feature or weights.interactive):
-        sizes = f"{own[0].shape[-1]} and {wanted[0].shape[-1]} numbers"
-        raise UserError(f"distill_dual: embeddings of {sizes}; feature and interactive need the same, affinity does not")
-    terms = {}
-    if weights.affinity:
-        terms["affinity"] = affinity_loss(own, wanted, teacher.logit_scale.exp())
-    if weights.feature:
-        terms["feature"] = embedding_loss(own, wanted)
-    if weights.interactive:
-        terms["interactive"] = interactive_loss(teacher, own, wanted)
-    return terms

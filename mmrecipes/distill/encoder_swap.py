@@ -19,7 +19,7 @@ from mmrecipes.distill.kd import LossWeights, StudentWithProjections, distillati
 from mmrecipes.distill.losses import ridge
 from mmrecipes.errors import UserError, one_line
 from mmrecipes.models import modules
-from mmrecipes.models.modules import clone
+from mmrecipes.models.modules import VisionWithConnector, clone
 from mmrecipes.train.loop import TrainConfig, fit
 
 ENCODERS = {  # name -> config of the backbone; MobileNetV2 keeps 8 x 8 positions to its end, as for segmentation
@@ -71,18 +71,6 @@ def swap_vision_encoder(
     return student
 
 
-class EncoderWithMap(nn.Module):
-    """A vision encoder with a map from its features (B, N, C) to those of another one (B, N, D)."""
-
-    def __init__(self, encoder: nn.Module, maps: nn.Module):
-        super().__init__()
-        self.encoder, self.maps = encoder, maps
-
-    def forward(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) -> features (B, N, D)."""
-        return self.maps(self.encoder(images).last_hidden_state)
-
-
 @torch.no_grad()
 def least_squares_map(student: nn.Module, teacher: nn.Module, images: Tensor, batch: int = 64) -> Tensor:
     """The linear map (D, C) from the features of `student`'s encoder to `teacher`'s that errs least on `images` (N, 3, H, W).
@@ -126,10 +114,11 @@ def match_features(
     linear.use_adamw = True
     if images is not None:
         linear.weight.data.copy_(least_squares_map(student, teacher, images))
-    own, wanted = (modules.parts(m)["vision"] for m in (student, teacher))
-    own.to(memory_format=torch.channels_last)  # in which convolutions train faster on a CPU
-    fit_outputs(EncoderWithMap(own, linear), EncoderWithMap(wanted, nn.Identity()), batches, config, work)
-    own.to(memory_format=torch.contiguous_format)
+    own, wanted = VisionWithConnector(student), VisionWithConnector(teacher)
+    own.connector, wanted.connector = linear, nn.Identity()
+    own.vision.to(memory_format=torch.channels_last)  # in which convolutions train faster on a CPU
+    fit_outputs(own, wanted, batches, config, work)
+    own.vision.to(memory_format=torch.contiguous_format)
     student.to(device)
     fold_map_(student, teacher.to(device), linear.weight.to(device))
     return student.eval()

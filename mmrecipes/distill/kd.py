@@ -60,17 +60,17 @@ class StudentWithProjections(nn.Module):
         depth = len(modules.layers(student, ("language",))["language"])
         if learned:
             sizes = {p: [modules.config_of(m, p).hidden_size for m in (student, teacher)] for p in ("vision", "language")}
-            self.vision_maps = nn.Linear(*sizes["vision"])
-            self.hidden_maps = nn.ModuleList(nn.Linear(*sizes["language"]) for _ in range(depth))
-            self.vision_maps.use_adamw = self.hidden_maps.use_adamw = True
+            self.vision_projection = nn.Linear(*sizes["vision"])
+            self.hidden_projections = nn.ModuleList(nn.Linear(*sizes["language"]) for _ in range(depth))
+            self.vision_projection.use_adamw = self.hidden_projections.use_adamw = True
         else:
-            self.vision_maps, self.hidden_maps = nn.Identity(), nn.ModuleList(nn.Identity() for _ in range(depth))
+            self.vision_projection, self.hidden_projections = nn.Identity(), nn.ModuleList(nn.Identity() for _ in range(depth))
 
     @torch.no_grad()
     def fit_projections_(self, own: dict[str, Any], wanted: dict[str, Any]) -> None:
         """The least-squares projections for one batch (`captured` of both models), so that training need not begin with them."""
-        hidden = zip(self.hidden_maps, layer_pairs(own["hidden"], wanted["hidden"]), strict=True)
-        vision = [(self.vision_maps, (own["vision"], wanted["vision"]))] if "vision" in own else []
+        hidden = zip(self.hidden_projections, layer_pairs(own["hidden"], wanted["hidden"]), strict=True)
+        vision = [(self.vision_projection, (own["vision"], wanted["vision"]))] if "vision" in own else []
         for projection, features in (*hidden, *vision):
             x, y = (f.flatten(0, -2).double() for f in features)
             x_mean, y_mean = x.mean(0), y.mean(0)
@@ -81,17 +81,25 @@ class StudentWithProjections(nn.Module):
 
 def distillation_loss(teacher: nn.Module | None, weights: LossWeights, answer_loss: Callable[[nn.Module, Any], tuple]) -> Loss:
     """The loss of a StudentWithProjections on a batch, for `train.fit`. `answer_loss(model, batch)` is that of the batches."""
+    capture = captured_with_attention if weights.attention else captured
 
     def loss(projected: StudentWithProjections, batch: Any) -> tuple[Tensor, dict[str, float]]:
-        capture = captured_with_attention if weights.attention else captured
         with capture(projected.student) as own:
             right, tokens, logs = answer_loss(projected.student, batch)
         terms = {"answers": right}
         if weights.need_teacher:
-            teacher.to(own["logits"].device)
-            with capture(teacher) as wanted, torch.no_grad():
+            with capture(teacher.to(own["logits"].device)) as wanted, torch.no_grad():
                 answer_loss(teacher, batch)
-            terms |= _teacher_terms(projected, own, wanted, weights)
+        if weights.logits:
+            terms["logits"] = kl_loss(own["logits"], wanted["logits"], weights.temperature, weights.reverse)
+        if weights.hidden:
+            pairs = zip(projected.hidden_projections, layer_pairs(own["hidden"], wanted["hidden"]), strict=True)
+            terms["hidden"] = _mean([feature_loss(projection(h), w) for projection, (h, w) in pairs])
+        if weights.vision and "vision" in own:  # text alone never reaches the vision encoder
+            terms["vision"] = feature_loss(projected.vision_projection(own["vision"]), wanted["vision"])
+        if weights.attention:
+            shared = [k for k in wanted["attention"] if k in own["attention"]]  # a convolutional encoder has none
+            terms["attention"] = _mean([relation_loss(own["attention"][k], wanted["attention"][k]) for k in shared])
         share = tokens / mean_over_processes(tokens)  # a mean over all processes' tokens, not a mean of their means
         scaled = {k: v * share if k in ("answers", "logits") else v for k, v in terms.items()}
         return sum(getattr(weights, k) * v for k, v in scaled.items()), logs | {k: v.item() for k, v in terms.items()}
@@ -99,24 +107,8 @@ def distillation_loss(teacher: nn.Module | None, weights: LossWeights, answer_lo
     return loss
 
 
-def _teacher_terms(
-    projected: StudentWithProjections, own: dict[str, Any], wanted: dict[str, Any], weights: LossWeights
-) -> dict[str, Tensor]:
-    """How far what the student computed (`own`) is from what its teacher did (`wanted`), by what is asked for."""
-    terms = {}
-    if weights.logits:
-        terms["logits"] = kl_loss(own["logits"], wanted["logits"], weights.temperature, weights.reverse)
-    if weights.hidden:
-        pairs = zip(projected.hidden_maps, layer_pairs(own["hidden"], wanted["hidden"]), strict=True)
-        distances = [feature_loss(projection(h), w) for projection, (h, w) in pairs]
-        terms["hidden"] = sum(distances) / len(distances)
-    if weights.vision and "vision" in own:  # text alone never reaches the vision encoder
-        terms["vision"] = feature_loss(projected.vision_maps(own["vision"]), wanted["vision"])
-    if weights.attention:
-        shared = own["attention"].keys() & wanted["attention"].keys()  # a convolutional encoder has none
-        distances = [relation_loss(own["attention"][k], wanted["attention"][k]) for k in sorted(shared)]
-        terms["attention"] = sum(distances) / len(distances)
-    return terms
+def _mean(losses: list[Tensor]) -> Tensor:
+    return sum(losses) / len(losses)
 
 
 def distill(

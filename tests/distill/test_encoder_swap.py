@@ -38,7 +38,7 @@ def pixels(n: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", distill.ENCODERS)
-def test_every_tower_gives_a_token_for_each_place_and_the_language_model_stays(house, name):
+def test_every_encoder_gives_a_token_for_each_place_and_the_language_model_stays(house, name):
     swapped = distill.swap_vision_encoder(house, distill.ENCODERS[name])
     found = models.parts(swapped)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_the_map_of_the_features_becomes_the_connector(house, shuffled, tmp_path
     config = train.TrainConfig(2, 4, 0.01, 2e-3)
     first = distill.match_features(shuffled, house, curriculum.image_batches("encoder-swap", config), config, tmp_path)
     state = torch.load(next((tmp_path / "checkpoint").glob("*.bin")), weights_only=True)
-    learned = next(v for k, v in state.items() if k.endswith("maps.weight"))
+    learned = next(v for k, v in state.items() if k.endswith("connector.weight"))
     old, new = models.parts(house), models.parts(first)
     with torch.no_grad():
         features = new["vision"](pixels(1)).last_hidden_state
@@ -121,7 +121,7 @@ def test_it_is_saved_with_its_code_and_loads_without_this_package(house, name, t
     assert "the same" in done.stdout, done.stderr[-2000:]
 
 
-def test_it_is_exported_with_a_tower_in_static_int8(house, shuffled, tmp_path):
+def test_it_is_exported_with_an_encoder_in_static_int8(house, shuffled, tmp_path):
     pictures = [scenes.render(scenes.make_scene(s), 128) for s in data.SPLITS["calibration"][:4]]
     precisions = {"vision": "static", "language": "int8"}
     folder = export.export(shuffled, tmp_path / "small", "onnx", precisions, images=pictures)
@@ -235,4 +235,4 @@ def test_a_vlm_is_asked_what_fits_a_picture(house, shuffled):
     yes, both, right = evaluate.image_text_matching(house, n=40)
     assert yes.n == 80 and both.n == len(right) == 40 and sum(right) == round(40 * both.value)
     assert both.value > 0.9, "what mini-vlm answers nearly always right"
-    assert evaluate.image_text_matching(shuffled, n=40)[1].value < 0.5, "an eye that was not taught cannot tell"
+    assert evaluate.image_text_matching(shuffled, n=40)[1].value < 0.5, "an encoder that was not taught cannot tell"

@@ -48,8 +48,9 @@ def answers(work: Path) -> None:
     import tiny
     from mmrecipes import distill
 
-    course, aims = train.TrainConfig(3, 4, 0.01, 1e-3), distill.LossWeights(attention=1.0)
-    small = distill.distill(tiny.house(1), tiny.house(0, layers=2), course, aims, work=work)
+    config, weights = train.TrainConfig(3, 4, 0.01, 1e-3), distill.LossWeights(attention=1.0)
+    batches = curriculum.chat_batches("student", config, tiny.processor().tokenizer)
+    small = distill.distill(tiny.house(1), tiny.house(0, layers=2), batches, config, weights, work)
     torch.save(small.state_dict(), work / "weights.pt")
 
 
