@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from transformers import AutoModel
 
 import tiny
@@ -18,22 +17,16 @@ from mmrecipes.mini.labels import CaptionBatch
 CONFIG = train.TrainConfig(6, 4, 0.003, 1e-3)
 
 
-@pytest.fixture(scope="module")
-def rows():
-    drawn = [scenes.make_scene(seed) for seed in range(8)]
-    columns = {"image": [scenes.render(s) for s in drawn], "caption": [families.caption(s) for s in drawn]}
-    return Dataset.from_dict(columns)
-
-
-def batches_of(model, rows, config=CONFIG):
-    """One batch of rows for the model's own processor, over and over."""
-    first = rows[: config.batch]
+def batches_of(model, count=CONFIG.batch):
+    """One batch of drawn scenes for the model's own processor, over and over."""
+    drawn = [scenes.make_scene(seed) for seed in range(count)]
     longest = model.config.text_config.max_position_embeddings
     texts = {"padding": "max_length", "max_length": longest, "truncation": True, "return_tensors": "pt"}
-    pixels = model.processor(images=first["image"], return_tensors="pt")["pixel_values"]
-    ids = [model.processor(text=first[k], **texts)["input_ids"] for k in ("caption", "negative")]
-    unused = torch.zeros(config.batch)
-    return [CaptionBatch(pixels, *ids, unused, unused)] * config.steps
+    pixels = model.processor(images=[scenes.render(s) for s in drawn], return_tensors="pt")["pixel_values"]
+    captions = [families.caption(s) for s in drawn], [families.hard_negative(s)[0] for s in drawn]
+    ids = [model.processor(text=c, **texts)["input_ids"] for c in captions]
+    unused = torch.zeros(count)
+    return [CaptionBatch(pixels, *ids, unused, unused)] * CONFIG.steps
 
 
 def house_batches(model):
@@ -90,9 +83,11 @@ def test_feature_loss_of_opposite_vectors_is_two():
     assert distill.embedding_loss(own, (-own[0], -own[1])).item() == pytest.approx(2, rel=1e-5)
 
 
-def test_clips_loss_is_the_librarys(rows):
+def test_clips_loss_is_the_librarys():
     model = tiny.clip_128()
-    inputs = model.processor(text=rows["caption"][:], images=rows["image"][:], padding=True, return_tensors="pt")
+    drawn = [scenes.make_scene(seed) for seed in range(8)]
+    images, texts = [scenes.render(s) for s in drawn], [families.caption(s) for s in drawn]
+    inputs = model.processor(text=texts, images=images, padding=True, return_tensors="pt")
     with torch.no_grad():
         wanted = model(**inputs, return_loss=True).loss
         own = distill.embed(model, inputs["pixel_values"]), distill.embed(model, ids=inputs["input_ids"])
@@ -101,13 +96,13 @@ def test_clips_loss_is_the_librarys(rows):
 
 @pytest.mark.parametrize("make", [tiny.siglip_128, tiny.clip_128], ids=["siglip", "clip"])
 @pytest.mark.parametrize("weights", [distill.ContrastiveWeights(), distill.CONTRAST_ONLY], ids=["taught", "alone"])
-def test_a_student_learns_from_rows(make, weights, rows, tmp_path):
+def test_a_student_learns_from_pairs(make, weights, tmp_path):
     teacher, student = make(), make()
     torch.manual_seed(1)
     with torch.no_grad():
         for p in models.parts(student)["vision"].parameters():
             p.add_(0.02 * torch.randn_like(p))
-    batches, teacher = batches_of(student, rows), None if weights == distill.CONTRAST_ONLY else teacher
+    batches, teacher = batches_of(student), None if weights == distill.CONTRAST_ONLY else teacher
     small = distill.distill_dual(student, teacher, batches, CONFIG, weights, tmp_path)
     found = train.read_log(tmp_path)
     assert found["loss"][-1] < found["loss"][0]

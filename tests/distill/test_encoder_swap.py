@@ -86,7 +86,7 @@ def test_the_map_of_the_features_becomes_the_connector(house, shuffled, tmp_path
     """What the map gives, through the old connector, is what the new connector gives: nothing is lost by folding."""
     config = train.TrainConfig(2, 4, 0.01, 2e-3)
     first = distill.match_features(shuffled, house, curriculum.image_batches("encoder-swap", config), config, tmp_path)
-    state = torch.load(next((tmp_path / "checkpoint").glob("*.bin")), weights_only=True)
+    state = torch.load(tmp_path / "checkpoint" / "pytorch_model.bin", weights_only=True)
     learned = next(v for k, v in state.items() if k.endswith("connector.weight"))
     old, new = models.parts(house), models.parts(first)
     with torch.no_grad():
@@ -189,7 +189,7 @@ def test_what_does_not_fit_is_refused(house, foreign_vlm):
         distill.swap_vision_encoder(house, distill.ENCODERS["ShuffleNetV2 1.0x"], start=torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match="no images"):
         distill.least_squares_map(house, house, pixels(0))
-    with pytest.raises(UserError, match="0 pictures"):
+    with pytest.raises(UserError, match="0 images"):
         evaluate.image_text_matching(house, n=0)
 
 

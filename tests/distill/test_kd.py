@@ -94,8 +94,8 @@ def test_a_student_as_large_as_its_teacher_answers_as_it_does(rows):
 @pytest.mark.parametrize(
     ("part", "size", "message"),
     [
-        ("vision", StudentSize((0,), 63, 60), "width 63; expected a multiple of 2 up to 128"),
-        ("language", StudentSize((0,), 256, 60), "width 256; expected a multiple of 2 up to 128"),
+        ("vision", StudentSize((0,), 63, 60), "hidden size 63; expected a multiple of 2 up to 128"),
+        ("language", StudentSize((0,), 256, 60), "hidden size 256; expected a multiple of 2 up to 128"),
         ("vision", StudentSize((0,), 64, 10_000), "intermediate size 10000 of vision; expected 1 to 512"),
         ("language", StudentSize((0, 5), 64, 60), "give rising indices"),
     ],
@@ -109,7 +109,7 @@ def test_a_llava_gets_a_smaller_language_model(rows):
     student = distill.make_student(tiny.llava(), {"language": StudentSize((0,), 16, 30)}, rows)
     assert student.config.text_config.hidden_size == 16
     assert torch.isfinite(evaluate.answer_logits(student, rows)[0]).all()
-    with pytest.raises(UserError, match="expected SigLIP's tower"):
+    with pytest.raises(UserError, match="expected SigLIP's vision encoder"):
         distill.make_student(tiny.llava(), {"vision": StudentSize((0,), 16, 30)}, rows)
 
 
