@@ -12,7 +12,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "pipeline": "run",
         "report": "",
         "request": "Request",
-        "sizes": "",
         "source": "",
     },
 )

@@ -15,8 +15,7 @@ from mmrecipes.models import modules
 from mmrecipes.quantize import mixed_precision, nf4, rounding
 from mmrecipes.quantize.groups import GROUP
 from mmrecipes.quantize.mixed_precision import Cost
-from mmrecipes.shrink.sizes import predicted_bytes, unit_bytes
-from mmrecipes.shrink.source import Source
+from mmrecipes.shrink.source import Source, predicted_bytes, unit_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset

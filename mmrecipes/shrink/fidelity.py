@@ -27,10 +27,7 @@ MAX_ANSWER_TOKENS = 12  # tokens of an answer, at most
 
 
 def with_answers(model: nn.Module, rows: Dataset) -> Dataset:
-    """`rows` with the model's own answers in the place of labels.
-    >>> with_answers(model, rows)["answer"][:] == rows["answer"][:]
-    True
-    """
+    """`rows` with the model's own answers in the place of labels."""
     decode, found = model.processor.tokenizer.decode, greedy_tokens(model, rows)
     rows = rows.remove_columns([c for c in ("answer",) if c in rows.column_names])
     return rows.add_column("answer", [decode(ids, skip_special_tokens=True).strip() for ids in found])
@@ -53,18 +50,12 @@ class Loss:
 
 
 def greedy_tokens(model: nn.Module, rows: Dataset) -> list[list[int]]:
-    """Token ids of the model's own greedy answers, at most MAX_ANSWER_TOKENS each, the end of sequence included.
-    >>> len(greedy_tokens(model, rows)) == len(rows)
-    True
-    """
+    """Token ids of the model's own greedy answers, at most MAX_ANSWER_TOKENS each, the end of sequence included."""
     return answer_tokens(model, rows["image"][:], rows["question"][:], 8, MAX_ANSWER_TOKENS)
 
 
 def token_agreement(model: nn.Module | Exported, rows: Dataset, wanted: Sequence[list[int]]) -> list[list[bool]]:
-    """For each token of `wanted`, the original's answers: is it the model's likeliest, given the same tokens before?
-    >>> all(map(all, token_agreement(model, rows, greedy_tokens(model, rows))))
-    True
-    """
+    """For each token of `wanted`, the original's answers: is it the model's likeliest, given the same tokens before?"""
     choose = _choices if isinstance(model, nn.Module) else _exported_choices
     asked = zip(rows["image"], rows["question"], wanted, strict=True)
     bar = tqdm(asked, total=len(rows), disable=quiet.progress_hidden(), desc="comparing", leave=False)
@@ -90,29 +81,20 @@ def _exported_choices(model: Exported, image, question: str, ids: list[int]) -> 
 
 
 def right(predictions: Sequence[str], answers: Sequence[str]) -> list[bool]:
-    """Exact match; case and a full stop at the end do not count.
-    >>> right(["Red.", "two"], ["red", "three"])
-    [True, False]
-    """
+    """Exact match; case and a full stop at the end do not count."""
     plain = [[text.strip().rstrip(".!").lower() for text in texts] for texts in (predictions, answers)]
     return [p == a for p, a in zip(*plain, strict=True)]
 
 
 def knows(correct: Sequence[bool], answers: Sequence[str]) -> bool:
-    """Whether a model's share of right answers can show a loss: half of them, and more than the commonest answer would get.
-    >>> knows([True] * 90 + [False] * 10, ["yes", "no"] * 50)
-    True
-    """
+    """Whether a model's share of right answers can show a loss: half of them, and more than the commonest answer would get."""
     floor = Counter(a.lower() for a in answers).most_common(1)[0][1] / len(answers)
     share = statistics.wilson(sum(correct), len(correct))
     return share.value >= 0.5 and share.low > floor
 
 
 def accuracy_loss(before: Sequence[bool], after: Sequence[bool]) -> Loss:
-    """Points of accuracy that were lost on the same questions.
-    >>> accuracy_loss([True] * 10, [True] * 9 + [False]).points
-    10.0
-    """
+    """Points of accuracy that were lost on the same questions."""
     pair = statistics.paired(before, after)
     if not pair.lost + pair.won:  # drawing again from questions without a change shows none: what so few cannot rule out
         most = 100 * statistics.wilson(0, pair.n).high
@@ -121,10 +103,7 @@ def accuracy_loss(before: Sequence[bool], after: Sequence[bool]) -> Loss:
 
 
 def agreement_loss(same: Sequence[Sequence[bool]], clusters: Sequence[str]) -> Loss:
-    """100 less the percentage of tokens that agree. Tokens of one image are alike: the interval goes by images.
-    >>> agreement_loss([[True, False], [True, True]], ["a.png", "b.png"]).points
-    25.0
-    """
+    """100 less the percentage of tokens that agree. Tokens of one image are alike: the interval goes by images."""
     hits, totals = Counter(), Counter()
     for tokens, cluster in zip(same, clusters, strict=True):
         hits[cluster] += sum(tokens)

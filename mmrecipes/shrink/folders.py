@@ -30,13 +30,16 @@ class Rows:
     notes: list[str]
     tried: int = 0  # of those that calibrate, each unit's sensitivity is found on so many
 
+    def counts(self) -> dict[str, int]:
+        """How many questions each set has, and how many images verify."""
+        found = {"calibrated on": len(self.calibrate), "sensitivity on": self.tried, "chosen on": len(self.choose)}
+        return found | {"verified on": len(self.verify), "images": len(set(self.verify["name"]))}
+
 
 def gather(side: int, calib: Path | None, images: Path | None, n: int) -> Rows:
     """Rows from the user's folders; from drawn scenes, `side` px wide, where there is none. At most `n` to verify on.
 
     `images` alone is halved, image by image. Raises UserError where an image would be on both sides.
-    >>> len(gather(96, None, None, 14).verify)
-    14
     """
     if images and calib and images.expanduser().resolve() == calib.expanduser().resolve():
         calib = None
@@ -74,10 +77,6 @@ def read_folder(folder: Path) -> Dataset:
 
     A line: {"image": "a.png", "question": "...", "answer": "..."}, the answer in all of them or in none. Raises UserError that
     names the line or the image.
-    >>> for name in ("a.png", "b.png"):
-    ...     rows[0]["image"].save(folder / name)
-    >>> len(read_folder(folder)) == 2 * len(GENERAL_QUESTIONS)
-    True
     """
     folder = folder.expanduser()
     asked, found = folder / QUESTIONS_FILE, []

@@ -31,8 +31,7 @@ from mmrecipes.shrink import artifact, fidelity, folders, report
 from mmrecipes.shrink.candidates import STEPS, Candidate, best, costs, eligible_units, mixed, round_all, series
 from mmrecipes.shrink.fidelity import Loss
 from mmrecipes.shrink.request import MAX_LOSS, Evaluator, Request, check_request, make_evaluator
-from mmrecipes.shrink.sizes import budget_bytes
-from mmrecipes.shrink.source import Source
+from mmrecipes.shrink.source import Source, budget_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -62,7 +61,12 @@ def run(request: Request, dry_run: bool = False, console: Console | None = None)
     stage = _Stages(console, 5 if dry_run else 8)
     check_request(request)
     with stage("loading the model"):
-        source = _source(request)
+        source = Source(loading.load(request.model), request.runtime)
+        if request.runtime != "torch":
+            pipeline.supported(source.model)
+        elif "head" not in parts(source.model):
+            given = type(source.model).__name__
+            raise UserError(f"shrink: {given} compares images with texts; give a model that answers questions")
         budget = None if request.budget is None else budget_bytes(request.budget, source.float_bytes)
         side = getattr(source.model.config.vision_config, "image_size", None)
         rows = folders.gather(side if isinstance(side, int) else 256, request.calib, request.images, request.n or 600)
@@ -86,7 +90,7 @@ def run(request: Request, dry_run: bool = False, console: Console | None = None)
     if dry_run:
         console.print("Nothing was written. The loss of the exported model is measured when it is made.")
         return {"candidates": candidates, "chosen": chosen, "costs": table}
-    found = {"request": request, "limit": limit, "rows": _counts(rows), "notes": rows.notes, "diagnosis": diagnosis}
+    found = {"request": request, "limit": limit, "rows": rows.counts(), "notes": rows.notes, "diagnosis": diagnosis}
     found |= {"costs": table, "part": source.part, "float_bytes": source.float_bytes}
     _write(search, candidates, chosen, out, stage, found)
     report.show(console, found, request.out)
@@ -126,15 +130,6 @@ class _Stages:
         with contextlib.nullcontext() if quiet.progress_hidden() else self.console.status(f"{label} ..."):
             yield
         self.console.print(f"{label} [dim]{time.perf_counter() - began:.0f} s[/]", highlight=False)
-
-
-def _source(request: Request) -> Source:
-    base = loading.load(request.model)
-    if request.runtime != "torch":
-        pipeline.supported(base)
-    elif "head" not in parts(base):
-        raise UserError(f"shrink: {type(base).__name__} compares images with texts; give a model that answers questions")
-    return Source(base, request.runtime)
 
 
 def _answered(source: Source, rows: folders.Rows, request: Request) -> tuple[folders.Rows, Evaluator, Evaluator]:
@@ -226,8 +221,3 @@ def _too_lossy(search: Search, loss: Loss, size: int) -> str:
 
 def _above(points: float) -> str:
     return f"{-(-points * 10 // 1) / 10:.1f}"
-
-
-def _counts(rows: folders.Rows) -> dict[str, int]:
-    found = {"calibrated on": len(rows.calibrate), "sensitivity on": rows.tried, "chosen on": len(rows.choose)}
-    return found | {"verified on": len(rows.verify), "images": len(set(rows.verify["name"]))}

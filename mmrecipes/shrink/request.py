@@ -14,7 +14,7 @@ from mmrecipes.export import pipeline
 from mmrecipes.models.saving import check_replaceable
 from mmrecipes.shrink import fidelity
 from mmrecipes.shrink.fidelity import Loss
-from mmrecipes.shrink.sizes import budget_bytes
+from mmrecipes.shrink.source import budget_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset

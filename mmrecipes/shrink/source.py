@@ -1,15 +1,22 @@
-"""One view of the model that is shrunk, computed once and handed on: its parts, units and bytes."""
+"""One view of the model that is shrunk, computed once and handed on; budgets, and the bytes that a plan should take."""
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
+from mmrecipes.errors import UserError
 from mmrecipes.models import modules
-from mmrecipes.quantize import mixed_precision
+from mmrecipes.quantize import mixed_precision, nf4
+from mmrecipes.quantize.groups import GROUP
+from mmrecipes.quantize.rounding import packed_weight_bytes
+
+UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+GRAPH_BYTES = {"openvino": 62_000, "onnx": 12_000}  # what describes the graph itself, a numbered block, as exporters write it
 
 
 @dataclass(frozen=True)
@@ -57,3 +64,50 @@ class Source:
     def module_bits(self, plan: Mapping[str, int]) -> dict[str, int]:
         """A plan a module instead of a unit."""
         return {name: bits for unit, bits in plan.items() for name in self.units[unit]}
+
+
+def budget_bytes(text: str, whole: int) -> int:
+    """Bytes of "0.25x" (of `whole`), "80MB", "1.5 GiB". UserError for anything else, and for shares of 1 and more."""
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(x|[kmg]?i?b)\s*", text, re.IGNORECASE)
+    unit = found[2].lower() if found else ""
+    if not found or unit not in {"x", *UNITS} or not float(found[1]):
+        raise UserError(f"--budget {text!r}: expected a share of the float32 weights, such as 0.25x, or a size, such as 80MB")
+    if unit == "x" and float(found[1]) >= 1:
+        raise UserError(f"--budget {text!r}: the original is 1x; give a smaller share, such as 0.25x")
+    return int(float(found[1]) * (whole if unit == "x" else UNITS[unit]))
+
+
+def predicted_bytes(source: Source, plan: Mapping[str, int]) -> int:
+    """Bytes of the files in which each unit has the bits of `plan` (4, or `source.high`), before they are written."""
+    plain = 2 if source.runtime == "torch" else 4
+    rest = source.float_bytes * plain // 4 - sum(plain * m.weight.numel() for m in source.modules.values())
+    if source.runtime == "openvino":  # whose 8 bits reach convolutions, too
+        rest -= sum(m.weight.numel() * 3 - 4 * len(m.weight) for m in source.model.modules() if isinstance(m, nn.Conv2d))
+    rest += source.blocks * GRAPH_BYTES.get(source.runtime, 0)
+    return rest + sum(unit_bytes(source, unit, bits) for unit, bits in plan.items())
+
+
+def unit_bytes(source: Source, unit: str, bits: int) -> int:
+    """Bytes of one unit's weights at `bits`, scales included."""
+    return sum(_packed_bytes(source, name, bits) for name in source.units[unit])
+
+
+def _packed_bytes(source: Source, name: str, bits: int) -> int:
+    module, runtime = source.modules[name], source.runtime
+    embedding = isinstance(module, nn.Embedding)
+    head = getattr(source.model.get_output_embeddings(), "weight", None)
+    copies = 2 if embedding and head is module.weight else 1  # a tied head is stored a second time, to multiply with
+    weights = module.weight.numel()
+    if runtime == "torch":
+        return nf4.nf4_bytes(module.weight) if bits == 4 else 2 * weights
+    grouped = packed_weight_bytes(module.weight, bits, "group", GROUP, scale_bytes=4)
+    channels = packed_weight_bytes(module.weight, 8, "channel", scale_bytes=5)  # a float32 scale and a zero point a row
+    if runtime == "executorch" and embedding:  # only the head's copy is rounded
+        return 4 * weights + (copies - 1) * (grouped if bits == 4 else channels)
+    if runtime != "onnx":
+        return grouped if bits == 4 else channels
+    if bits == 4:
+        return grouped * copies
+    if embedding:
+        return grouped + (copies - 1) * channels
+    return grouped if any(last in name for last in ("down_proj", "fc2", "w2")) and "vision" not in name else channels

@@ -20,7 +20,7 @@ from mmrecipes import data, evaluate, inference, measure, models, quantize, shri
 from mmrecipes.data import scenes
 from mmrecipes.errors import UserError
 from mmrecipes.shrink import artifact, candidates, fidelity, folders
-from mmrecipes.shrink import sizes as shrink_sizes
+from mmrecipes.shrink import source as shrink_source
 from mmrecipes.shrink.source import Source
 
 ALONE = "import runpy, sys; sys.modules['mmrecipes'] = None; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -227,9 +227,9 @@ def test_a_budget_is_kept_and_spent_where_it_helps_most(runtime):
     table = []
     for i, unit in enumerate(four):  # a loss for each, made up
         for bits in (source.high, 4):
-            size = shrink_sizes.unit_bytes(source, unit, bits)
+            size = shrink_source.unit_bytes(source, unit, bits)
             table.append(quantize.Cost(unit, "", bits, size, (i + 1.0) if bits == 4 else 0.0))
-    most, least = (shrink_sizes.predicted_bytes(source, source.plan(units)) for units in ((), four))
+    most, least = (shrink_source.predicted_bytes(source, source.plan(units)) for units in ((), four))
     middle = candidates.best(source, table, (least + most) / 2)
     assert least < middle.bytes <= (least + most) / 2
     assert candidates.best(source, table, least).plan == source.plan(four)
@@ -245,7 +245,7 @@ def test_a_budget_is_kept_and_spent_where_it_helps_most(runtime):
     [("0.25x", 25e6), (".5X", 50e6), ("80MB", 80e6), ("80 mb", 80e6), ("512KB", 512e3), ("1.5GB", 1.5e9), ("64MiB", 64 * 2**20)],
 )
 def test_budgets_are_shares_or_sizes(text, found):
-    assert shrink_sizes.budget_bytes(text, 100_000_000) == int(found)
+    assert shrink_source.budget_bytes(text, 100_000_000) == int(found)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_budgets_are_shares_or_sizes(text, found):
 )
 def test_other_budgets_are_refused(text):
     with pytest.raises(UserError, match=r"--budget .*such as 0\.25x"):
-        shrink_sizes.budget_bytes(text, 100_000_000)
+        shrink_source.budget_bytes(text, 100_000_000)
 
 
 # ---- how answers compare
@@ -430,5 +430,5 @@ def test_transparent_and_turned_pictures_are_taken(tmp_path):
     Image.new("RGBA", (40, 30), (255, 0, 0, 0)).save(tmp_path / "mine" / "clear.png")
     Image.new("L", (30, 40), 99).save(tmp_path / "mine" / "grey.webp")
     rows = folders.read_folder(tmp_path / "mine")
-    assert len(rows) == 2 * len(data.GENERAL_QUESTIONS) and {p.mode for p in rows["image"]} == {"RGB"}
+    assert len(rows) == 2 * len(folders.GENERAL_QUESTIONS) and {p.mode for p in rows["image"]} == {"RGB"}
     assert rows[0]["image"].getpixel((0, 0)) == (255, 255, 255)
