@@ -94,21 +94,18 @@ def distillation_loss(teacher: nn.Module | None, weights: LossWeights, answer_lo
             terms["logits"] = kl_loss(own["logits"], wanted["logits"], weights.temperature, weights.reverse)
         if weights.hidden:
             pairs = zip(projected.hidden_projections, layer_pairs(own["hidden"], wanted["hidden"]), strict=True)
-            terms["hidden"] = _mean([feature_loss(projection(h), w) for projection, (h, w) in pairs])
+            terms["hidden"] = torch.stack([feature_loss(projection(h), w) for projection, (h, w) in pairs]).mean()
         if weights.vision and "vision" in own:  # text alone never reaches the vision encoder
             terms["vision"] = feature_loss(projected.vision_projection(own["vision"]), wanted["vision"])
         if weights.attention:
             shared = [k for k in wanted["attention"] if k in own["attention"]]  # a convolutional encoder has none
-            terms["attention"] = _mean([relation_loss(own["attention"][k], wanted["attention"][k]) for k in shared])
+            distances = [relation_loss(own["attention"][k], wanted["attention"][k]) for k in shared]
+            terms["attention"] = torch.stack(distances).mean()
         share = tokens / mean_over_processes(tokens)  # a mean over all processes' tokens, not a mean of their means
         scaled = {k: v * share if k in ("answers", "logits") else v for k, v in terms.items()}
         return sum(getattr(weights, k) * v for k, v in scaled.items()), logs | {k: v.item() for k, v in terms.items()}
 
     return loss
-
-
-def _mean(losses: list[Tensor]) -> Tensor:
-    return sum(losses) / len(losses)
 
 
 def distill(
@@ -153,9 +150,7 @@ def match_vision_encoder(
     """
     sizes = [modules.config_of(m, "language").hidden_size for m in (student, teacher)]
     if sizes[0] != sizes[1]:
-        raise UserError(
-            f"match_vision_encoder: visual tokens of {sizes[0]} and {sizes[1]} channels; slice the teacher's language model first"
-        )
+        raise UserError(f"match_vision_encoder: visual tokens of {sizes[0]} and {sizes[1]} channels; slice the teacher as well")
     device, student = student.device, clone(student).requires_grad_(True)
     fit_outputs(VisionWithConnector(student), VisionWithConnector(clone(teacher)), batches, config, work)
     return student.to(device).eval()

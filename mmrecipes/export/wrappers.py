@@ -39,7 +39,7 @@ def vision_wrapper(model: nn.Module) -> tuple[nn.Module, Tensor]:
         return Idefics3Vision(model), image
     if hasattr(core, "multi_modal_projector") and hasattr(core, "get_image_features"):
         return ImageFeatures(model), image
-    if hasattr(core, "connector") and hasattr(encoder, "backbone"):  # distill.encoders.swapped.Tower
+    if hasattr(core, "connector") and hasattr(encoder, "backbone"):  # distill.encoders.swapped.BackboneEncoder
         return modules.VisionWithConnector(model), image
     raise UserError(f"export: {name} is built neither like Idefics3 nor like LLaVA; there is no recipe for it yet")
 
