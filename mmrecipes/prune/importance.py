@@ -6,8 +6,7 @@ Built by hand in notebook 21; `prune.structured` cuts.
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from mmrecipes.models.modules import attention, ffn, head_dim, layers
 from mmrecipes.models.prompts import teacher_forced
+from mmrecipes.quantize.calibration import inputs_seen
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,19 +30,13 @@ def taylor_importance(model: nn.Module, rows: Dataset, batch_size: int = 10) -> 
     totals: dict[tuple[str, str], list[Tensor]] = {}
     stacks = layers(model)
     seen: dict[tuple[str, str, int], tuple[Tensor, Tensor]] = {}  # where the gradient is taken, what a cut takes away there
-
-    def inside(part: str, kind: str, i: int, _: nn.Module, args: tuple) -> None:
-        seen[part, kind, i] = args[0], args[0]
+    inner = {(part, "neurons", i): ffn(layer)[1] for part, stack in stacks.items() for i, layer in enumerate(stack)}
+    inner |= {(part, "heads", i): attention(layer)[3] for part, stack in stacks.items() for i, layer in enumerate(stack)}
 
     def around(part: str, i: int, x: Tensor, y: Tensor) -> None:  # y - x: what the layer adds to the residual stream
         seen[part, "layers", i], seen[part, "hidden", i] = (y, y - x), (y, y)
 
-    with contextlib.ExitStack() as hooks:
-        for part, stack in stacks.items():
-            for i, layer in enumerate(stack):
-                for kind, m in (("neurons", ffn(layer)[1]), ("heads", attention(layer)[3])):
-                    hooks.enter_context(m.register_forward_pre_hook(functools.partial(inside, part, kind, i)))
-        _watch_layers(stacks, around, hooks)
+    with inputs_seen(inner, lambda where, x: seen.update({where: (x, x)})), _layers_seen(stacks, around):
         for inputs, lengths in teacher_forced(model, rows, batch_size):
             with torch.enable_grad():
                 logits, ids = model(**inputs, use_cache=False).logits.float(), inputs["input_ids"]
@@ -64,17 +58,18 @@ def taylor_importance(model: nn.Module, rows: Dataset, batch_size: int = 10) -> 
     return scores
 
 
-def _watch_layers(
-    stacks: Mapping[str, nn.ModuleList], see: Callable[[str, int, Tensor, Tensor], None], hooks: contextlib.ExitStack
-) -> None:
-    """Call `see(part, i, input, output)` whenever a layer has run, until `hooks` closes."""
+@contextlib.contextmanager
+def _layers_seen(stacks: Mapping[str, nn.ModuleList], see: Callable[[str, int, Tensor, Tensor], None]) -> Iterator[None]:
+    """While it is open, `see(part, i, input, output)` is called whenever a layer has run."""
+    places = {layer: (part, i) for part, stack in stacks.items() for i, layer in enumerate(stack)}
 
-    def ran(part: str, i: int, _: nn.Module, args: tuple, kwargs: dict, out: Tensor | tuple) -> None:
-        see(part, i, args[0] if args else kwargs["hidden_states"], out if isinstance(out, Tensor) else out[0])
+    def ran(layer: nn.Module, args: tuple, kwargs: dict, out: Tensor | tuple) -> None:
+        see(*places[layer], args[0] if args else kwargs["hidden_states"], out if isinstance(out, Tensor) else out[0])
 
-    for part, stack in stacks.items():
-        for i, layer in enumerate(stack):
-            hooks.enter_context(layer.register_forward_hook(functools.partial(ran, part, i), with_kwargs=True))
+    with contextlib.ExitStack() as hooks:
+        for layer in places:
+            hooks.enter_context(layer.register_forward_hook(ran, with_kwargs=True))
+        yield
 
 
 @torch.no_grad()
@@ -88,8 +83,8 @@ def magnitude_importance(model: nn.Module) -> dict[str, dict[str, Tensor]]:
             q, k, v, o = attention(layer)
             neurons.append(sum(m.weight.square().sum(1) for m in into) + out.weight.square().sum(0))
             heads.append((q.weight.square().sum(1) + o.weight.square().sum(0)).unflatten(0, (-1, size)).sum(1))
-            hidden = hidden + sum(m.weight.square().sum(0) for m in (*into, q, k, v))
-            hidden = hidden + sum(m.weight.square().sum(1) for m in (o, out))
+            hidden += sum(m.weight.square().sum(0) for m in (*into, q, k, v))
+            hidden += sum(m.weight.square().sum(1) for m in (o, out))
         whole = torch.stack([sum(p.square().sum() for p in layer.parameters()) for layer in stack])
         squares = {"neurons": torch.stack(neurons), "heads": torch.stack(heads), "layers": whole, "hidden": hidden}
         scores[part] = {kind: total.sqrt() for kind, total in squares.items()}
@@ -110,8 +105,7 @@ def similarity(model: nn.Module, rows: Dataset) -> dict[str, Tensor]:
         total[part][i] += cosines.sum()
         count[part] += cosines.numel() / len(stacks[part])
 
-    with contextlib.ExitStack() as hooks:
-        _watch_layers(stacks, see, hooks)
+    with _layers_seen(stacks, see):
         for inputs, _ in teacher_forced(model, rows, batch_size=1):  # one at a time: no padding
             model(**inputs, use_cache=False)
     return {p: t / count[p] for p, t in total.items()}

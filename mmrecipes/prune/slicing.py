@@ -6,7 +6,6 @@ there, and cut the rest off: every matrix gets smaller, and no head is lost. Not
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from mmrecipes.errors import UserError
 from mmrecipes.models.modules import attention, checkpoint_with_config, clone, config_of, ffn, layers, parts
 from mmrecipes.models.prompts import teacher_forced
 from mmrecipes.prune.structured import narrow_connector_
+from mmrecipes.quantize.calibration import inputs_seen
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,15 +35,13 @@ def directions(model: nn.Module, part: str, rows: Dataset, batch_size: int = 16)
     size = config_of(model, part).hidden_size
     total = torch.zeros(size, size, dtype=torch.float64)
 
-    def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].flatten(0, -2).double()
+    def add(_: int, x: Tensor) -> None:
+        x = x.flatten(0, -2).double()
         x = x - x.mean(-1, keepdim=True) if part == "vision" else x  # LayerNorm takes the mean away, RMSNorm does not
         x = x / x.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
         total.add_((x.T @ x).cpu())
 
-    with contextlib.ExitStack() as hooks:
-        for norm in _norms(model, part):
-            hooks.enter_context(norm.register_forward_pre_hook(add))
+    with inputs_seen(dict(enumerate(_norms(model, part))), add):
         for inputs, _ in teacher_forced(model, rows, batch_size):
             model(**inputs, use_cache=False)
     shares, vectors = torch.linalg.eigh(total)  # rising
@@ -95,9 +93,9 @@ def slice_language(model: nn.Module, size: int, rows: Dataset) -> nn.Module:
 def slice_vision(model: nn.Module, size: int, rows: Dataset) -> nn.Module:
     """A copy whose vision encoder has hidden size `size`, in as many heads as before, each of fewer channels.
 
-    LayerNorm takes the mean away, so one of the new directions has to stay empty: that in which all channels are equal. Heads
-    are narrowed by the best approximation of low rank to what they compute: queries with keys, and values with outputs.
-    Raises UserError for a size that heads do not divide, and for a vision encoder that is not SigLIP's.
+    LayerNorm takes the mean away, so the direction in which all channels are equal stays empty. Heads are narrowed by the best
+    approximation of low rank to what they compute: queries with keys, and values with outputs. Raises UserError for a size that
+    heads do not divide, and for a vision encoder that is not SigLIP's.
     """
     whole, heads = config_of(model, "vision").hidden_size, config_of(model, "vision").num_attention_heads
     _check(model, size, whole, heads)
@@ -109,11 +107,9 @@ def slice_vision(model: nn.Module, size: int, rows: Dataset) -> nn.Module:
         given = f"{type(core).__name__} with {type(first).__name__}"
         raise UserError(f"slice_vision: {given}; expected SigLIP's vision encoder, as in Idefics3")
     if first.in_features != whole:
-        raise UserError(
-            f"slice_vision: the connector reads {first.in_features} channels at once; expected {whole}, no pixel shuffle"
-        )
-    ones = torch.ones(size, 1)
-    even = torch.linalg.qr(torch.cat([ones, torch.eye(size)[:, 1:]], 1)).Q[:, 1:]  # [size, size - 1], at right angles to ones
+        raise UserError(f"slice_vision: the connector reads {first.in_features} channels; expected {whole}, no pixel shuffle")
+    axes = torch.cat([torch.ones(size, 1), torch.eye(size)[:, 1:]], 1)
+    even = torch.linalg.qr(axes).Q[:, 1:]  # [size, size - 1], at right angles to ones
     rotation = directions(model, "vision", rows)[0][:, : size - 1] @ even.T  # [whole, size]
     _rotate_layers_(small, "vision", rotation)
     for layer in layers(small)["vision"]:
@@ -162,8 +158,7 @@ def _narrow_heads_(query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.L
     """Every head's channels down to `size`. A key's bias is the same for all tokens, so softmax does not see it; a value's
     bias reaches the output whole, because attention adds up to one."""
     old = query.out_features // heads
-    new: dict[nn.Linear, list[Tensor]] = {m: [] for m in (query, key, value, out)}
-    biases = []
+    new, biases = {m: [] for m in (query, key, value, out)}, []
     out.bias = nn.Parameter(out.bias + out.weight @ value.bias)
     for h in range(heads):
         head = slice(h * old, (h + 1) * old)

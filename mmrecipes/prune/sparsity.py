@@ -1,7 +1,7 @@
 """Zeros instead of weights: magnitude, Wanda and SparseGPT for any model's linear layers. Notebook 20 builds them by hand.
 
-`sparsity` says how many weights go: a share of each layer (0.5), or a pattern ("2:4": two of each four inputs that follow each
-other remain). {module's name: sparsity} prunes the modules named and no other.
+`sparsity` says how many weights go: a share of each layer (0.5), or a pattern ("2:4": two of each four neighbouring inputs
+remain). {module's name: sparsity} prunes the modules named and no other.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mmrecipes.errors import UserError
-from mmrecipes.models.modules import clone, linears
+from mmrecipes.models.modules import linears
 from mmrecipes.quantize.calibration import calibrate
 from mmrecipes.quantize.gptq import check_hessian, column_sweep, round_columns
 from mmrecipes.quantize.groups import GROUP, fake_quantize, group_scales
-from mmrecipes.quantize.rounding import packed_weight_bytes
+from mmrecipes.quantize.rounding import changed, packed_weight_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 Sparsity = float | str
 Sparsities = Sparsity | Mapping[str, Sparsity]
 BLOCK = 128  # SparseGPT decides on so many inputs at once, as its authors do
-
-
-# ---- one weight
 
 
 def smallest(scores: Tensor, sparsity: Sparsity, each_row: bool = False) -> Tensor:
@@ -97,17 +94,9 @@ def round_rest(weight: Tensor, hessian: Tensor, bits: int, group_size: int | Non
     return column_sweep(weight, hessian, round_columns(weight, hessian.diagonal(), bits, group_size, weight == 0))
 
 
-# ---- the model
-
-
 def magnitude(model: nn.Module, sparsity: Sparsities) -> nn.Module:
     """A copy with the smallest weights of each linear layer zero. Looks at no data."""
-    small, chosen = clone(model), named(model, sparsity)
-    with torch.no_grad():
-        for name, share in chosen.items():
-            weight = small.get_submodule(name).weight
-            weight.copy_(magnitude_prune(weight, share))
-    return small
+    return changed(model, named(model, sparsity), magnitude_prune)
 
 
 def wanda(model: nn.Module, rows: Dataset, sparsity: Sparsities, balance: bool = False) -> nn.Module:
@@ -133,12 +122,9 @@ def named(model: nn.Module, sparsity: Sparsities) -> dict[str, Sparsity]:
 
 
 def global_shares(model: nn.Module, sparsity: float, hessians: Mapping[str, Tensor] | None = None) -> dict[str, float]:
-    """The share of each linear layer that goes when all weights of the model are ranked together: {module's name: share}.
-
-    By magnitude, or by Wanda's scores with `hessians` {module's name: H}. Give it to `magnitude`, `wanda` or `sparsegpt`.
-    """
+    """{module's name: share of it that goes} when all linear weights are ranked together, by magnitude or Wanda (`hessians`)."""
     scores = {n: layer.weight.detach().abs() for n, layer in linears(model)}
-    if hessians:
+    if hessians:  # {module's name: H}
         scores = {n: s * hessians[n].diagonal().sqrt() for n, s in scores.items() if n in hessians}
     gone = smallest(torch.cat([s.flatten() for s in scores.values()])[None], sparsity)[0]
     pieces = gone.split([s.numel() for s in scores.values()])
@@ -167,23 +153,17 @@ def only(rows: Dataset, what: str) -> Dataset:
     return Dataset(table)
 
 
-# ---- bytes
-
-
 def sparse_bytes(model: nn.Module, bits: int = 16, group_size: int = 32) -> int:
     """Bytes of a checkpoint that keeps, of a weight with zeros, one bit a weight (is it there?) and the rest in `bits` bits.
 
     A weight that is smaller as it is stays so. Fewer than 16 bits come with a 16-bit scale a group. All else counts 16 bits.
     """
-    pruned = {id(layer.weight) for _, layer in linears(model)}
-
-    def stored(p: Tensor) -> int:
-        if id(p) not in pruned:
-            return packed_weight_bytes(p, 16)
-        dense = packed_weight_bytes(p, bits, "group", group_size)
-        return min(dense, dense - int((p == 0).sum()) * bits // 8 + -(-p.numel() // 8))
-
-    return sum(stored(p) for p in model.parameters())
+    pruned, total = {id(layer.weight) for _, layer in linears(model)}, 0
+    for p in model.parameters():
+        dense = packed_weight_bytes(p, bits if id(p) in pruned else 16, "group", group_size)
+        saved = int((p == 0).sum()) * bits // 8 - -(-p.numel() // 8) if id(p) in pruned else 0
+        total += dense - max(saved, 0)
+    return total
 
 
 def zipped_bytes(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> int:

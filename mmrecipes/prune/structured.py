@@ -1,7 +1,7 @@
 """Less model: FFN neurons, heads, layers and hidden channels cut out, and saved as a plain smaller checkpoint.
 
-Each cut takes a model and returns a smaller copy of the same class, whose config says its new sizes. Built by hand in notebook
-21; `prune.importance` says what counts least, `distill.recovery` trains what is left.
+Each cut returns a smaller copy of the same class, whose config says its new sizes. Built by hand in notebook 21;
+`prune.importance` says what counts least, `distill.recovery` trains what is left.
 """
 
 from __future__ import annotations
@@ -42,16 +42,14 @@ def keep_layers(model: nn.Module, part: str, keep: Sequence[int]) -> nn.Module:
 def keep_ffn_neurons(model: nn.Module, keep: Mapping[str, Sequence[Sequence[int]]], rows: Dataset | None = None) -> nn.Module:
     """A copy whose FFNs keep only the neurons `keep` {part: a list of indices for each layer, all of one length}.
 
-    With calibration `rows` the matrix out of each FFN is fitted anew, by least squares, so that what is left compensates what
-    is gone. Raises UserError for lists of several lengths.
+    With calibration `rows` the matrix out of each FFN is fitted anew (`refit`), so that what is left compensates what is gone.
+    Raises UserError for lists of several lengths.
     """
     small, config = clone(model), copy.deepcopy(model.config)
     neurons: dict[nn.Module, Sequence[int]] = {}  # {layer: those it keeps}
     for part, lists in keep.items():
-        if len({len(kept) for kept in lists}) != 1:
-            raise UserError(
-                f"keep_ffn_neurons: {[len(kept) for kept in lists]} neurons in the {part} layers; config.json has one number"
-            )
+        if len(counts := {len(kept) for kept in lists}) != 1:
+            raise UserError(f"keep_ffn_neurons: {sorted(counts)} neurons in the {part} layers; config.json has one number")
         neurons |= zip(layers(small)[part], lists, strict=True)
         config_of(config, part).intermediate_size = len(lists[0])
     _refit_(small, {ffn(layer)[1]: kept for layer, kept in neurons.items()}, rows)
@@ -77,10 +75,8 @@ def keep_heads(model: nn.Module, keep: Sequence[Sequence[int]], rows: Dataset | 
         shapes.add((len(left), *{groups.count(g) for g in left}))
         chosen.append((_channels(heads, size), _channels(left, size)))
     if len(shapes) != 1 or len(next(iter(shapes))) != 2:
-        raise UserError(
-            f"keep_heads: {list(keep)} of {sizes.num_attention_heads} heads, {shared} to a key head; keep as many of "
-            "each key head that stays, the same number in every layer"
-        )
+        given = f"{list(keep)} of {sizes.num_attention_heads} heads, {shared} to a key head"
+        raise UserError(f"keep_heads: {given}; keep as many of each key head that stays, the same number in every layer")
     projections = [attention(layer) for layer in layers(small)["language"]]
     _refit_(small, {out: queries for (*_, out), (queries, _) in zip(projections, chosen, strict=True)}, rows)
     for (q, k, v, out), (queries, keys) in zip(projections, chosen, strict=True):
@@ -102,9 +98,8 @@ def keep_hidden_channels(model: nn.Module, part: str, channels: Sequence[int], h
     small, config, size = clone(model), copy.deepcopy(model.config), head_dim(model, part)
     sizes, modules, keep = config_of(config, part), parts(small), list(channels)
     if part == "vision" and {len(h) * size for h in heads} != {len(keep)}:
-        raise UserError(
-            f"keep_hidden_channels: {len(keep)} channels with {[len(h) for h in heads]} heads of {size}; they must agree"
-        )
+        given = f"{len(keep)} channels with {[len(h) for h in heads]} heads of {size}"
+        raise UserError(f"keep_hidden_channels: {given}; they must agree")
     stack, done = layers(small)[part], set(modules["connector"].modules())
     for layer, left in zip(stack, heads or [None] * len(stack), strict=True):
         (*into, out), (up, down) = attention(layer), ffn(layer)

@@ -37,9 +37,6 @@ class Prefilled(NamedTuple):
     length: int  # T, which is the position of the next token
 
 
-# ---- what the language model is given
-
-
 def features(model: nn.Module, inputs: Mapping, merge: float = 0.0) -> Tensor:
     """Visual tokens (number in all, D) for the language model, from a processor's `inputs`; a share `merge` of patches merged.
 
@@ -69,9 +66,6 @@ def embed(model: nn.Module, inputs: Mapping, merge: float = 0.0) -> tuple[Tensor
     if not counts.all() or counts.unique().numel() > 1:
         raise UserError(f"token dropping: visual tokens a prompt: {counts.tolist()}; expected one image's, and as many in each")
     return model.get_input_embeddings()(ids).masked_scatter(visual[..., None], features(model, inputs, merge)), visual
-
-
-# ---- how visual tokens are ranked: the higher, the better
 
 
 def received(block: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, asking: Tensor) -> Tensor:
@@ -109,9 +103,6 @@ def evenly(n: int, count: int) -> Tensor:
     return torch.zeros(count).index_fill(0, ((torch.arange(n) + 0.5) * count / n).long(), 1)
 
 
-# ---- prefill and decode
-
-
 @torch.inference_mode()
 def read(model: nn.Module, x: Tensor, visual: Tensor, keep: float = 0.5, layer: int = 2, how: str = "attention") -> Prefilled:
     """`prefill` from embeddings `x` (B, T, D) of which `visual` (B, T) are the image's, as `embed` makes them."""
@@ -120,10 +111,8 @@ def read(model: nn.Module, x: Tensor, visual: Tensor, keep: float = 0.5, layer: 
 
     language, least = _language(model), int(how in BY_ATTENTION)
     if how not in HOW or not 0 < keep <= 1 or not least <= layer < len(language.layers):
-        raise UserError(
-            f"token dropping: how={how!r}, keep={keep}, layer={layer}; expected one of {', '.join(HOW)}, 0 < keep <= 1, and a "
-            f"layer from 0 (after attention: from 1) to {len(language.layers) - 1}"
-        )
+        wanted = f"one of {', '.join(HOW)}, 0 < keep <= 1, and a layer from 0 (after attention: from 1)"
+        raise UserError(f"token dropping: {how=}, {keep=}, {layer=}; expected {wanted} to {len(language.layers) - 1}")
     length, count, last = x.shape[1], int(visual[0].sum()), int(visual[0].nonzero().max())
     n = max(1, round(keep * count))
     positions, cache = torch.arange(length, device=x.device).expand(len(x), -1), DynamicCache(config=language.config)
@@ -200,9 +189,6 @@ def _language(model: nn.Module) -> nn.Module:
         given = type(model).__name__
         raise UserError(f"token dropping: the language model of {given} is not Llama-like; give an Idefics3, SmolVLM or LLaVA")
     return language
-
-
-# ---- answers
 
 
 def prompts(

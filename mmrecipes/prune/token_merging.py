@@ -1,7 +1,5 @@
 """Fewer visual tokens in the vision encoder: like ones merged (ToMe), or a larger pixel shuffle. By hand in notebook 22."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

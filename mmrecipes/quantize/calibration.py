@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,22 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+@contextlib.contextmanager
+def inputs_seen(modules: Mapping[Hashable, nn.Module], see: Callable[[Any, Tensor], None]) -> Iterator[None]:
+    """While it is open, `see(key, input)` is called before each run of one of `modules` {key: module}."""
+    with contextlib.ExitStack() as hooks:
+        for key, module in modules.items():
+            hooks.enter_context(module.register_forward_pre_hook(lambda _, args, key=key: see(key, args[0])))
+        yield
+
+
 def input_hessians(
     model: nn.Module, rows: Dataset, names: list[str], balance: bool = False, batch_size: int = 25
 ) -> dict[str, Tensor]:
     """H (in, in), float32, of each named linear layer's inputs, over all tokens of `rows` (image, question, answer).
 
-    With `balance`, the image tokens weigh as much in all as the text tokens, where both flow through a layer: most of a VLM's
-    prompt is image. Padding never counts. Raises UserError when nothing flows through a layer.
+    With `balance`, the image tokens weigh as much in all as the text tokens where both flow, though most of a VLM's prompt is
+    image. Padding never counts. Raises UserError when nothing flows through a layer.
     """
     totals, weights = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     token_weight = torch.empty(0)  # [B, T], of the batch that flows
@@ -36,10 +45,7 @@ def input_hessians(
         totals[name] += (x * weight[:, None]).T @ x
         weights[name] += weight.sum().item()
 
-    with contextlib.ExitStack() as hooks, torch.inference_mode():
-        for name in names:
-            module = model.get_submodule(name)
-            hooks.enter_context(module.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0])))
+    with inputs_seen({n: model.get_submodule(n) for n in names}, add), torch.inference_mode():
         for inputs, _ in teacher_forced(model, rows, batch_size):
             token_weight, image = inputs["attention_mask"].float(), inputs["input_ids"] == model.config.image_token_id
             if balance:
@@ -60,8 +66,7 @@ def calibrate(
 ) -> nn.Module:
     """A copy with every linear weight changed by `method(weight, hessian, bits, group_size)`, block after block.
 
-    Each block is calibrated on `rows` behind the blocks already changed. With `bits` {layer's name: bits, or what else
-    `method` takes}, only the layers named.
+    Each block is calibrated on `rows` behind those already changed. `bits` {layer's name: what `method` takes} names layers.
     """
     small = clone(model)
     layers = dict(linears(small))

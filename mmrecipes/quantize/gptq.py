@@ -4,8 +4,6 @@ Both need one thing of the data: the Hessian of a layer's inputs x (n, in), H = 
 output is known for any rounded weight Q: the mean of |x (W - Q)^T|^2 is the trace of (W - Q) H (W - Q)^T.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -29,8 +27,8 @@ def column_sweep(weight: Tensor, hessian: Tensor, change: Change, damp: float = 
     """`weight` (out, in) with each column i replaced by `change(weight so far, i, factor)`, first to last.
 
     Error compensation: the columns after it are shifted so that the layer's output changes least (Hassibi and Stork 1992).
-    `factor` (in, in) is the upper Cholesky factor of the inverse of H, damped by `damp` of its mean diagonal, as in GPTQ
-    (arXiv:2210.17323). Raises UserError when H is not (in, in) or not finite.
+    `factor` (in, in) is the upper Cholesky factor of the inverse of H, damped by `damp` of its mean diagonal (GPTQ,
+    arXiv:2210.17323). UserError as `check_hessian`.
     """
     check_hessian(weight, hessian)
     damped = hessian.float().clone()
@@ -51,14 +49,13 @@ def round_columns(weight: Tensor, importance: Tensor, bits: int, group_size: int
     """
     size = grouped(weight, group_size).shape[1]
     scale = torch.ones(len(weight), device=weight.device)
+    zeros = torch.zeros_like(weight, dtype=torch.bool) if zeros is None else zeros
 
     def change(w: Tensor, i: int, _: Tensor) -> Tensor:
         if i % size == 0:
             group = slice(i, i + size)
-            rest = w[:, group] if zeros is None else w[:, group].masked_fill(zeros[:, group], 0)
-            scale.copy_(best_scale(rest, bits, importance[group])[:, 0])
-        rounded = fake_quantize(w[:, i], scale, bits)
-        return rounded if zeros is None else rounded.masked_fill(zeros[:, i], 0)
+            scale.copy_(best_scale(w[:, group].masked_fill(zeros[:, group], 0), bits, importance[group])[:, 0])
+        return fake_quantize(w[:, i], scale, bits).masked_fill(zeros[:, i], 0)
 
     return change
 
@@ -67,8 +64,7 @@ def gptq_round(weight: Tensor, hessian: Tensor, bits: int, group_size: int | Non
     """`weight` (out, in) rounded column by column; the error of each is compensated by those not yet rounded.
 
     GPTQ, arXiv:2210.17323. `hessian` is H (in, in). Inputs that matter most come first, while most others can still
-    compensate (act-order), unless groups tie an input to its neighbours. Raises UserError when H is not (in, in) or not
-    finite, weights are not finite, or `group_size` does not divide the inputs.
+    compensate (act-order), unless groups tie an input to its neighbours. UserError as `check_hessian` and `grouped`.
     """
     check_hessian(weight, hessian)
     order = torch.arange(len(hessian)) if group_size else hessian.diagonal().argsort(descending=True)
@@ -81,19 +77,14 @@ def awq_round(weight: Tensor, hessian: Tensor, bits: int, group_size: int | None
     """`weight` (out, in) rounded to nearest after its inputs were scaled: large activations get finer quantization levels.
 
     AWQ, arXiv:2306.00978. The strength of the scaling is searched: the one with the least error of the layer's output wins.
-    The scales are folded back into the weight here; a runtime would fold them into the layer before. UserError as `gptq_round`.
+    The scales are folded back into the weight; a runtime would fold them into the layer before. UserError as `gptq_round`.
     """
     check_hessian(weight, hessian)
     size = hessian.diagonal().sqrt().clamp(min=1e-8)
     size = size / size.mean()
-    best, least = weight, torch.inf
-    for strength in torch.linspace(0, 1, 11).tolist():
-        scale = size**strength
-        rounded = search_round(weight.float() * scale, bits, group_size, 1 / scale**2 * size**2) / scale
-        error = output_error(weight.float(), rounded, hessian)
-        if error < least:
-            best, least = rounded, error
-    return best.to(weight.dtype)
+    scales = (size**strength for strength in torch.linspace(0, 1, 11).tolist())
+    tried = (search_round(weight.float() * s, bits, group_size, 1 / s**2 * size**2) / s for s in scales)
+    return min(tried, key=lambda rounded: output_error(weight.float(), rounded, hessian)).to(weight.dtype)
 
 
 def output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:

@@ -3,8 +3,6 @@
 Symmetric: the levels are the whole multiples -2^(bits-1) ... 2^(bits-1) - 1 of the scale; the zero point is 0.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,9 +21,8 @@ def grouped(weight: Tensor, group_size: int | None = None) -> Tensor:
     """
     rows = weight.reshape(len(weight), -1)  # a convolution's kernel counts as inputs
     if group_size and rows.shape[1] % group_size:
-        raise UserError(
-            f"{rows.shape[1]} inputs do not divide into groups of {group_size}; choose a divisor, or None for one scale a channel"
-        )
+        given = f"{rows.shape[1]} inputs do not divide into groups of {group_size}"
+        raise UserError(f"{given}; choose a divisor, or None for one scale a channel")
     if not torch.isfinite(weight).all():
         raise UserError("the weight has entries that are not finite; mend the model first")
     return rows.reshape(-1, group_size or rows.shape[1])
@@ -55,15 +52,11 @@ def best_scale(rows: Tensor, bits: int, importance: Tensor | None = None, signs:
     return best
 
 
-# ---- groups of 32, as runtimes store them
-
-
 def pack(weight: Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """`weight` (out, in) as unsigned integers and scales: (out, groups, 32 * bits / 8) uint8, (out, groups) float32.
 
     A weight is its integer, less 2^(bits - 1), times its group's scale: the layout of ONNX Runtime. Weights that lie on
-    quantization levels already (GPTQ has rounded them) keep them exactly; others get the scale of `best_scale`.
-    Raises UserError for other bits than 4 and 8.
+    quantization levels already keep them exactly; others get the scale of `best_scale`. UserError for other bits than 4 and 8.
     """
     if bits not in (4, 8):
         raise UserError(f"pack: bits={bits}; ONNX Runtime's kernels have 4 and 8")
@@ -79,9 +72,8 @@ def group_scales(weight: Tensor, bits: int, signs: tuple[int, ...] = (1, -1)) ->
     """The scale of each group of 32 of `weight` (out, in), as `pack` takes it: (out, groups). `signs`: those it may have."""
     w = _padded(weight)
     scale, error = _levels(w, bits, signs)
-    if bits == 4:
-        scale = torch.where(error > _NOTHING, best_scale(w, bits, signs=signs), scale)
-    return scale.view(len(weight), -1)
+    best = torch.where(error > _NOTHING, best_scale(w, bits, signs=signs), scale) if bits == 4 else scale
+    return best.view(len(weight), -1)
 
 
 def on_grid(weight: Tensor, bits: int = 4) -> bool:

@@ -15,7 +15,7 @@ from mmrecipes.evaluate import likelihood
 from mmrecipes.models.modules import clone, linears, part_of
 from mmrecipes.quantize.calibration import calibrate, input_hessians
 from mmrecipes.quantize.gptq import gptq_round
-from mmrecipes.quantize.rounding import packed_bytes, packed_weight_bytes, search_round
+from mmrecipes.quantize.rounding import changed, packed_bytes, packed_weight_bytes, search_round
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,21 +24,10 @@ BITS = (8, 6, 4, 3, 2)
 Round = Callable[[str, Tensor, int, int | None], Tensor]  # module's name, weight (out, in), bits, group size -> rounded weight
 
 
-def search_rounding(name: str, weight: Tensor, bits: int, group_size: int | None) -> Tensor:
-    """Rounding that looks at no data: to nearest, with the best scale."""
-    return search_round(weight, bits, group_size)
-
-
 def gptq_rounding(model: nn.Module, rows: Dataset) -> Round:
-    """Rounding by GPTQ on the inputs that each layer of `model` gets from `rows`; embeddings have none, so `search_rounding`."""
+    """Rounding by GPTQ on the inputs that each layer of `model` gets from `rows`; embeddings have none, so `search_round`."""
     hessians = input_hessians(model, rows, [n for n, _ in linears(model)])
-
-    def rounding(name: str, weight: Tensor, bits: int, group_size: int | None) -> Tensor:
-        if name in hessians:
-            return gptq_round(weight, hessians[name], bits, group_size)
-        return search_round(weight, bits, group_size)
-
-    return rounding
+    return lambda name, w, *how: gptq_round(w, hessians[name], *how) if name in hessians else search_round(w, *how)
 
 
 @dataclass(frozen=True)
@@ -53,10 +42,7 @@ class Cost:
 
 
 def units(model: nn.Module) -> dict[str, list[str]]:
-    """What a plan decides on: {name: the names of its weights' modules}.
-
-    All linear layers of one attention or one MLP together, and the token embeddings (with the output head, where it is tied).
-    """
+    """What a plan decides on {name: its weights' modules}: the linear layers of one attention or MLP; the token embeddings."""
     members: dict[str, list[str]] = {}
     for name, _ in linears(model):
         members.setdefault(name.rpartition(".")[0] or name, []).append(name)
@@ -67,8 +53,8 @@ def units(model: nn.Module) -> dict[str, list[str]]:
 def bits_by_module(model: nn.Module, plan: Mapping[str, int]) -> dict[str, int]:
     """The plan a module instead of a unit: {module's name: bits}. UserError when it names a unit that is not there."""
     members = units(model)
-    if missing := set(plan) - set(members):
-        raise UserError(f"the plan names {sorted(missing)[0]!r}, which the model does not have; expected quantize.units(model)")
+    if missing := sorted(set(plan) - set(members)):
+        raise UserError(f"the plan names {missing[0]!r}, which the model does not have; expected quantize.units(model)")
     return {n: bits for unit, bits in plan.items() for n in members[unit]}
 
 
@@ -78,9 +64,9 @@ def plan_bytes(model: nn.Module, plan: Mapping[str, int], group_size: int | None
 
 
 def sensitivity(
-    model: nn.Module, rows: Dataset, bits: Sequence[int] = BITS, group_size: int | None = None, rounding: Round = search_rounding
+    model: nn.Module, rows: Dataset, bits: Sequence[int] = BITS, group_size: int | None = None, rounding: Round | None = None
 ) -> list[Cost]:
-    """The cost of each unit of `model` at each of `bits`, alone, on `rows` (image, question, answer)."""
+    """The cost of each unit of `model` at each of `bits`, alone, on `rows`; by `search_round` where no `rounding` is given."""
     from tqdm.auto import tqdm
 
     small, parts, per, costs = clone(model), part_of(model), "group" if group_size else "channel", []
@@ -90,7 +76,8 @@ def sensitivity(
         originals = {n: w.clone() for n, w in weights.items()}
         for b in bits:
             for n in names:
-                weights[n].copy_(rounding(n, originals[n], b, group_size))
+                how = originals[n], b, group_size
+                weights[n].copy_(rounding(n, *how) if rounding else search_round(*how))
             loss = likelihood.divergence(reference, likelihood.answer_logits(small, rows)[0])
             size = sum(packed_weight_bytes(w, b, per, group_size or 0) for w in weights.values())
             costs.append(Cost(unit, parts[f"{names[0]}.weight"], b, size, loss))
@@ -104,15 +91,10 @@ def greedy(costs: Sequence[Cost], budget: int) -> dict[str, int]:
     table = _table(costs)
     plan = {unit: max(row) for unit, row in table.items()}
     while sum(table[u][b].bytes for u, b in plan.items()) > budget:
-        steps = [
-            ((c.loss - table[u][plan[u]].loss) / (table[u][plan[u]].bytes - c.bytes), u, b)
-            for u, row in table.items()
-            for b, c in row.items()
-            if b < plan[u]
-        ]
+        steps = [(row[plan[u]], c) for u, row in table.items() for b, c in row.items() if b < plan[u]]
         if not steps:
             raise _too_small(table, budget)
-        _, unit, b = min(steps)
+        _, unit, b = min(((c.loss - now.loss) / (now.bytes - c.bytes), c.unit, c.bits) for now, c in steps)
         plan[unit] = b
     return plan
 
@@ -120,16 +102,14 @@ def greedy(costs: Sequence[Cost], budget: int) -> dict[str, int]:
 def knapsack(costs: Sequence[Cost], budget: int, slots: int = 4000) -> dict[str, int]:
     """{unit: bits} of at most `budget` bytes with the least sum of losses, exactly, up to bytes counted in 1/`slots` of it.
 
-    Dynamic programming over the units (the multiple-choice knapsack).
-    Assumes that losses add up, which is roughly so where they are small.
+    Dynamic programming (the multiple-choice knapsack). Assumes that losses add up: roughly so where they are small.
     """
     table, slot = _table(costs), budget / slots
     least, picks = torch.zeros(slots + 1), []  # least[s]: the smallest loss of the units so far in at most s slots
     for row in table.values():
         options = torch.full((len(row), slots + 1), torch.inf)
         for i, c in enumerate(row.values()):
-            k = int(-(-c.bytes // slot))
-            if k <= slots:
+            if (k := int(-(-c.bytes // slot))) <= slots:
                 options[i, k:] = least[: slots + 1 - k] + c.loss
         least, pick = options.min(0)
         picks.append(pick)
@@ -144,10 +124,7 @@ def knapsack(costs: Sequence[Cost], budget: int, slots: int = 4000) -> dict[str,
 
 
 def _table(costs: Sequence[Cost]) -> dict[str, dict[int, Cost]]:
-    table: dict[str, dict[int, Cost]] = {}
-    for c in costs:
-        table.setdefault(c.unit, {})[c.bits] = c
-    return table
+    return {unit: {c.bits: c for c in costs if c.unit == unit} for unit in dict.fromkeys(c.unit for c in costs)}
 
 
 def _too_small(table: dict[str, dict[int, Cost]], budget: int) -> UserError:
@@ -158,14 +135,9 @@ def _too_small(table: dict[str, dict[int, Cost]], budget: int) -> UserError:
 def apply_plan(
     model: nn.Module, plan: Mapping[str, int], group_size: int | None = None, rows: Dataset | None = None
 ) -> nn.Module:
-    """A copy of `model` with each unit rounded to its bits in `plan`, kept in floating point.
-
-    With calibration `rows`, linear layers by GPTQ, block after block (`quantize.calibrate`); without, by `search_round`.
-    """
-    bits, small = bits_by_module(model, plan), clone(model)
+    """A copy with each unit rounded to its bits in `plan`, in floating point; with `rows`, linear layers by `calibrate`."""
+    bits = bits_by_module(model, plan)
     by_gptq = {n: bits[n] for n, _ in linears(model) if n in bits} if rows is not None else {}
-    with torch.no_grad():
-        for name in set(bits) - set(by_gptq):
-            weight = small.get_submodule(name).weight
-            weight.copy_(search_round(weight, bits[name], group_size))
+    by_search = {n: b for n, b in bits.items() if n not in by_gptq}
+    small = changed(model, by_search, lambda weight, b: search_round(weight, b, group_size))
     return calibrate(small, rows, by_gptq, group_size=group_size) if by_gptq else small

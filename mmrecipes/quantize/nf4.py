@@ -1,7 +1,5 @@
 """A checkpoint that transformers loads by itself: 4-bit NormalFloat of bitsandbytes, the rest in bf16."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 
@@ -30,21 +28,13 @@ def nf4_bytes(weight: Tensor) -> int:
 
 
 def write_nf4(model: nn.Module, four: set[str], folder: Path) -> None:
-    """Save `model` to `folder`: linear layers in `four` as NF4, all else in bf16, its processor beside it.
-
-    UserError when transformers and bitsandbytes cannot make it.
-    """
+    """Save `model` to `folder`: linear layers in `four` as NF4, all else in bf16, its processor beside it. Raises UserError."""
     from transformers import BitsAndBytesConfig
 
     require("accelerate", "bitsandbytes")
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        # with a list of its own, transformers leaves nothing else out
-        llm_int8_skip_modules=[name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in four],
-    )
+    skipped = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in four]  # transformers skips no other
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+    config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped, **nf4)
     with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
         saving.save(model, model.processor, Path(aside) / "whole", torch.bfloat16)
         small = _from(Path(aside) / "whole", dtype=torch.bfloat16, **({"quantization_config": config} if four else {}))

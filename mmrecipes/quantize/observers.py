@@ -1,7 +1,5 @@
 """Observers: from a histogram of activations to a range, and from a range to a scale and a zero point (notebook 12)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -38,9 +36,6 @@ def histogram(values: Tensor, low: float | None = None, high: float | None = Non
     return Histogram(torch.histc(values.float(), BINS, -m, m).double().numpy(), low, high)
 
 
-# ---- observers: from a histogram to a range
-
-
 def minmax(h: Histogram) -> tuple[float, float]:
     """All that was seen."""
     return h.low, h.high
@@ -72,8 +67,8 @@ def mse(h: Histogram, symmetric: bool = False) -> tuple[float, float]:
 def entropy(h: Histogram, step: int = 8) -> tuple[float, float]:
     """The range whose 128 levels tell most of the distribution of magnitudes: least Kullback-Leibler divergence.
 
-    As TensorRT's calibrator does it (Migacz, "8-bit inference with TensorRT", GTC 2017). It wants smooth distributions: where
-    single values are very common, as with flat backgrounds, it clips far too much (notebook 12).
+    As TensorRT's calibrator (Migacz, "8-bit inference with TensorRT", GTC 2017). It clips far too much where single values are
+    very common, as with flat backgrounds (notebook 12).
     """
     middle = len(h.counts) // 2
     size = h.counts[middle:].copy()  # magnitudes, zero first
@@ -101,10 +96,7 @@ OBSERVERS: dict[str, Observer] = {"min-max": minmax, "percentile": percentile, "
 
 
 def qparams(low: float, high: float, symmetric: bool = False) -> tuple[float, int, int, int]:
-    """Scale, zero point, smallest and largest 8-bit integer for values in [low, high]; zero itself stays exact.
-
-    UserError for a range that is not finite or not in order.
-    """
+    """Scale, zero point, least and largest 8-bit integer for [low, high]; zero stays exact. UserError where that is no range."""
     if not np.isfinite([low, high]).all() or low > high:
         raise UserError(f"qparams: the range [{low}, {high}] is not one; expected two finite numbers in order")
     low, high = min(low, 0.0), max(high, 0.0)

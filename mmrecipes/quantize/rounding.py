@@ -1,9 +1,8 @@
 """Fewer bits without data: each function takes a weight or a model and returns a copy. Built by hand in notebooks 10 and 11."""
 
-from __future__ import annotations
-
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ def round_to_nearest(weight: Tensor, bits: int, per: str = "channel", group_size
     """`weight` (out, in, ...) rounded to `bits` bits, symmetric, and back: what a quantized layer would compute with.
 
     One scale for the whole `tensor`, for each output `channel`, or for each `group` of `group_size` inputs of a channel.
-    Raises UserError when weights are not finite, or `group_size` does not divide the inputs.
+    Raises UserError for other bits than 2 to 8, and as `grouped`.
     """
     if not 2 <= bits <= 8:
         raise UserError(f"round_to_nearest: {bits} bits; expected 2 to 8")
@@ -37,9 +36,6 @@ def search_round(weight: Tensor, bits: int, group_size: int | None = None, impor
     if importance is not None:
         importance = importance.reshape(-1, rows.shape[1]).repeat(len(weight), 1)
     return fake_quantize(rows, best_scale(rows, bits, importance), bits).reshape(weight.shape).to(weight.dtype)
-
-
-# ---- models
 
 
 def bf16(model: nn.Module) -> nn.Module:
@@ -67,8 +63,8 @@ def dynamic_int8(model: nn.Module) -> nn.Module:
 def simulate_dynamic_int8(model: nn.Module) -> nn.Module:
     """The arithmetic of `dynamic_int8`, done slowly in float32: what its kernels must agree with.
 
-    Weights are rounded to 8 bits a channel, and each layer's input to 7 bits between its own minimum and maximum: PyTorch
-    leaves one bit free, because AVX2's 8-bit products saturate.
+    Weights get 8 bits a channel, each layer's input 7 bits between its minimum and maximum: PyTorch leaves one bit free,
+    because AVX2's 8-bit products saturate.
     """
 
     def round_input(layer: nn.Linear, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -84,18 +80,21 @@ def simulate_dynamic_int8(model: nn.Module) -> nn.Module:
 
 def simulate(model: nn.Module, bits: int, per: str = "channel", group_size: int = 32) -> nn.Module:
     """Round every linear weight to nearest, kept in floating point: the accuracy of `bits` bits, not their speed."""
+    return changed(model, dict.fromkeys(dict(linears(model)), bits), lambda w, b: round_to_nearest(w, b, per, group_size))
+
+
+@torch.no_grad()
+def changed(model: nn.Module, chosen: Mapping[str, Any], change: Callable[[Tensor, Any], Tensor]) -> nn.Module:
+    """A copy in which the weight of each module of `chosen` {name: how} has become `change(weight, how)`."""
     small = clone(model)
-    with torch.no_grad():
-        for _, layer in linears(small):
-            layer.weight.copy_(round_to_nearest(layer.weight, bits, per, group_size))
+    for name, how in chosen.items():
+        weight = small.get_submodule(name).weight
+        weight.copy_(change(weight, how))
     return small
 
 
 def packed_bytes(model: nn.Module, bits: int | Mapping[str, int], per: str = "channel", group_size: int = 32) -> int:
-    """Bytes of `model` when every linear weight is packed to `bits` with a 16-bit scale a tensor, channel or group.
-
-    Or `bits` {module's name: bits}, for those modules alone. All else counts 16 bits.
-    """
+    """Bytes of `model` with its linear weights, or those of `bits` {module's name: bits}, packed; all else counts 16 bits."""
     bits = bits if isinstance(bits, Mapping) else {n: bits for n, _ in linears(model)}
     by_weight = {id(model.get_submodule(n).weight): b for n, b in bits.items()}
     return sum(packed_weight_bytes(p, by_weight.get(id(p), 16), per, group_size) for p in model.parameters())

@@ -3,8 +3,6 @@
 Built by hand in notebook 12. Images are pixel tensors (N, 3, H, W), as the image processor gives them.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Mapping
 
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from mmrecipes.errors import UserError
 from mmrecipes.measure import machine
 from mmrecipes.models.modules import clone
+from mmrecipes.quantize.calibration import inputs_seen
 from mmrecipes.quantize.observers import OBSERVERS, Histogram, Observer, fake_quantize_range, histogram
 from mmrecipes.quantize.rounding import round_to_nearest
 
@@ -28,10 +27,9 @@ def vision_output(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def fold_batch_norms(model: nn.Module, images: Tensor) -> nn.Module:
-    """A copy in eval mode in which every batch norm that follows a convolution has become part of it.
+    """A copy in eval mode in which every batch norm that follows a convolution has become part of its weights and bias.
 
-    A batch norm in eval mode is a factor and an offset a channel, and so can be multiplied into the weights. Which one follows
-    which is seen on one run, not guessed from names. Raises UserError when the copy no longer computes the same.
+    Which one follows which is seen on one run, not guessed from names. UserError when the copy no longer computes the same.
     """
     model = clone(model).eval()
     with torch.inference_mode():
@@ -54,19 +52,14 @@ def fold_batch_norms(model: nn.Module, images: Tensor) -> nn.Module:
 def _convolutions_with_norms(model: nn.Module, images: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
     outputs, pairs = {}, []  # `outputs` keeps every output alive, so that an id stays one tensor's own
 
-    def after(conv: nn.Module, _: tuple, out: Tensor) -> None:
-        outputs[id(out)] = conv, out
+    def pair(norm: nn.Module, x: Tensor) -> None:
+        if id(x) in outputs:
+            pairs.append((outputs[id(x)][0], norm))
 
-    def before(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if id(args[0]) in outputs:
-            pairs.append((outputs[id(args[0])][0], norm))
-
-    with contextlib.ExitStack() as hooks:
-        for m in model.modules():
-            if isinstance(m, nn.Conv2d):
-                hooks.enter_context(m.register_forward_hook(after))
-            elif isinstance(m, nn.BatchNorm2d) and m.track_running_stats and m.affine:
-                hooks.enter_context(m.register_forward_pre_hook(before))
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats and m.affine]
+    with contextlib.ExitStack() as hooks, inputs_seen({m: m for m in norms}, pair):
+        for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
+            hooks.enter_context(conv.register_forward_hook(lambda m, _, out: outputs.update({id(out): (m, out)})))
         model(images[:1])
     return pairs
 
@@ -79,8 +72,7 @@ def histograms(model: nn.Module, images: Tensor, batch_size: int = 32) -> dict[s
     """
     if not len(images):
         raise UserError("histograms: no calibration images; give at least one, better 64")
-    ends: dict[str, tuple[float, float]] = {}
-    counted: dict[str, Histogram] = {}
+    ends, counted = {}, {}  # {layer's name: (low, high)}, {layer's name: histogram}
 
     def widen(name: str, x: Tensor) -> None:
         low, high = ends.get(name, (np.inf, -np.inf))
@@ -90,12 +82,9 @@ def histograms(model: nn.Module, images: Tensor, batch_size: int = 32) -> dict[s
         h, so_far = histogram(x, *ends[name]), counted.get(name)
         counted[name] = h if so_far is None else h._replace(counts=h.counts + so_far.counts)
 
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LAYERS)]
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LAYERS)}
     for observe in (widen, count):
-        with contextlib.ExitStack() as hooks:
-            for name, m in layers:
-                hook = m.register_forward_pre_hook(lambda _, args, name=name, observe=observe: observe(name, args[0]))
-                hooks.enter_context(hook)
+        with inputs_seen(layers, observe):
             for batch in images.split(batch_size):
                 model(batch)
     return counted
@@ -112,20 +101,15 @@ def simulate_static(
 ) -> nn.Module:
     """A copy that rounds weights (one scale a `channel`, or a `tensor`) and the inputs of its layers to 8 bits, in float.
 
-    `chosen` {layer's name: range of its input}. Fold the batch norms first: nothing between layers is rounded, so a batch norm
-    would stay in floating point.
+    `chosen` {layer's name: range of its input}. Fold the batch norms first: nothing between layers is rounded.
     """
     small = clone(model).eval()
     for name, m in small.named_modules():
         if name in chosen:
             m.weight = nn.Parameter(round_to_nearest(m.weight.detach(), 8, per), requires_grad=False)
-            m.register_forward_pre_hook(
-                lambda _, args, ends=chosen[name]: (fake_quantize_range(args[0], *ends, symmetric), *args[1:])
-            )
+            ends = chosen[name]
+            m.register_forward_pre_hook(lambda _, args, ends=ends: (fake_quantize_range(args[0], *ends, symmetric), *args[1:]))
     return small
-
-
-# ---- the same for runtimes: PT2E for torch.compile, QDQ for ONNX Runtime and TensorRT
 
 
 class SingleOutput(nn.Module):
@@ -152,16 +136,11 @@ def pt2e(model: nn.Module, images: Tensor, batch_size: int = 32, reduce_range: b
     config = x86.get_default_x86_inductor_quantization_config(reduce_range=saturates() if reduce_range is None else reduce_range)
     shapes = ({0: torch.export.Dim("images", min=1, max=4096)},)
     with torch.no_grad():
-        graph = torch.export.export(plain, (batch_of_two(images),), dynamic_shapes=shapes).module()
+        graph = torch.export.export(plain, (images[[0, 0]],), dynamic_shapes=shapes).module()  # one would be a constant
         prepared = prepare_pt2e(graph, x86.X86InductorQuantizer().set_global(config))
         for batch in images.split(batch_size):
             prepared(batch)
         return convert_pt2e(prepared)
-
-
-def batch_of_two(images: Tensor) -> Tensor:
-    """A batch of two: exporters take a batch of one for a constant."""
-    return torch.cat([images[:1]] * 2)
 
 
 def saturates() -> bool:

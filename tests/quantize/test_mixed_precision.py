@@ -98,4 +98,4 @@ def test_plans_are_rounded_by_gptq_behind_one_another_when_there_is_data(make):
     rounding, name = quantize.gptq_rounding(model, rows), next(n for n, _ in models.linears(model))
     weight = model.get_submodule(name).weight
     assert torch.equal(rounding(name, weight, 2, None), small.get_submodule(name).weight), "the first layer has nothing before it"
-    assert torch.equal(rounding("embeddings", weight, 3, None), quantize.search_rounding("", weight, 3, None))
+    assert torch.equal(rounding("embeddings", weight, 3, None), quantize.search_round(weight, 3, None))

@@ -15,7 +15,7 @@ from mmrecipes.errors import UserError, one_line, require
 from mmrecipes.export.onnx.graphs import nodes_of_modules, to_onnx
 from mmrecipes.models import modules
 from mmrecipes.models.saving import written_aside
-from mmrecipes.quantize.static import SingleOutput, batch_of_two, saturates
+from mmrecipes.quantize.static import SingleOutput, saturates
 from mmrecipes.quiet import library_logs
 
 PRODUCTS = ["MatMul", "Gemm"]
@@ -25,7 +25,7 @@ LAYERS = {"products": PRODUCTS, "convolutions": ["Conv"], "all": None}
 def vision_to_onnx(model: nn.Module, images: Tensor, out: str | Path) -> Path:
     """Write a vision model (`images` (N, 3, H, W) to logits or hidden states) as a float32 graph, the batch left open."""
     plain = SingleOutput(modules.clone(model))
-    return to_onnx(plain, {"images": batch_of_two(images)}, out, {"images": {0: "batch"}})
+    return to_onnx(plain, {"images": images[[0, 0]]}, out, {"images": {0: "batch"}})  # of one image the batch would be a constant
 
 
 def dynamic_int8(
