@@ -1,7 +1,5 @@
 """Hidden states, vision features, attention inputs and logits of a model, captured while it runs."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ Every training of the package is a call of `fit`. A batch is a pure function of 
 checkpoint was, and every process takes its own rows of the same global batch.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmrecipes import quiet
@@ -32,8 +31,7 @@ class TrainConfig:
     """How long and how fast. `batch` is the global one: all processes together, all parts of an accumulated step together.
 
     `lr` is for Muon (matrices), `adam_lr` for everything else. `accumulate` steps one batch in so many parts, to save memory.
-    `device` is cpu or cuda, by default cuda where there is one. `about` says what else makes a run what it is (loss weights,
-    say): a checkpoint of another is refused.
+    `device` is cpu or cuda, by default cuda where there is one. A checkpoint of a run `about` something else is refused.
     """
 
     steps: int
@@ -77,9 +75,9 @@ def fit(
     from rich.progress import track
 
     accelerator = _accelerator(config.device)
-    parts = accelerator.num_processes * config.accumulate
-    if config.steps < 1 or config.batch < 1 or config.accumulate < 1 or config.batch % parts:
-        expected = f"steps >= 1, and a batch that {accelerator.num_processes} processes x {config.accumulate} parts divide"
+    processes = accelerator.num_processes
+    if min(config.steps, config.batch, config.accumulate) < 1 or config.batch % (processes * config.accumulate):
+        expected = f"steps >= 1, and a batch that {processes} processes x {config.accumulate} parts divide"
         raise UserError(f"fit: {config}; expected {expected}")
     model.train()
     for m in model.modules():  # a frozen batch norm keeps its statistics, too
@@ -143,8 +141,6 @@ def _backward(accelerator: Any, module: nn.Module, batch: Any, config: TrainConf
 
 def mean_over_processes(value: float) -> float:
     """The mean of a number over all processes."""
-    import torch.distributed as dist
-
     if not (dist.is_available() and dist.is_initialized()):
         return value
     total = torch.tensor(float(value), device="cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -169,12 +165,11 @@ def _accelerator(device: str | None):  # -> accelerate.Accelerator
     require("accelerate")
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    if device not in (None, "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise UserError(f"fit: device {device!r} cannot be used here; expected cpu, or cuda where there is a GPU")
     on_cpu = device == "cpu" or not torch.cuda.is_available()
+    if device not in (None, "cpu", "cuda") or (on_cpu and device == "cuda"):
+        raise UserError(f"fit: device {device!r} cannot be used here; expected cpu, or cuda where there is a GPU")
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no" if on_cpu else "bf16")
-    # an encoder's last layers may feed nothing, and frozen ones get no gradient
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # last layers may feed nothing, frozen ones learn nothing
     try:
         accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, kwargs_handlers=[unused])
     except ValueError as e:  # accelerate keeps one setting a process
@@ -185,13 +180,10 @@ def _accelerator(device: str | None):  # -> accelerate.Accelerator
 
 
 def shard(batch: Any, part: int, parts: int, device: torch.device) -> Any:
-    """Part `part` of `parts` of a batch's rows, on `device`."""
-    if isinstance(batch, dict):
-        return {k: shard(t, part, parts, device) for k, t in batch.items()}
-    if isinstance(batch, Tensor):  # in one part nothing is cut: Qwen-VL's patches are more than its rows
-        return batch.tensor_split(parts)[part].to(device, non_blocking=True)
-    cut = [shard(t, part, parts, device) for t in batch]
-    return type(batch)(*cut) if hasattr(batch, "_fields") else tuple(cut)
+    """Part `part` of `parts` of the rows of a batch (a tensor, or a dict or tuple of them), on `device`."""
+    from accelerate.utils import recursively_apply
+
+    return recursively_apply(lambda t: t.tensor_split(parts)[part].to(device, non_blocking=True), batch)
 
 
 def _write(accelerator: Any, work: Path, progress: dict[str, Any]) -> None:
@@ -219,18 +211,17 @@ def _resume(accelerator: Any, model: nn.Module, work: Path, run: str) -> tuple[i
         return 0, 0.0
     try:
         progress = json.loads((checkpoint / "progress.json").read_text())
-        if progress["run"] != run:
-            raise UserError(f"fit: {checkpoint} is of another run ({progress['run']}); move it away, or give another work folder")
         # a 4-bit layer writes its scales beside its weight and does not read them; it is frozen, so they are the same
         packed = any(p.dtype == torch.uint8 for p in model.parameters())
-        accelerator.load_state(str(checkpoint), strict=not packed)
-    except UserError:
-        raise
+        if progress["run"] == run:
+            accelerator.load_state(str(checkpoint), strict=not packed)
     except Exception as e:  # whatever a damaged or foreign file makes the readers raise
         raise UserError(f"fit: {checkpoint} cannot be resumed ({one_line(e)}); remove it to begin anew") from e
+    if progress["run"] != run:
+        raise UserError(f"fit: {checkpoint} is of another run ({progress['run']}); move it away, or give another work folder")
     if accelerator.is_main_process and log.exists():
-        lines = log.read_text().splitlines()[: progress["step"]]  # a line a step; what came after the checkpoint comes again
+        lines = log.read_text().splitlines(keepends=True)[: progress["step"]]  # what came after the checkpoint comes again
         aside = log.with_suffix(".part")
-        aside.write_text("".join(line + "\n" for line in lines))
+        aside.write_text("".join(lines))
         os.replace(aside, log)
     return progress["step"], progress["seconds"]

@@ -3,26 +3,21 @@
 On plain, pruned and 4-bit models alike. Built by hand in notebook 33.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmrecipes.errors import ParityError, UserError
 from mmrecipes.models import modules
-from mmrecipes.models.modules import clone, linears
+from mmrecipes.models.modules import clone
 from mmrecipes.train.loop import TrainConfig, fit
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 PARTS = ("vision", "connector", "language")
 
@@ -31,18 +26,16 @@ PARTS = ("vision", "connector", "language")
 def add_tokens(model: nn.Module, words: Mapping[str, Sequence[str]]) -> tuple[nn.Module, list[int]]:
     """A copy of `model` in which each of `words` is one token, and their token ids; `model` may have spelled them in pieces.
 
-    A new token begins as the mean of the tokens of other words, given with it: {"pink": ["red", "blue"]}. Its processor is a
-    copy, too. Raises UserError for no words, one that is one token already, or one without a list of others to begin as.
+    A new token begins as the mean of the tokens of other words, given with it: {"pink": ["red", "blue"]}. The processor is
+    copied, too. Raises UserError for no words, one that is one token already, or one without a list of others to begin as.
     """
-    grown = clone(model)
-    grown.processor = copy.deepcopy(model.processor)
+    grown = copy.deepcopy(model)
     tokenizer = grown.processor.tokenizer
 
-    def encode(word: str) -> list[int]:
-        return tokenizer.encode(f" {word}", add_special_tokens=False)
+    def encode(*several: str) -> list[int]:
+        return [t for word in several for t in tokenizer.encode(f" {word}", add_special_tokens=False)]
 
-    listed = words and not any(isinstance(others, str) for others in words.values())
-    begin = {word: [t for other in others for t in encode(other)] for word, others in words.items()} if listed else {}
+    begin = {word: [] if isinstance(others, str) else encode(*others) for word, others in words.items()}
     if not begin or not all(begin.values()) or min(len(encode(word)) for word in begin) < 2:
         raise UserError(f"add_tokens: {dict(words)}; give new words, each with a list of known ones")
     tokenizer.add_tokens([f" {word}" for word in begin])
@@ -57,13 +50,13 @@ def add_tokens(model: nn.Module, words: Mapping[str, Sequence[str]]) -> tuple[nn
 
 def add_lora(
     model: nn.Module, rank: int = 8, alpha: float | None = None, parts: Sequence[str] = PARTS, token_ids: Sequence[int] = ()
-) -> PeftModel:
-    """A copy of `model` with an adapter of `rank` beside every linear layer of `parts`; nothing else requires a gradient.
+):  # -> peft.PeftModel
+    """A copy of `model` with an adapter of `rank` beside every linear layer of `parts`: these and `token_ids` alone learn.
 
-    But for the embeddings of `token_ids`, those of `add_tokens`: they learn, too. It computes what `model` does until it is
-    trained, since half of each adapter begins as zeros. `alpha` / rank scales what the adapters add; alpha is twice the rank by
-    default. `.get_base_model()` is the model with its adapters inside, and `.save_pretrained` writes these alone. Raises
-    UserError for a rank below 1, and for parts and tokens that the model does not have.
+    `token_ids` are those of `add_tokens`. It computes what `model` does until it is trained, since half of each adapter begins
+    as zeros. `alpha` / rank scales what the adapters add; alpha is twice the rank by default. `.get_base_model()` is the model
+    with its adapters inside, and `.save_pretrained` writes these alone. Raises UserError for a rank below 1, and for parts and
+    tokens that the model does not have.
     """
     if importlib.util.find_spec("peft") is None:
         raise ImportError("peft is not installed; get it with: pip install 'mmrecipes[train]'")
@@ -78,37 +71,36 @@ def add_lora(
     if rank < 1 or not parts or set(parts) - set(own_parts):
         given = f"rank {rank} in {', '.join(parts) or 'nothing'}"
         raise UserError(f"add_lora: {given}; expected 1 or more, in {', '.join(own_parts)}")
-    inside = {id(m) for part in parts for m in own_parts[part].modules()}
-    targets = [name for name, layer in linears(base) if id(layer) in inside]
+    inside = {m for part in parts for m in own_parts[part].modules()}
+    targets = [name for name, layer in modules.linears(base) if layer in inside]
     with warnings.catch_warnings():  # peft asks transformers for an attribute by the name it had before 5.0
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         tables = [t for t in (base.get_output_embeddings(), base.get_input_embeddings()) if t is not None]
-        tables = list({id(t.weight): t for t in tables}.values())  # one, where the head is tied to the embeddings
-        rows = {n: list(token_ids) for n, m in base.named_modules() if token_ids and any(m is t for t in tables)}
+        tables = {t.weight: t for t in tables}.values()  # one, where the head is tied to the embeddings
+        rows = {n: list(token_ids) for n, m in base.named_modules() if token_ids and m in tables}
         config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=targets, trainable_token_indices=rows or None)
         adapted = get_peft_model(base, config)
     adapted.use_adamw = True  # adapters are thin: Muon's orthogonal updates are for whole matrices
     return adapted
 
 
-def train_lora(model: PeftModel, batches: Any, config: TrainConfig, work: Path | None = None) -> PeftModel:
-    """`model` with its adapters trained on right answers, in place.
+def train_lora(model: nn.Module, batches: Any, config: TrainConfig, work: Path | None = None) -> nn.Module:
+    """A model of `add_lora` with its adapters trained on right answers, in place; `config.adam_lr` is the rate.
 
     `batches` bring their objective, `answer_loss`: `train.RowBatches` for any VLM, `mini.curriculum` for the book's models.
-    `config.adam_lr` is the rate. Resumable with `work`. Raises UserError as `train.fit` does.
+    Resumable with `work`. Raises UserError as `train.fit` does.
     """
-    base = _restore_layout(model.get_base_model())
+    device = _restore_layout(model.get_base_model()).device
 
     def loss(m: nn.Module, batch: Any) -> tuple[Tensor, dict[str, float]]:
         answers, _, logs = batches.answer_loss(m.get_base_model(), batch)
         return answers, logs | {"answers": answers.item()}
 
-    device = base.device  # the training may move it to a GPU
-    return fit(model, batches, loss, replace(config, about="lora"), work).to(device)
+    return fit(model, batches, loss, replace(config, about="lora"), work).to(device)  # the training may move it to a GPU
 
 
 @torch.no_grad()
-def merge_lora(model: PeftModel) -> nn.Module:
+def merge_lora(model: nn.Module) -> nn.Module:
     """A plain copy of the model with its adapters added to its matrices: no slower than it was, and zeros are zeros no more.
 
     A 4-bit matrix is taken back to floats first, and rounded again after. Raises ParityError when the sum is not finite.

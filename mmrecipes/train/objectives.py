@@ -1,7 +1,5 @@
 """What a model is trained on for right answers: batches of rows, and the cross-entropy of their answer tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,5 @@
 """The optimizers: Muon for matrices, AdamW for the rest, and the schedule of their rates."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 
@@ -10,12 +8,10 @@ from torch import Tensor, nn
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal (Jordan et al. 2024), for matrices.
+    """Momentum whose update is made orthogonal (Jordan et al. 2024), for matrices, a convolution's (out, in x k x k) too.
 
-    A convolution's weight is one, too, (out, in x k x k), unless it is depthwise and mixes no channels.
-
-    `torch.optim.Muon` orthogonalizes in bfloat16, which a CPU without bf16 instructions runs 200 times slower;
-    this one keeps the gradient's dtype there. The update is scaled to the size AdamW's would have (arXiv:2502.16982).
+    `torch.optim.Muon` orthogonalizes in bfloat16, which a CPU without bf16 instructions runs 200 times slower; this one keeps
+    the gradient's dtype there. The update is scaled to the size AdamW's would have (arXiv:2502.16982).
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
@@ -46,25 +42,19 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     return (x.T if tall else x).to(g.dtype)
 
 
-def _kept_for_adamw(name: str, module: nn.Module) -> bool:
-    """Are the matrices of `module` no maps between hidden features: embeddings, heads, or marked `use_adamw` by who made it?"""
-    of_image = isinstance(module, nn.Conv2d) and module.in_channels <= 4
-    patches = of_image and module.kernel_size == module.stride != (1, 1)
-    embeds = isinstance(module, nn.Embedding) or name.rpartition(".")[-1] == "lm_head"
-    return embeds or patches or getattr(module, "use_adamw", False)
-
-
 def optimizers(modules: Iterable[nn.Module], lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the trainable matrices, those of convolutions included; AdamW for biases, norms, depthwise convolutions,
     embeddings (of tokens, positions, patches), the language model's head, and modules with an attribute `use_adamw`."""
-    parameters, kept = {}, set()
-    for model in modules:
-        parameters |= {id(p): p for p in model.parameters() if p.requires_grad}
-        kept |= {id(p) for name, m in model.named_modules() if _kept_for_adamw(name, m) for p in m.parameters()}
+    both, kept = nn.ModuleList(modules), set()
+    for name, m in both.named_modules():
+        patches = isinstance(m, nn.Conv2d) and m.in_channels <= 4 and m.kernel_size == m.stride != (1, 1)
+        if patches or isinstance(m, nn.Embedding) or name.endswith(".lm_head") or getattr(m, "use_adamw", False):
+            kept |= set(m.parameters())
     matrices, rest = [], []
-    for key, p in parameters.items():
+    for p in both.parameters():
         is_matrix = p.ndim == 2 or (p.ndim == 4 and p.shape[1] > 1)
-        (matrices if is_matrix and key not in kept else rest).append(p)
+        if p.requires_grad:
+            (matrices if is_matrix and p not in kept else rest).append(p)
     muon = [Muon(matrices, lr=lr)] if matrices else []
     return muon + ([torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)] if rest else [])
 
