@@ -17,9 +17,9 @@ def one_line(e: BaseException, most: int = 200) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def require(*names: str) -> None:
+def require(*names: str, extra: str = "deploy") -> None:
     """ImportError that names the extra where one of these packages is missing."""
     import importlib.util
 
     if missing := [n for n in names if importlib.util.find_spec(n) is None]:
-        raise ImportError(f"{missing[0]} is not installed; get it with: pip install 'mmrecipes[deploy]'")
+        raise ImportError(f"{missing[0]} is not installed; get it with: pip install 'mmrecipes[{extra}]'")

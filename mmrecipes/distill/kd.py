@@ -18,7 +18,7 @@ from mmrecipes.distill.losses import feature_loss, kl_loss, relation_loss, ridge
 from mmrecipes.errors import UserError
 from mmrecipes.models import modules
 from mmrecipes.models.modules import VisionWithConnector, clone
-from mmrecipes.train.hooks import captured, captured_with_attention, layer_pairs
+from mmrecipes.train.hooks import captured, layer_pairs
 from mmrecipes.train.loop import Loss, TrainConfig, fit, mean_over_processes, shard
 
 
@@ -81,14 +81,13 @@ class StudentWithProjections(nn.Module):
 
 def distillation_loss(teacher: nn.Module | None, weights: LossWeights, answer_loss: Callable[[nn.Module, Any], tuple]) -> Loss:
     """The loss of a StudentWithProjections on a batch, for `train.fit`. `answer_loss(model, batch)` is that of the batches."""
-    capture = captured_with_attention if weights.attention else captured
 
     def loss(projected: StudentWithProjections, batch: Any) -> tuple[Tensor, dict[str, float]]:
-        with capture(projected.student) as own:
+        with captured(projected.student, bool(weights.attention)) as own:
             right, tokens, logs = answer_loss(projected.student, batch)
         terms = {"answers": right}
         if weights.need_teacher:
-            with capture(teacher.to(own["logits"].device)) as wanted, torch.no_grad():
+            with captured(teacher.to(own["logits"].device), bool(weights.attention)) as wanted, torch.no_grad():
                 answer_loss(teacher, batch)
         if weights.logits:
             terms["logits"] = kl_loss(own["logits"], wanted["logits"], weights.temperature, weights.reverse)

@@ -1,25 +1,22 @@
 """What the book's models train on, made while they train: batch `i` is a pure function of `i`, from its own slot of seeds."""
 
-from __future__ import annotations
-
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmrecipes.data import families as data_families
-from mmrecipes.data import scenes
-from mmrecipes.data.families import FAMILIES, Question
+from mmrecipes.data import families, scenes
 from mmrecipes.data.scenes import ALPHABET, COLOURS, SHAPES, SIZES, Scene
 from mmrecipes.data.splits import slot
 from mmrecipes.mini import losses
 from mmrecipes.mini.labels import CLASS_NAMES, PATCH_TARGETS, CaptionBatch, ChatBatch, patch_labels, pixels
 from mmrecipes.mini.model import GRID, VISUAL_TOKENS
 
-# How many of an image's training questions come from each family: more for those that take several looks
+# how many of an image's training questions come from each family: more for those that take several looks
 MIX = {"colour": 1, "shape": 1, "size": 1, "count": 2, "exists": 2, "relation": 3, "reading": 3}
 MANY = 5  # printed characters in an image chosen for reading: one scene of six has so many
 ROOM = 8  # so many times the seeds that a batch needs are in its slot where some scenes are passed over
@@ -28,10 +25,10 @@ RELATIONS = ("left", "right", "above", "below", "closest")
 
 
 class SceneBatches(torch.utils.data.Dataset):
-    """`steps` batches of `batch` scenes, drawn from `seeds` (one of `data.BLOCKS`).
+    """`steps` batches of `batch` scenes, drawn from `seeds` (one of `data.BLOCKS`); UserError when these are too few.
 
     With `printed`, only scenes with at least so many printed characters, as far as a batch's slot of seeds has them; with
-    `alternate`, in every other batch only. Raises UserError when the seeds are too few.
+    `alternate`, in every other batch only.
     """
 
     def __init__(self, seeds: range, steps: int, batch: int, printed: int = 0, alternate: bool = False):
@@ -76,9 +73,9 @@ def _images(drawn: Iterable[Scene]) -> tuple[Tensor, Tensor, Tensor]:
 class ChatBatches(SceneBatches):
     """Batch `i`: one sequence an image, the image followed by many independent questions, with its objective `answer_loss`.
 
-    Every question sees the image and itself, never the other questions (a block mask), and has the positions it will
-    have when asked alone. So thirteen questions cost one image, and training looks like use. Every other batch holds
-    images with MANY printed characters: reading is learned last, and a quarter of all images has nothing to read.
+    Every question sees the image and itself, never the other questions (a block mask), and has the positions it has when asked
+    alone. So thirteen questions cost one image, and training looks like use. Every other batch holds images with MANY printed
+    characters: reading is learned last, and a quarter of all images has nothing to read.
     """
 
     def __init__(self, seeds: range, steps: int, batch: int, tokenizer):
@@ -109,7 +106,7 @@ class ChatBatches(SceneBatches):
             for column, fill in zip(columns, (0, -100, -1, 0), strict=True)
         )
         kinds = torch.tensor(kinds)
-        asks = (kinds == FAMILIES.index("exists")).gather(1, (segments - 1).clamp(0)) & (segments > 0)
+        asks = (kinds == families.FAMILIES.index("exists")).gather(1, (segments - 1).clamp(0)) & (segments > 0)
         prompts = ids.where(answers < 0, 0)
         images, labels, centres = _images(drawn)
         places = [self._places(s, *r) for s, *r in zip(drawn, prompts, asks, centres, strict=True)]
@@ -119,19 +116,19 @@ class ChatBatches(SceneBatches):
     def _row(self, scene: Scene) -> tuple[list[int], ...]:
         ids, answers = list(self.prefix), [-100] * len(self.prefix)
         segments, positions, kinds = [0] * len(ids), list(range(len(ids))), []
-        for n, family in enumerate(f for f, times in MIX.items() for _ in range(times)):
+        for n, family in enumerate(Counter(MIX).elements()):
             question = self._question(scene, family, n)
-            kinds.append(FAMILIES.index(question.family))
+            kinds.append(families.FAMILIES.index(question.family))
             prompt = self.ids(f"{question.text}<end_of_utterance>\nAssistant:")
             answer = self.ids(f" {question.answer}<end_of_utterance>")
             ids += prompt + answer
             answers += [-100] * len(prompt) + answer
-            segments += [n + 1] * (len(prompt) + len(answer))
-            positions += range(len(self.prefix), len(self.prefix) + len(prompt) + len(answer))
+            segments += [n + 1] * len(prompt + answer)
+            positions += range(len(self.prefix), len(self.prefix + prompt + answer))
         return ids, answers, segments, positions, kinds
 
-    def _question(self, scene: Scene, family: str, n: int) -> Question:
-        return data_families.ask(scene, family, n) or data_families.ask(scene, "count", 100 + n)  # no printed code: count
+    def _question(self, scene: Scene, family: str, n: int) -> families.Question:
+        return families.ask(scene, family, n) or families.ask(scene, "count", 100 + n)  # no printed code: count
 
     def _places(self, scene: Scene, ids: Tensor, asks: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
         """What the words of the questions `ids` (T,) refer to: points (T, 4) and marks (T, 64).
@@ -164,21 +161,18 @@ class ChatBatches(SceneBatches):
 
 def _words(labels: Tensor) -> Tensor:
     """labels (B, 64, 9) -> (B, 64, 28): 1 for each word (colour, shape, size, character) that names what the patch shows."""
-    found, begin = torch.zeros(*labels.shape[:2], 28), {"colour": 0, "shape": 8, "size": 14}
-    for k, name in enumerate(PATCH_TARGETS):
-        is_char = name.startswith("char")
-        offset = 15 if is_char else begin.get(name)  # a character's class 0 is "none"
-        known = labels[..., k] >= is_char
-        if offset is not None:
-            found[known, labels[..., k][known] + offset] = 1
+    found = torch.zeros(*labels.shape[:2], 28)
+    for name, begin in {"colour": 0, "shape": 8, "size": 14, "char0": 15, "char1": 15, "char2": 15}.items():
+        label = labels[..., list(PATCH_TARGETS).index(name)]
+        known = label >= name.startswith("char")  # a character's class 0 is "none"
+        found[known, label[known] + begin] = 1
     return found
 
 
 class NovelBatches(ChatBatches):
     """`ChatBatches` with one thing in each image in a colour or shape that no other batch shows, and every question about it.
 
-    Questions are of the families `NEW`, as in `data.questions(..., novel=True)`. With `replay`, every other batch is an ordinary
-    one, so that the old is not forgotten.
+    Questions are of the families `NEW`, as in `data.questions(..., novel=True)`. With `replay` every other batch is ordinary.
     """
 
     def __init__(self, seeds: range, steps: int, batch: int, tokenizer, replay: bool = False):
@@ -189,12 +183,11 @@ class NovelBatches(ChatBatches):
         drawn = super().draw(i)  # of even and odd steps alike, since images with much to read are in the odd ones
         return drawn if self.replay and i % 4 in (1, 2) else [scenes.novel(s)[0] for s in drawn]
 
-    def _question(self, scene: Scene, family: str, n: int) -> Question:
+    def _question(self, scene: Scene, family: str, n: int) -> families.Question:
         word = next((w for t in scene.things for w in (t.colour, t.shape) if w in scenes.NEW_WORDS), "")
         if not word:
             return super()._question(scene, family, n)
-        family = NEW[n % len(NEW)]
-        return data_families.ask(scene, family, n, word) or data_families.ask(scene, "exists", 100 + n, word)
+        return families.ask(scene, NEW[n % len(NEW)], n, word) or families.ask(scene, "exists", 100 + n, word)
 
 
 CAPTION_LENGTH = 56  # tokens of a caption with its padding: 53 is the longest of 30,000, six objects with size and printed code
@@ -211,8 +204,8 @@ class CaptionBatches(SceneBatches):
     def __getitem__(self, i: int) -> CaptionBatch:
         drawn = self.draw(i)
         full = [s.seed % 2 == 1 for s in drawn]
-        true = [data_families.caption(s, f) for s, f in zip(drawn, full, strict=True)]
-        wrong = [data_families.hard_negative(s, full=f)[0] for s, f in zip(drawn, full, strict=True)]
+        true = [families.caption(s, f) for s, f in zip(drawn, full, strict=True)]
+        wrong = [families.hard_negative(s, full=f)[0] for s, f in zip(drawn, full, strict=True)]
         images = torch.from_numpy(np.stack([pixels(s) for s in drawn]))
         there = torch.zeros(len(drawn), 2, len(NAMES))  # is it there, and is it large?
         for row, scene in zip(there, drawn, strict=True):

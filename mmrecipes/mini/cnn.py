@@ -1,10 +1,7 @@
-"""`mini-cnn`: a MobileNetV2 that names what lies in each cell of an image. Chapter 1 quantizes it statically.
+"""`mini-cnn`: a MobileNetV2 that names what (colour, shape) covers each of an image's 8 x 8 cells. Chapter 1 quantizes it.
 
-The library's own class with its own segmentation head, trained from nothing in minutes on the same targets as the first stage
-of `mini-vlm`: which (colour, shape) covers each of 8 x 8 cells.
+The library's own class with its own segmentation head, trained from nothing in minutes on targets of `mini-vlm`'s first stage.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Callable
@@ -15,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from mmrecipes.data import scenes
-from mmrecipes.data.scenes import COLOURS, SHAPES, Scene
+from mmrecipes.data.scenes import SHAPES, Scene
 from mmrecipes.data.splits import SPLITS, block
-from mmrecipes.mini.batches import VisionBatches
+from mmrecipes.mini.batches import NAMES, VisionBatches
 from mmrecipes.mini.labels import patch_labels, pixels
 from mmrecipes.mini.model import GRID, IMAGE_SIZE
 from mmrecipes.models import saving
 from mmrecipes.train.loop import TrainConfig, fit, main_process, read_log
 
-CLASSES = ("nothing", *(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES))
+CLASSES = ("nothing", *NAMES)
 CONFIG = TrainConfig(900, 32, 0.02, 0.004)
 
 
@@ -70,18 +67,17 @@ def train_mini_cnn(out: Path, work: Path = Path("runs/mini-cnn"), config: TrainC
     """
     saving.check_replaceable(out)
     model = make_cnn()
-    fit(model, VisionBatches(block("mini-cnn/images"), config.steps, config.batch), _cell_loss, config, work)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float]]:
+        return model(batch[0], labels=cells(batch[1])).loss, {}
+
+    fit(model, VisionBatches(block("mini-cnn/images"), config.steps, config.batch), loss, config, work)
     if not main_process():
         return out
     every = max(1, config.steps // 100)
     history = {"steps": config.steps, "batch": config.batch, "lr": config.lr}
     history["log"] = {k: v[::every] for k, v in read_log(work).items()}
     return saving.save(model.eval(), make_image_processor(), out, torch.bfloat16, {"training.json": json.dumps(history)})
-
-
-def _cell_loss(model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float]]:
-    images, labels, _ = batch
-    return model(images, labels=cells(labels)).loss, {}
 
 
 def images(split: str, n: int) -> Tensor:

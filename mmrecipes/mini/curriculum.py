@@ -1,7 +1,5 @@
 """Batches of scenes for each training of the book's models: each purpose draws from its own block of seeds (`data.BLOCKS`)."""
 
-from __future__ import annotations
-
 from mmrecipes.data.splits import block
 from mmrecipes.mini.batches import MANY, CaptionBatches, ChatBatches, NovelBatches, VisionBatches
 from mmrecipes.train.loop import TrainConfig

@@ -1,7 +1,5 @@
 """What a drawn image teaches: its pixels, what each patch shows, and the form of a batch of questions."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np
@@ -11,16 +9,10 @@ from mmrecipes.data import scenes
 from mmrecipes.data.scenes import ALPHABET, COLOURS, SHAPES, SIZES, Scene
 from mmrecipes.mini.model import GRID, IMAGE_SIZE
 
-PATCH_TARGETS = {  # name -> number of classes of each patch's labels; codes have a "none" class
-    "there": 2,
-    "colour": len(COLOURS),
-    "shape": len(SHAPES),
-    "size": len(SIZES),
-    **{f"char{i}": len(ALPHABET) + 1 for i in range(3)},
-    "near_colour": len(COLOURS),
-    "near_shape": len(SHAPES),
-}
 CLASS_NAMES = {"colour": list(COLOURS), "shape": list(SHAPES), "size": list(SIZES)}
+PATCH_TARGETS = {"there": 2} | {kind: len(names) for kind, names in CLASS_NAMES.items()}  # name: classes of each patch's labels
+PATCH_TARGETS |= {f"char{i}": len(ALPHABET) + 1 for i in range(3)}  # one of them says: no character
+PATCH_TARGETS |= {"near_colour": len(COLOURS), "near_shape": len(SHAPES)}
 
 
 class ChatBatch(NamedTuple):
@@ -51,8 +43,7 @@ class CaptionBatch(NamedTuple):
 
 def pixels(scene: Scene) -> np.ndarray:
     """The image as the processor would hand it over: float32 (3, 128, 128) in [-1, 1]."""
-    image = np.asarray(scenes.render(scene, IMAGE_SIZE), dtype=np.float32)
-    return image.transpose(2, 0, 1) / 127.5 - 1
+    return np.asarray(scenes.render(scene, IMAGE_SIZE), dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
 
 
 def patch_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
@@ -64,8 +55,7 @@ def patch_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     px, py = np.tile(side, GRID), np.repeat(side, GRID)
     deepest = np.zeros(GRID * GRID)  # how deep the patch reaches into the object, in fractions of the image
     for t in scene.things:
-        dx = np.maximum(np.abs(px - t.x) - 0.5 / GRID, 0)
-        dy = np.maximum(np.abs(py - t.y) - 0.5 / GRID, 0)
+        dx, dy = (np.maximum(np.abs(at - middle) - 0.5 / GRID, 0) for at, middle in ((px, t.x), (py, t.y)))
         depth = 0.8 * t.radius - np.hypot(dx, dy)
         covered = depth > deepest
         deepest[covered] = depth[covered]

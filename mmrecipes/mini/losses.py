@@ -1,7 +1,5 @@
 """What the book's models are trained to do better: see, answer, and attend to the right place."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,10 +23,7 @@ class LanguagePass(NamedTuple):
 
 
 class Probes(nn.Module):
-    """Auxiliary linear heads, thrown away after training: what a patch shows, and what the language model knows on its way.
-
-    `vision` and `language` are the widths of what they read, one width by default.
-    """
+    """Auxiliary linear heads, thrown away after training, for features `vision` and `language` (by default the same) wide."""
 
     def __init__(self, vision: int, language: int | None = None):
         super().__init__()
@@ -41,11 +36,11 @@ class Probes(nn.Module):
         self.classes.use_adamw = self.centre.use_adamw = self.point.use_adamw = True
 
     def places(self, hidden_states: Sequence[Tensor], is_image: Tensor, batch: ChatBatch) -> tuple[Tensor, dict[str, float]]:
-        """Where things are, asked of the language model's hidden states (B, T, D), of which it has three layers or more.
+        """Where things are, asked of the language model's hidden states (B, T, D): the sum of the losses, and how well it does.
 
         After layer 1 each patch must tell whether it holds the middle of an object (so that objects can be counted); after
         layer 2 each name whether its object is there, and its x and y; after layer 3 the token before the answer how far the
-        last named object lies from the first. Returns the sum of the losses, and how well it does.
+        last named object lies from the first.
         """
         points, hidden = batch.points, [F.layer_norm(h.float(), h.shape[-1:]) for h in hidden_states[:4]]
         cell = (batch.centres * GRID).long()
@@ -54,7 +49,6 @@ class Probes(nn.Module):
         guess = self.middle(hidden[1][is_image]).view(middle.shape)
         loss = 5 * F.binary_cross_entropy_with_logits(guess, middle)
         logs = {"middle": (guess > 0)[middle > 0].float().mean().item()}
-
         guess = self.point(hidden[2])
         asked, located = points[..., 0] >= 0, points[..., 1] >= 0
         there = points[asked][:, 0]
@@ -63,7 +57,6 @@ class Probes(nn.Module):
         loss = loss + present + 10 * off.pow(2).sum() / max(1, off.numel())  # a small batch may ask none
         right = (guess[asked][:, 0] > 0) == (there > 0)
         logs |= {"there": right.float().mean().item(), "off": off.abs().mean().item()}
-
         before, first, last = name_positions(batch)
         xy = points[..., 1:3]
         start, end = (xy.gather(1, at[..., None].expand_as(xy)) for at in (first, last))
@@ -72,10 +65,7 @@ class Probes(nn.Module):
         return loss + 10 * apart.pow(2).sum() / max(1, apart.numel()), logs | {"apart": apart.abs().mean().item()}
 
     def patches(self, hidden: Tensor, labels: Tensor, centres: Tensor, char: float = 1.0) -> tuple[Tensor, dict[str, float]]:
-        """hidden (B, 64, D), `patch_labels` (B, 64, 9) and centres (B, 64, 2) -> loss, and the accuracy of each target.
-
-        `char` is the weight of the printed characters.
-        """
+        """Features (B, 64, D) against `patch_labels`: loss, characters with weight `char`, and the accuracy of each target."""
         total, accuracy = torch.zeros((), device=hidden.device), {}
         heads = self.classes(hidden).flatten(0, 1).split(list(PATCH_TARGETS.values()), -1)
         for name, logits, want in zip(PATCH_TARGETS, heads, labels.flatten(0, 1).unbind(-1), strict=True):
@@ -92,10 +82,10 @@ class Probes(nn.Module):
 def answer_loss(
     model: nn.Module, batch: ChatBatch, word_ids: Tensor, align: float, probes: Probes | None = None
 ) -> tuple[Tensor, dict[str, float]]:
-    """Cross-entropy of the answers' tokens -> loss, and the share of right answers per family.
+    """Cross-entropy of the answers' tokens, in nats, with helpers -> loss, and the share of right answers per family.
 
-    Plus `align` x the alignment of each visual token with the words for what it shows; plus, with `probes`, what they and the
-    supervised attention heads miss; plus their patch loss where the vision encoder learns.
+    Added are `align` x the alignment of each visual token with the words for what it shows; with `probes`, what they and the
+    supervised attention heads miss; and their patch loss where the vision encoder learns.
     """
     core, ids, segments = model.model, batch.ids, batch.segments
     frozen = not any(p.requires_grad for p in core.vision_model.parameters())
@@ -131,10 +121,7 @@ def answer_loss(
 
 
 def name_positions(batch: ChatBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Which tokens come before a token of an answer whose question names an object, and where its first and last name end.
-
-    All (B, T); the two positions mean nothing where the first is false.
-    """
+    """Which tokens (B, T) precede an answer's token in a question that names an object, and where its first and last name end."""
     named, segments = batch.points[..., 3] >= 0, batch.segments
     own = (named[:, None] & (segments[:, :, None] == segments[:, None, :])).int()  # (B, T, T): names in a token's question
     before = F.pad(batch.answers[:, 1:] >= 0, (0, 1)) & (segments > 0) & own.any(-1)
@@ -144,12 +131,11 @@ def name_positions(batch: ChatBatch) -> tuple[Tensor, Tensor, Tensor]:
 def attention_supervision(run: LanguagePass, is_image: Tensor, batch: ChatBatch) -> tuple[Tensor, dict[str, float]]:
     """Seven attention heads are told where to look (attention supervision, as in Qiao et al. 2018, arXiv:1709.06308).
 
-    In layer 1 one `gathers`: from a name's last word ("circle") at its other words ("large", "red"); and one `relates`: from
-    the token before an answer's at the word that says which relation is meant ("left", "closest"). In layer 2 one `looks`
-    from there at the patches of that object, and one `counts`: from "red objects" at the middle of each, and as much at the
-    first token, so that the share that is left for that one tells how many they are. In layer 3 two recall: from the token
-    before an answer's at the `first` and at the `last` name of the question. In layer 4 one `spells`: where a printed code is
-    asked for, from each token before an answer's at the patches of the object that carries it. Returns the sum of the mean
+    In layer 1 one `gathers`: from a name's last word ("circle") at its other words ("large", "red"); one `relates`: from the
+    token before an answer's at the word for the relation ("left", "closest"). In layer 2 one `looks` from a name at its object's
+    patches; one `counts`: from "red objects" at the middle of each, and as much at the first token, whose share then tells how
+    many they are. In layer 3 two recall: from the token before an answer's at the `first` and `last` name of the question. In
+    layer 4 one `spells`: from each token before a printed code's at the patches of its object. Returns the sum of the mean
     negative log shares, and how much of the attention each head puts where it should.
     """
     before, first, last = name_positions(batch)

@@ -1,9 +1,6 @@
 """`mini-vlm` before training: the library's own classes and real files, with random weights."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,9 +11,6 @@ from mmrecipes.data.scenes import ALPHABET, COLOURS, SHAPES, SIZES
 from mmrecipes.errors import UserError
 from mmrecipes.models.loading import as_dtype, data_dir
 from mmrecipes.models.preflight import check_memory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 IMAGE_SIZE, PATCH, SHUFFLE = 128, 16, 1
 GRID = IMAGE_SIZE // PATCH  # patches a side
@@ -41,22 +35,12 @@ def make_tokenizer():  # -> transformers.PreTrainedTokenizerFast
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([code, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tiles = [f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024,
-        special_tokens=SPECIAL + tiles,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=SPECIAL + tiles, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(_text(3000), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=SPECIAL[0],
-        eos_token=SPECIAL[1],
-        pad_token=SPECIAL[5],
-        additional_special_tokens=SPECIAL[2:5] + tiles,
-        padding_side="left",
-        model_max_length=4096,
-    )
+    special = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1], "pad_token": SPECIAL[5]}
+    special["additional_special_tokens"] = SPECIAL[2:5] + tiles
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", model_max_length=4096, **special)
 
 
 def _text(n: int) -> Iterable[str]:
@@ -69,27 +53,21 @@ def _text(n: int) -> Iterable[str]:
         yield "\n".join(q.text for q in families.sort_of_clevr(seed)[1])
 
 
-def make_processor():  # -> transformers.Idefics3Processor
-    """The real Idefics3 processor for 128 px images; larger ones are split when `size` is raised."""
-    return _processor(make_tokenizer(), IMAGE_SIZE, VISUAL_TOKENS)
-
-
-def _processor(tokenizer, side: int, visual_tokens: int):  # -> transformers.Idefics3Processor
+def make_processor(tokenizer=None, side: int = IMAGE_SIZE):  # -> transformers.Idefics3Processor
+    """The real Idefics3 processor for images of `side` px, 64 tokens each; larger ones are split when `size` is raised."""
     from transformers import Idefics3ImageProcessorPil, Idefics3Processor
 
-    tile = {"longest_edge": side}
+    tile, tokenizer = {"longest_edge": side}, tokenizer or make_tokenizer()
     images = Idefics3ImageProcessorPil(size=tile, max_image_size=tile, do_image_splitting=True)
-    return Idefics3Processor(images, tokenizer, image_seq_len=visual_tokens, chat_template=CHAT_TEMPLATE)
+    return Idefics3Processor(images, tokenizer, image_seq_len=VISUAL_TOKENS, chat_template=CHAT_TEMPLATE)
 
 
 def _config(tokenizer, vision: dict, text: dict, scale_factor: int, tied: bool):  # -> transformers.Idefics3Config
     from transformers import Idefics3Config
 
-    text = {"model_type": "llama", "tie_word_embeddings": tied} | text | _special_ids(tokenizer)
-    image = tokenizer.convert_tokens_to_ids("<image>")
-    return Idefics3Config(
-        image_token_id=image, scale_factor=scale_factor, tie_word_embeddings=tied, vision_config=vision, text_config=text
-    )
+    shared = {"tie_word_embeddings": tied}
+    image, text = tokenizer.convert_tokens_to_ids("<image>"), {"model_type": "llama"} | shared | text | _special_ids(tokenizer)
+    return Idefics3Config(image_token_id=image, scale_factor=scale_factor, vision_config=vision, text_config=text, **shared)
 
 
 def _special_ids(tokenizer) -> dict[str, int]:
@@ -121,23 +99,18 @@ def sincos_positions(side: int, width: int) -> Tensor:
     return torch.cat([rows, columns], 1)
 
 
-# ---- a model of a published size
-
-REAL_SIZES = ("smolvlm-256m",)
-
-
-def real_size(name: str = "smolvlm-256m", dtype: torch.dtype | str = torch.float32, seed: int = 0) -> PreTrainedModel:
+def real_size(name: str = "smolvlm-256m", dtype: torch.dtype | str = torch.float32, seed: int = 0):  # -> PreTrainedModel
     """A model with the published dimensions of SmolVLM-256M and random weights, made on the spot, `.processor` attached.
 
-    For speed and memory only: what it says is noise. One image is one tile of 512 px, 64 tokens. Raises UserError.
-    Dimensions: the model card's config.json (arXiv:2504.05299); 256M parameters, embeddings not tied.
+    For speed and memory only: what it says is noise. One image is one tile of 512 px, 64 tokens. Dimensions: the model card's
+    config.json (arXiv:2504.05299); 256M parameters, embeddings not tied. Raises UserError for other names or too little memory.
     """
     from transformers import AutoTokenizer, Idefics3ForConditionalGeneration
     from transformers.initialization import no_init_weights
 
     dtype = torch.float32 if as_dtype(dtype) == "auto" else as_dtype(dtype)
-    if name not in REAL_SIZES:
-        raise UserError(f"no real-size model {name!r}: there is {', '.join(REAL_SIZES)}")
+    if name != "smolvlm-256m":
+        raise UserError(f"no real-size model {name!r}: there is smolvlm-256m")
     check_memory(name, 256_484_928 * dtype.itemsize, dtype, torch.device("cpu"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(data_dir() / "models" / "mini-vlm")
@@ -158,5 +131,5 @@ def real_size(name: str = "smolvlm-256m", dtype: torch.dtype | str = torch.float
                 p.fill_(0 if key.endswith("bias") else 1)
             else:
                 p.normal_(std=0.02, generator=noise)
-    model.processor = _processor(tokenizer, 512, 64)
+    model.processor = make_processor(tokenizer, 512)
     return model.eval()

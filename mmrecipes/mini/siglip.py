@@ -4,8 +4,6 @@ The library's own class (SigLIP, arXiv:2303.15343) at a size that trains at home
 learns patch by patch what the scene's ground truth says, then both encoders learn from images and captions.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping
@@ -64,25 +62,19 @@ def make_siglip(vocab: int, width: int = 192, vision_layers: int = 4, text_layer
     return model.train()
 
 
-class DualWithProbes(nn.Module):
-    """The model beside two heads that are thrown away: from either encoder's vector, what is there, and what of it is large?
-
-    Contrast alone says only which caption is wrong, not in what; in a training of minutes that is too little.
-    """
-
-    def __init__(self, model: nn.Module, width: int):
-        super().__init__()
-        self.model = model
-        self.names = nn.ModuleDict({"image": nn.Linear(width, 96), "text": nn.Linear(width, 96)})
+def with_probes(model: nn.Module, width: int) -> nn.ModuleDict:
+    """The model beside two heads that are thrown away: from either encoder's vector, what is there, and what of it is large?"""
+    # contrast alone says only which caption is wrong, not in what; in a training of minutes that is too little
+    return nn.ModuleDict({"model": model, "names": nn.ModuleDict({k: nn.Linear(width, 96) for k in ("image", "text")})})
 
 
-def dual_loss(both: DualWithProbes, batch: CaptionBatch) -> tuple[Tensor, dict[str, float]]:
+def dual_loss(both: nn.ModuleDict, batch: CaptionBatch) -> tuple[Tensor, dict[str, float]]:
     """Contrast against captions and hard negatives, and the auxiliary heads' question; logs how often each is right."""
-    image = embed(both.model, batch.images)
-    text = embed(both.model, ids=torch.cat([batch.captions, batch.negatives]))
-    loss = siglip_loss(image, text, both.model.logit_scale, both.model.logit_bias)
+    model, names = both["model"], both["names"]
+    image, text = embed(model, batch.images), embed(model, ids=torch.cat([batch.captions, batch.negatives]))
+    loss = siglip_loss(image, text, model.logit_scale, model.logit_bias)
     true, wrong = text.chunk(2)
-    guesses = torch.stack([both.names["image"](image), both.names["text"](true)]).unflatten(-1, (2, 48))
+    guesses = torch.stack([names["image"](image), names["text"](true)]).unflatten(-1, (2, 48))
     missed = F.binary_cross_entropy_with_logits(guesses, batch.there.expand_as(guesses), reduction="none").mean(-1)
     told_of = torch.ones_like(missed)  # (2, B, 2): encoders, rows, presence and size
     told_of[1, :, 1] = batch.sizes.float()  # a short caption tells no sizes
@@ -94,16 +86,8 @@ def dual_loss(both: DualWithProbes, batch: CaptionBatch) -> tuple[Tensor, dict[s
     return loss + 10 * helped, {"contrast": loss.item(), "names": helped.item(), "told": told, "r1": found.float().mean()}
 
 
-def dense_loss(both: nn.ModuleDict, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float]]:
-    """Per patch: what is there? The vision encoder alone, before it meets words."""
-    return both["probes"].patches(both["encoder"](batch[0]).last_hidden_state, *batch[1:])
-
-
 def train_mini_siglip(
-    out: Path,
-    work: Path = Path("runs/mini-siglip"),
-    stages: Mapping[str, TrainConfig] | None = None,
-    device: str | None = None,
+    out: Path, work: Path = Path("runs/mini-siglip"), stages: Mapping[str, TrainConfig] | None = None, device: str | None = None
 ) -> Path:
     """Train `mini-siglip` from nothing into directory `out`; a killed run goes on at its last checkpoint. Returns `out`.
 
@@ -116,9 +100,13 @@ def train_mini_siglip(
     width = model.config.vision_config.hidden_size
     dense, contrast = stages["dense"], stages["contrast"]
     encoder = nn.ModuleDict({"encoder": model.vision_model, "probes": Probes(width)})
+
+    def dense_loss(both: nn.ModuleDict, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float]]:
+        return both["probes"].patches(both["encoder"](batch[0]).last_hidden_state, *batch[1:])
+
     fit(encoder, VisionBatches(block("mini-siglip/images"), dense.steps, dense.batch), dense_loss, dense, work / "dense")
     batches = CaptionBatches(block("mini-siglip/captions"), contrast.steps, contrast.batch, processor.tokenizer)
-    fit(DualWithProbes(model, width), batches, dual_loss, contrast, work / "contrast")
+    fit(with_probes(model, width), batches, dual_loss, contrast, work / "contrast")
     if not main_process():
         return out
     history = {name: {k: v[::20] for k, v in read_log(work / name).items()} for name in stages}

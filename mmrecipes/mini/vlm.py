@@ -2,16 +2,11 @@
 
 In stages, as the field does it (LLaVA, arXiv:2304.08485; SmolVLM, arXiv:2504.05299), told in notebook 02:
 1. `vision`: the vision encoder alone learns, patch by patch, what the scene's ground truth says is there; then
-   `reading`: the same on pictures with much printed on them, the characters weighted up, since they come last;
-2. `align`: connector and language model learn to answer, with the vision encoder frozen. Answers alone teach too little in a few
-   hours, so three helpers stand beside them: each visual token should resemble the words for what it shows; seven
-   attention heads are told where to look (at the words of a name, at the object so named, at what is printed); and on the way a
-   name must tell whether and where its object is;
-3. `joint`: everything is unfrozen and trained together, at a lower rate; the vision encoder keeps its first task beside the new
-   one, so that it does not forget.
+   `reading`: the same on images with much printed on them, the characters weighted up, since they come last;
+2. `align`: connector and language model learn to answer, with the vision encoder frozen, helped by aligned visual tokens,
+   attention supervision and probes (`mini.losses`), since answers alone teach too little in a few hours;
+3. `joint`: everything is trained, at a lower rate; the vision encoder keeps its first task, too, so that it does not forget.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Mapping
@@ -51,11 +46,9 @@ def train_mini_vlm(
     `model`, one of its class with four layers in its language model, is trained in place instead. Returns `out`. Raises
     UserError when `out` holds something that is not a model, before any work, and as `train.fit` does.
     """
-    if model is not None and (
-        type(model).__name__ != "Idefics3ForConditionalGeneration" or model.config.text_config.num_hidden_layers != 4
-    ):
-        given = type(model).__name__
-        raise UserError(f"train: a {given}; expected an Idefics3ForConditionalGeneration with four layers in its language model")
+    kind, expected = type(model).__name__, "Idefics3ForConditionalGeneration"
+    if model is not None and (kind != expected or model.config.text_config.num_hidden_layers != 4):
+        raise UserError(f"train: a {kind}; expected an {expected} with four layers in its language model")
     saving.check_replaceable(out)
     processor, stages = make_processor(), stages or STAGES
     model = make_model(processor.tokenizer) if model is None else model.requires_grad_(True)

@@ -5,10 +5,9 @@ from mmrecipes.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "hooks": "captured captured_with_attention layer_pairs",
-        "loop": "Loss LossModule TrainConfig fit main_process mean_over_processes read_log shard",
+        "hooks": "captured layer_pairs",
+        "loop": "Loss LossModule RowBatches TrainConfig fit main_process mean_over_processes read_log shard",
         "lora": "PARTS add_lora add_tokens merge_lora train_lora",
-        "objectives": "RowBatches",
         "optim": "Muon optimizers orthogonalize schedule",
     },
 )

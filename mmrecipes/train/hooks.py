@@ -16,30 +16,26 @@ def layer_pairs(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[tu
 
 
 @contextlib.contextmanager
-def captured(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """While open, what the model computes is kept: "vision" (features), "hidden" (of each language layer) and "logits"."""
-    outputs: dict[str, Any] = {"hidden": []}
+def captured(model: nn.Module, attention: bool = False) -> Iterator[dict[str, Any]]:
+    """While open, what the model computes is kept: "vision" (features), "hidden" (of each language layer) and "logits".
+
+    With `attention` also queries, keys and values (B, T, D) of both transformers' last layers: {"vision q": ..., ...}.
+    """
+    outputs: dict[str, Any] = {"hidden": [], "attention": {}}
     parts = modules.parts(model)
     with contextlib.ExitStack() as hooks:
         for layer in modules.layers(model, ("language",))["language"]:
             hooks.enter_context(layer.register_forward_hook(lambda *a: outputs["hidden"].append(_first(a[2]))))
         hooks.enter_context(parts["vision"].register_forward_hook(lambda *a: outputs.update(vision=_first(a[2]))))
         hooks.enter_context(parts["head"].register_forward_hook(lambda *a: outputs.update(logits=a[2])))
-        yield outputs
-
-
-@contextlib.contextmanager
-def captured_with_attention(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """`captured`, and queries, keys and values of the last layer of both transformers: "attention", (B, T, D) each."""
-    with captured(model) as outputs, contextlib.ExitStack() as hooks:
-        kept = outputs["attention"] = {}
-        for part in modules.TOWERS:
+        for part in modules.TOWERS if attention else ():
             try:
                 last = modules.layers(model, (part,))[part][-1]
             except UserError:  # a convolutional encoder has no attention
                 continue
             for name, m in zip("qkv", modules.attention(last), strict=False):
-                hooks.enter_context(m.register_forward_hook(lambda _m, _a, out, k=f"{part} {name}": kept.update({k: out})))
+                key = f"{part} {name}"
+                hooks.enter_context(m.register_forward_hook(lambda *a, key=key: outputs["attention"].update({key: a[2]})))
         yield outputs
 
 

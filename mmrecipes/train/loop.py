@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import data
 
 from mmrecipes import quiet
 from mmrecipes.errors import UserError, one_line, require
 from mmrecipes.models import saving
+from mmrecipes.models.prompts import teacher_forced
 from mmrecipes.train.optim import optimizers, schedule
 
 Loss = Callable[[nn.Module, Any], tuple[Tensor, dict[str, float]]]
@@ -45,14 +48,13 @@ class TrainConfig:
 
 
 class LossModule(nn.Module):
-    """Model and loss as one module: DDP only sees gradients that come from calling the module it wraps."""
+    """Model and loss as one module, since DDP only sees gradients that come from calling the module it wraps."""
 
     def __init__(self, model: nn.Module, loss: Loss):
         super().__init__()
         self.model, self.loss = model, loss
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, float]]:
-        """Loss of this process's rows, a mean over them, and what to log."""
         return self.loss(self.model, batch)
 
 
@@ -64,13 +66,13 @@ def fit(
     work: Path | None = None,
     after_step: Callable[[], None] | None = None,
 ) -> nn.Module:
-    """Train what in `model` requires a gradient, in place: step `i` on `batches[i]`, a tensor or tuple of tensors, rows first.
+    """Train what in `model` requires a gradient, in place: step `i` on `batches[i]`, a tensor, or a tuple or dict, rows first.
 
-    `loss(model, batch)` gives the mean over the batch's rows, and numbers to log. `after_step` is called after each step of the
-    optimizers. With a folder `work` there are a log and a checkpoint, and a finished run is loaded, not run again. On a GPU the
-    arithmetic is bf16 mixed precision unless `accelerate launch` says otherwise. A batch in parts gives the gradient of the
-    whole only where the loss is a mean over rows (not in contrastive training). Raises UserError when the loss is not finite,
-    when rows do not divide evenly, or when a checkpoint is damaged or of another run.
+    `loss(model, batch)` gives the mean over the batch's rows, and numbers to log; `after_step` follows each step of the
+    optimizers. With a folder `work` there are a log and a checkpoint, and a finished run is loaded, not run again. A GPU works in
+    bf16 mixed precision unless `accelerate launch` says otherwise. A batch in parts gives the gradient of the whole only where
+    the loss is a mean over rows (not in contrastive training). Raises UserError when the loss is not finite, when rows do not
+    divide evenly, or when a checkpoint is damaged or of another run.
     """
     from rich.progress import track
 
@@ -115,11 +117,9 @@ def fit(
 
 def _draw(batches: Sequence[Any], begin: int, steps: int, device: torch.device) -> Iterator[Any]:
     """The batches from step `begin` on. Beside a GPU worker processes make those of a torch Dataset, so that it need not wait."""
-    if device.type == "cpu" or not isinstance(batches, torch.utils.data.Dataset):
-        yield from (batches[step] for step in range(begin, steps))
-    else:
-        rest = torch.utils.data.Subset(batches, range(begin, steps))
-        yield from torch.utils.data.DataLoader(rest, batch_size=None, num_workers=min(8, os.cpu_count() or 1))
+    rest, on_cpu = data.Subset(batches, range(begin, steps)), device.type == "cpu" or not isinstance(batches, data.Dataset)
+    workers = 0 if on_cpu else min(8, os.cpu_count() or 1)
+    return iter(data.DataLoader(rest, batch_size=None, num_workers=workers, generator=torch.Generator()))
 
 
 def _backward(accelerator: Any, module: nn.Module, batch: Any, config: TrainConfig) -> tuple[float, dict[str, float]]:
@@ -137,6 +137,40 @@ def _backward(accelerator: Any, module: nn.Module, batch: Any, config: TrainConf
             accelerator.backward(loss / config.accumulate)
         total += loss.detach() / config.accumulate
     return accelerator.reduce(total, "mean").item(), logs  # every process sees the same, so all stop or none
+
+
+class RowBatches(Sequence):
+    """Rows (image, question, answer) as batches for a model's own processor, over and over: dicts with "answers" (B, T).
+
+    Without a column `image` they are text alone. Raises UserError for fewer rows than a batch.
+    """
+
+    def __init__(self, model: nn.Module, rows: Any, config: TrainConfig):
+        whole = len(rows) - len(rows) % max(1, config.batch)
+        if not whole or config.batch < 1:
+            raise UserError(f"train: {len(rows)} rows for batches of {config.batch}; give more rows, or a smaller batch")
+        self.steps, self.made = config.steps, []
+        for inputs, lengths in teacher_forced(model, rows.select(range(whole)), config.batch):
+            answers = torch.full_like(inputs["input_ids"], -100)
+            for row, k in enumerate(lengths):
+                answers[row, -k:] = inputs["input_ids"][row, -k:]
+            self.made.append({**inputs, "answers": answers})
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return self.made[i % len(self.made)]
+
+    @staticmethod
+    def answer_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int, dict[str, float]]:
+        """Mean cross-entropy of the right answers' tokens, in nats; how many they are; nothing else to log."""
+        inputs = {k: v for k, v in batch.items() if k != "answers"}
+        keep = int((batch["answers"] >= 0).sum(-1).max()) + 1  # the answers end their rows
+        logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits.float()
+        answers = batch["answers"][:, -keep + 1 :]
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), answers.flatten(), ignore_index=-100)
+        return loss, int((answers >= 0).sum()), {}
 
 
 def mean_over_processes(value: float) -> float:
@@ -162,7 +196,7 @@ def main_process() -> bool:
 
 
 def _accelerator(device: str | None):  # -> accelerate.Accelerator
-    require("accelerate")
+    require("accelerate", extra="train")
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     on_cpu = device == "cpu" or not torch.cuda.is_available()

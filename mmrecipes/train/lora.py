@@ -4,7 +4,6 @@ On plain, pruned and 4-bit models alike. Built by hand in notebook 33.
 """
 
 import copy
-import importlib.util
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmrecipes.errors import ParityError, UserError
+from mmrecipes.errors import ParityError, UserError, require
 from mmrecipes.models import modules
 from mmrecipes.models.modules import clone
 from mmrecipes.train.loop import TrainConfig, fit
@@ -58,8 +57,7 @@ def add_lora(
     with its adapters inside, and `.save_pretrained` writes these alone. Raises UserError for a rank below 1, and for parts and
     tokens that the model does not have.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise ImportError("peft is not installed; get it with: pip install 'mmrecipes[train]'")
+    require("peft", extra="train")
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     base = _restore_layout(clone(model))
@@ -69,8 +67,8 @@ def add_lora(
     if any(not 0 <= token < vocabulary for token in token_ids):
         raise UserError(f"add_lora: tokens {list(token_ids)} of {vocabulary}; give those that add_tokens gave for this model")
     if rank < 1 or not parts or set(parts) - set(own_parts):
-        given = f"rank {rank} in {', '.join(parts) or 'nothing'}"
-        raise UserError(f"add_lora: {given}; expected 1 or more, in {', '.join(own_parts)}")
+        given, known = ", ".join(parts) or "nothing", ", ".join(own_parts)
+        raise UserError(f"add_lora: rank {rank} in {given}; expected 1 or more, in {known}")
     inside = {m for part in parts for m in own_parts[part].modules()}
     targets = [name for name, layer in modules.linears(base) if layer in inside]
     with warnings.catch_warnings():  # peft asks transformers for an attribute by the name it had before 5.0
@@ -115,10 +113,8 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 
 def _restore_layout(model: nn.Module) -> nn.Module:
-    """`model` with its 4-bit weights as they were stored, in place.
-
-    On CPUs with AVX512-BF16 bitsandbytes 0.50 turns them round when a model first answers, to a layout through which no gradient
-    passes and which peft merges wrongly. To ask for the state dict turns them back.
-    """
+    """`model` with its 4-bit weights as they were stored, in place."""
+    # on CPUs with AVX512-BF16 bitsandbytes 0.50 turns them round when a model first answers, to a layout through which no
+    # gradient passes and which peft merges wrongly; to ask for the state dict turns them back
     model.state_dict()
     return model

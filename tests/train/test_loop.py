@@ -33,7 +33,7 @@ def contrast(work: Path, steps: int = 4) -> nn.Module:
     model = siglip.make_siglip(len(processor.tokenizer), 64, 1, 1)
     config = train.TrainConfig(steps, 4, 0.01, 1e-3, checkpoint_every=2)
     batches = curriculum.caption_batches("student", config, processor.tokenizer)
-    train.fit(siglip.DualWithProbes(model, 64), batches, siglip.dual_loss, config, work)
+    train.fit(siglip.with_probes(model, 64), batches, siglip.dual_loss, config, work)
     torch.save(model.state_dict(), work / "weights.pt")
     return model
 
