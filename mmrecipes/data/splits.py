@@ -3,8 +3,6 @@
 `tests/data/test_splits.py` records what they do draw, and that no two of them draw one scene.
 """
 
-from __future__ import annotations
-
 from mmrecipes.errors import UserError
 
 SPLITS = {

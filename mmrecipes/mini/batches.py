@@ -1,9 +1,7 @@
 """What the book's models train on, made while they train: batch `i` is a pure function of `i`, from its own slot of seeds."""
 
 import functools
-import itertools
 from collections import Counter
-from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -28,11 +26,12 @@ class SceneBatches(torch.utils.data.Dataset):
     """`steps` batches of `batch` scenes, drawn from `seeds` (one of `data.BLOCKS`); UserError when these are too few.
 
     With `printed`, only scenes with at least so many printed characters, as far as a batch's slot of seeds has them; with
-    `alternate`, in every other batch only.
+    `alternate`, in every other batch only. Those with text need the model's `tokenizer`.
     """
 
-    def __init__(self, seeds: range, steps: int, batch: int, printed: int = 0, alternate: bool = False):
-        self.block, self.steps, self.batch, self.printed, self.alternate = seeds, steps, batch, printed, alternate
+    def __init__(self, seeds: range, steps: int, batch: int, tokenizer=None, printed: int = 0, alternate: bool = False):
+        self.block, self.steps, self.batch, self.tokenizer = seeds, steps, batch, tokenizer
+        self.printed, self.alternate = printed, alternate
         if steps > 0 and batch > 0:
             self.seeds(steps - 1)
 
@@ -64,7 +63,7 @@ class VisionBatches(SceneBatches):
         return _images(self.draw(i))
 
 
-def _images(drawn: Iterable[Scene]) -> tuple[Tensor, Tensor, Tensor]:
+def _images(drawn: list[Scene]) -> tuple[Tensor, Tensor, Tensor]:
     labels, centres = zip(*(patch_labels(s) for s in drawn), strict=True)
     images = [pixels(s) for s in drawn]
     return tuple(torch.from_numpy(np.stack(arrays)) for arrays in (images, labels, centres))
@@ -79,8 +78,7 @@ class ChatBatches(SceneBatches):
     """
 
     def __init__(self, seeds: range, steps: int, batch: int, tokenizer):
-        super().__init__(seeds, steps, batch, MANY, alternate=True)
-        self.tokenizer = tokenizer
+        super().__init__(seeds, steps, batch, tokenizer, MANY, alternate=True)
         image = "<image>" * VISUAL_TOKENS
         self.prefix = self.ids(f"<|im_start|>User:<fake_token_around_image><global-img>{image}<fake_token_around_image>")
         words = (*COLOURS, *SHAPES, *SIZES)
@@ -133,10 +131,10 @@ class ChatBatches(SceneBatches):
     def _places(self, scene: Scene, ids: Tensor, asks: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
         """What the words of the questions `ids` (T,) refer to: points (T, 4) and marks (T, 64).
 
-        Points, at the last token of "red circle" or "large object": is it there (1 or 0, where `asks`, (T,), says that this is
-        the question, else -1); the centre's x and y, -1 where no single object is meant; how many words of the name come
-        before. At that of "red objects" or "stars" -2, -1, -1 and the words before; at a word of RELATIONS -3, -1, -1, -1.
-        Marks, at names: the patches of the one object, or the middle patch of each of the several.
+        Points, at the last token of "red circle" or "large object": is it there (1 or 0, where `asks` (T,), else -1); its
+        centre's x and y, -1 where no single object is meant; how many words of the name come before. At that of "red objects" or
+        "stars" -2, -1, -1 and the words before; at a word of RELATIONS -3, -1, -1, -1. Marks, at names: the patches of the one
+        object, or the middle patch of each of the several.
         """
         points, marks = torch.full((len(ids), 4), -1.0), torch.zeros(len(ids), GRID * GRID, dtype=torch.bool)
         phrase: dict[str, str] = {}
@@ -191,15 +189,11 @@ class NovelBatches(ChatBatches):
 
 
 CAPTION_LENGTH = 56  # tokens of a caption with its padding: 53 is the longest of 30,000, six objects with size and printed code
-NAMES = {f"{c} {s}": i for i, (c, s) in enumerate(itertools.product(COLOURS, SHAPES))}
+NAMES = {name: i for i, name in enumerate(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)}
 
 
 class CaptionBatches(SceneBatches):
     """Batch `i`: images, captions, hard negatives. Every other caption is a full one, with sizes and printed codes."""
-
-    def __init__(self, seeds: range, steps: int, batch: int, tokenizer):
-        super().__init__(seeds, steps, batch)
-        self.tokenizer = tokenizer
 
     def __getitem__(self, i: int) -> CaptionBatch:
         drawn = self.draw(i)
@@ -211,7 +205,5 @@ class CaptionBatches(SceneBatches):
         for row, scene in zip(there, drawn, strict=True):
             for t in scene.things:
                 row[:, NAMES[t.name]] = torch.tensor((1.0, float(t.size == "large")))
-        return CaptionBatch(images, self.ids(true), self.ids(wrong), there, torch.tensor(full))
-
-    def ids(self, texts: list[str]) -> Tensor:
-        return self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+        ids = self.tokenizer(true + wrong, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+        return CaptionBatch(images, *ids.chunk(2), there, torch.tensor(full))

@@ -17,7 +17,7 @@ def novel_batches(config: TrainConfig, tokenizer, replay: bool = False) -> Novel
 
 def image_batches(purpose: str, config: TrainConfig) -> VisionBatches:
     """Images for a student or encoder-swap; every other batch has much printed in it, since reading is learned last."""
-    return VisionBatches(block(f"{purpose}/images"), config.steps, config.batch, MANY, alternate=True)
+    return VisionBatches(block(f"{purpose}/images"), config.steps, config.batch, printed=MANY, alternate=True)
 
 
 def caption_batches(purpose: str, config: TrainConfig, tokenizer) -> CaptionBatches:

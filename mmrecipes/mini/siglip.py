@@ -1,7 +1,6 @@
-"""`mini-siglip`: a dual encoder, image and caption into one space. Chapter 3 makes it smaller and keeps its encoders aligned.
+"""`mini-siglip`: the library's own dual encoder (SigLIP, arXiv:2303.15343) at a size that trains at home. Chapter 3 shrinks it.
 
-The library's own class (SigLIP, arXiv:2303.15343) at a size that trains at home, from nothing: first its vision encoder alone
-learns patch by patch what the scene's ground truth says, then both encoders learn from images and captions.
+First its vision encoder alone learns patch by patch what the scene's ground truth says, then both learn from captions.
 """
 
 import json
@@ -96,9 +95,9 @@ def train_mini_siglip(
     saving.check_replaceable(out)
     processor = make_processor()
     stages = {name: replace(config, device=device or config.device) for name, config in (stages or STAGES).items()}
+    dense, contrast = stages["dense"], stages["contrast"]
     model = make_siglip(len(processor.tokenizer))
     width = model.config.vision_config.hidden_size
-    dense, contrast = stages["dense"], stages["contrast"]
     encoder = nn.ModuleDict({"encoder": model.vision_model, "probes": Probes(width)})
 
     def dense_loss(both: nn.ModuleDict, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, float]]:

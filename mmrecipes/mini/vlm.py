@@ -53,8 +53,7 @@ def train_mini_vlm(
     processor, stages = make_processor(), stages or STAGES
     model = make_model(processor.tokenizer) if model is None else model.requires_grad_(True)
     probes = Probes(model.config.vision_config.hidden_size, model.config.text_config.hidden_size)
-    both, log = nn.ModuleDict({"model": model, "probes": probes}), []
-    size = sum(p.numel() for p in model.parameters())
+    both, log, size = nn.ModuleDict({"model": model, "probes": probes}), [], sum(p.numel() for p in model.parameters())
     for name, config in stages.items():
         model.model.vision_model.requires_grad_(name != "align")
         batches = stage_batches(name, config, processor.tokenizer)
@@ -70,18 +69,16 @@ def train_mini_vlm(
 def stage_batches(name: str, config: TrainConfig, tokenizer) -> VisionBatches | ChatBatches:
     """What one of `STAGES` trains on, from a block of scenes of its own."""
     seeds = block(f"mini-vlm/{name}")
-    if name not in DENSE:
-        return ChatBatches(seeds, config.steps, config.batch, tokenizer)
-    return VisionBatches(seeds, config.steps, config.batch, MANY if name == "reading" else 0)
+    if name in DENSE:
+        return VisionBatches(seeds, config.steps, config.batch, printed=MANY if name == "reading" else 0)
+    return ChatBatches(seeds, config.steps, config.batch, tokenizer)
 
 
 def _stage_loss(name: str, batches: VisionBatches | ChatBatches) -> Loss:
-    char = 3.0 if name == "reading" else 1.0  # printed characters come last
-
     def loss(both: nn.ModuleDict, batch: Any) -> tuple[Tensor, dict[str, float]]:
         if name not in DENSE:
             return answer_loss(both["model"], batch, batches.word_ids, 0.1, both["probes"])
-        images, labels, centres = batch
-        return both["probes"].patches(both["model"].model.vision_model(images).last_hidden_state, labels, centres, char)
+        features = both["model"].model.vision_model(batch[0]).last_hidden_state
+        return both["probes"].patches(features, *batch[1:], 3.0 if name == "reading" else 1.0)  # printed characters come last
 
     return loss

@@ -1,7 +1,6 @@
-"""One training loop, on one process or many: `accelerate launch` runs it unchanged, on CPUs or GPUs (DDP).
+"""The one training loop, on one process or many: `accelerate launch` runs it unchanged, on CPUs or GPUs (DDP).
 
-Every training of the package is a call of `fit`. A batch is a pure function of its step, so a killed run goes on where its last
-checkpoint was, and every process takes its own rows of the same global batch.
+A batch is a pure function of its step: a killed run goes on at its last checkpoint, every process takes its rows of one batch.
 """
 
 import json
