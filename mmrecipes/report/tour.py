@@ -13,9 +13,11 @@ from rich.table import Table
 
 from mmrecipes.data import datasets
 from mmrecipes.errors import UserError
+from mmrecipes.export import pipeline
+from mmrecipes.inference.exported import load_exported
 from mmrecipes.measure import flops, machine, size
 from mmrecipes.models import images, loading, prompts
-from mmrecipes.quantize import rounding
+from mmrecipes.quantize import mixed_precision, rounding
 from mmrecipes.report import page
 from mmrecipes.report.comparison import Comparison, compare
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 INT8, FOUR_BIT, TWO_BIT = "int8 dynamic", "4-bit exported", "2-bit simulated"
+GPTQ_PARAMETERS = 20e6  # of more GPTQ would take minutes
 
 
 def run(
@@ -112,10 +115,13 @@ def _variants(base: nn.Module, gflop: float, aside: Path) -> tuple[dict[str, Any
 
 
 def _exported(base: nn.Module, aside: Path):  # -> Exported
-    from mmrecipes.export import pipeline
-    from mmrecipes.inference.exported import load_exported
-
-    return load_exported(pipeline.export(base, aside, "onnx", "int4"))
+    """`base` in ONNX Runtime, 4-bit weights in groups of 32 where they fit: by GPTQ, or for a large model by searched scales."""
+    weights = {name: getattr(module, "weight", None) for name, module in base.named_modules()}
+    fits = {name for name, w in weights.items() if w is not None and w.ndim == 2 and w.shape[1] % 32 == 0}
+    plan = {unit: 4 for unit, names in mixed_precision.units(base).items() if fits.issuperset(names)}
+    rows = datasets.calibration(32) if sum(p.numel() for p in base.parameters()) < GPTQ_PARAMETERS else None
+    rounded = mixed_precision.apply_plan(base, plan, 32, rows)
+    return load_exported(pipeline.export(rounded, aside, "onnx", "mixed"))
 
 
 def _conclusion(found: Comparison) -> str:
