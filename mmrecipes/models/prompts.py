@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from PIL import Image
     from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+
+Rows: TypeAlias = "Dataset"  # with columns image, question and answer
 
 
 def chat_prompts(processor: ProcessorMixin, questions: Sequence[str], with_image: bool = True) -> list[str]:

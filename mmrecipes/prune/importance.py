@@ -1,27 +1,18 @@
-"""What of a model counts least: FFN neurons, attention heads, whole layers, hidden channels; in each transformer of a VLM.
-
-Built by hand in notebook 21; `prune.structured` cuts.
-"""
-
-from __future__ import annotations
+"""What counts least in a VLM's transformers: FFN neurons, heads, layers, hidden channels. Built by hand in notebook 21."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmrecipes.models.modules import attention, ffn, head_dim, layers
-from mmrecipes.models.prompts import teacher_forced
+from mmrecipes.models.prompts import Rows, teacher_forced
 from mmrecipes.quantize.calibration import inputs_seen
 
-if TYPE_CHECKING:
-    from datasets import Dataset
 
-
-def taylor_importance(model: nn.Module, rows: Dataset, batch_size: int = 10) -> dict[str, dict[str, Tensor]]:
+def taylor_importance(model: nn.Module, rows: Rows, batch_size: int = 10) -> dict[str, dict[str, Tensor]]:
     """How much the loss of the right answers would change, to first order, were a structure cut: |activation x gradient|.
 
     For each part: "neurons" (L, F), "heads" (L, H), "layers" (L,) and "hidden" (D,), means over `rows` (image, question,
@@ -92,11 +83,8 @@ def magnitude_importance(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def similarity(model: nn.Module, rows: Dataset) -> dict[str, Tensor]:
-    """Cosine of each layer's input with its output, the mean over tokens, (L,) for each part: near 1, it changes little.
-
-    One minus this is the block influence of ShortGPT (arXiv:2403.03853).
-    """
+def similarity(model: nn.Module, rows: Rows) -> dict[str, Tensor]:
+    """Mean cosine of each layer's input with its output, (L,) a part; 1 less this is ShortGPT's influence (arXiv:2403.03853)."""
     stacks = layers(model)
     total, count = {p: torch.zeros(len(s)) for p, s in stacks.items()}, dict.fromkeys(stacks, 0)
 

@@ -1,44 +1,31 @@
-"""Smaller hidden sizes: the principal directions of the hidden states kept, the others sliced off (SliceGPT, arXiv:2401.15024).
-
-A norm that only rescales does not care how its space is rotated. So rotate it until the first directions hold most of what flows
-there, and cut the rest off: every matrix gets smaller, and no head is lost. Notebook 30 builds it by hand.
-"""
-
-from __future__ import annotations
+"""Smaller hidden sizes: only the principal directions of the hidden states stay (SliceGPT, arXiv:2401.15024; notebook 30)."""
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from mmrecipes.errors import UserError
 from mmrecipes.models.modules import attention, checkpoint_with_config, clone, config_of, ffn, layers, parts
-from mmrecipes.models.prompts import teacher_forced
+from mmrecipes.models.prompts import Rows, teacher_forced
 from mmrecipes.prune.structured import narrow_connector_
 from mmrecipes.quantize.calibration import inputs_seen
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 NORMS = {"language": ("input_layernorm", "post_attention_layernorm"), "vision": ("layer_norm1", "layer_norm2")}
 LAST = {"language": "norm", "vision": "post_layernorm"}
 
 
 @torch.no_grad()
-def directions(model: nn.Module, part: str, rows: Dataset, batch_size: int = 16) -> tuple[Tensor, Tensor]:
-    """Principal directions (D, D) of the hidden states in `part`, strongest first, a column each; and their shares, (D,).
-
-    Of all that its norms get on `rows` (image, question, answer), each vector scaled to the same length, as they do.
-    """
+def directions(model: nn.Module, part: str, rows: Rows, batch_size: int = 16) -> tuple[Tensor, Tensor]:
+    """Principal directions (D, D) of what the norms of `part` get on `rows`, a column each, strongest first; their share (D,)."""
     size = config_of(model, part).hidden_size
     total = torch.zeros(size, size, dtype=torch.float64)
 
     def add(_: int, x: Tensor) -> None:
         x = x.flatten(0, -2).double()
         x = x - x.mean(-1, keepdim=True) if part == "vision" else x  # LayerNorm takes the mean away, RMSNorm does not
-        x = x / x.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
+        x = x / x.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)  # to one length, as norms do
         total.add_((x.T @ x).cpu())
 
     with inputs_seen(dict(enumerate(_norms(model, part))), add):
@@ -62,23 +49,17 @@ def _norms(model: nn.Module, part: str) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def slice_language(model: nn.Module, size: int, rows: Dataset) -> nn.Module:
-    """A copy whose language model has hidden size `size`, with as many heads and FFN neurons as before.
-
-    Head and embeddings are no longer tied: the last norm's weights go into the head. Raises UserError for a size that does not
-    fit, and for a language model without RMSNorms of the usual names.
-    """
+def slice_language(model: nn.Module, size: int, rows: Rows) -> nn.Module:
+    """A copy whose language model has hidden size `size`, its head untied. UserError where the size or its norms do not fit."""
     whole = config_of(model, "language").hidden_size
     _check(model, size, whole, 2)
     if "Gemma" in type(_norms(model, "language")[0]).__name__:
         raise UserError("slice_language: Gemma's norms scale by one more than their weights; expected Llama's")
     rotation = directions(model, "language", rows)[0][:, :size]  # [whole, size]
-    small, config, grow = clone(model), copy.deepcopy(model.config), (whole / size) ** 0.5  # see `_rotate_layers_`
-    modules = parts(small)
+    small, config = clone(model), copy.deepcopy(model.config)
+    modules, embeddings = parts(small), small.get_input_embeddings()
     _rotate_layers_(small, "language", rotation)
-    norm, head, embeddings = modules["language"].norm, modules["head"], small.get_input_embeddings()
-    head.weight = nn.Parameter((head.weight * norm.weight) @ rotation * grow)
-    _reset_(norm, size)
+    _absorb_(modules["language"].norm, [modules["head"]], rotation)
     embeddings.weight = nn.Parameter(embeddings.weight @ rotation)
     connector = [m for m in modules["connector"].modules() if isinstance(m, nn.Linear)]
     narrow_connector_(connector, size)
@@ -90,26 +71,23 @@ def slice_language(model: nn.Module, size: int, rows: Dataset) -> nn.Module:
 
 
 @torch.no_grad()
-def slice_vision(model: nn.Module, size: int, rows: Dataset) -> nn.Module:
+def slice_vision(model: nn.Module, size: int, rows: Rows) -> nn.Module:
     """A copy whose vision encoder has hidden size `size`, in as many heads as before, each of fewer channels.
 
     LayerNorm takes the mean away, so the direction in which all channels are equal stays empty. Heads are narrowed by the best
-    approximation of low rank to what they compute: queries with keys, and values with outputs. Raises UserError for a size that
-    heads do not divide, and for a vision encoder that is not SigLIP's.
+    approximation of low rank to queries with keys and values with outputs. UserError for another encoder or an uneven size.
     """
     whole, heads = config_of(model, "vision").hidden_size, config_of(model, "vision").num_attention_heads
     _check(model, size, whole, heads)
-    small, config, grow = clone(model), copy.deepcopy(model.config), (whole / size) ** 0.5  # see `_rotate_layers_`
+    small, config = clone(model), copy.deepcopy(model.config)
     core, first = parts(small)["vision"], next(m for m in parts(small)["connector"].modules() if isinstance(m, nn.Linear))
     embeddings = getattr(core, "embeddings", core)
     # CLIP has a class embedding and more norms, and LLaVA's connector a bias
     if not hasattr(embeddings, "position_embedding") or hasattr(embeddings, "class_embedding") or first.bias is not None:
-        given = f"{type(core).__name__} with {type(first).__name__}"
-        raise UserError(f"slice_vision: {given}; expected SigLIP's vision encoder, as in Idefics3")
+        raise UserError(f"slice_vision: {type(core).__name__}; expected SigLIP's vision encoder, as in Idefics3")
     if first.in_features != whole:
         raise UserError(f"slice_vision: the connector reads {first.in_features} channels; expected {whole}, no pixel shuffle")
-    axes = torch.cat([torch.ones(size, 1), torch.eye(size)[:, 1:]], 1)
-    even = torch.linalg.qr(axes).Q[:, 1:]  # [size, size - 1], at right angles to ones
+    even = torch.linalg.qr(torch.eye(size).index_fill(1, torch.tensor(0), 1)).Q[:, 1:]  # [size, size - 1], orthogonal to ones
     rotation = directions(model, "vision", rows)[0][:, : size - 1] @ even.T  # [whole, size]
     _rotate_layers_(small, "vision", rotation)
     for layer in layers(small)["vision"]:
@@ -118,40 +96,41 @@ def slice_vision(model: nn.Module, size: int, rows: Dataset) -> nn.Module:
     patches.weight = nn.Parameter(torch.einsum("dw,d...->w...", rotation, patches.weight))
     patches.bias = nn.Parameter(rotation.T @ patches.bias)
     positions.weight = nn.Parameter(positions.weight @ rotation)
-    shift = first.weight @ norm.bias
-    first.weight = nn.Parameter((first.weight * norm.weight) @ rotation * grow)
-    _reset_(norm, size)
-    norm.bias = nn.Parameter(torch.linalg.lstsq(first.weight, shift, driver="gelsd").solution)  # the connector has no bias
+    first.bias = nn.Parameter(torch.zeros(first.out_features))  # a loan: what it gets is given back to the norm
+    _absorb_(norm, [first], rotation)
+    norm.bias = nn.Parameter(torch.linalg.lstsq(first.weight, first.bias, driver="gelsd").solution)
+    first.bias = None
     config_of(config, "vision").hidden_size = size
     return checkpoint_with_config(small, config)
 
 
 def _rotate_layers_(model: nn.Module, part: str, rotation: Tensor) -> None:
     """Every layer's matrices in the space that `rotation` (whole, size) leads to; its norms' weights go into what reads them."""
-    grow = (rotation.shape[0] / rotation.shape[1]) ** 0.5  # a norm now divides by the root mean square of fewer channels
     for layer in layers(model)[part]:
         (*into, out), (up, down) = attention(layer), ffn(layer)
         for name, readers in zip(NORMS[part], (into, up), strict=True):
-            norm = getattr(layer, name)
-            for m in readers:
-                if getattr(norm, "bias", None) is not None:
-                    m.bias = nn.Parameter(m.bias + m.weight @ norm.bias)
-                m.weight = nn.Parameter((m.weight * norm.weight) @ rotation * grow)
-            _reset_(norm, rotation.shape[1])
+            _absorb_(getattr(layer, name), readers, rotation)
         for m in (out, down):
             _rotate_output_(m, rotation)
+
+
+def _absorb_(norm: nn.Module, readers: Sequence[nn.Linear], rotation: Tensor) -> None:
+    """Weights and bias of `norm` go into the matrices that read it, and these into the space of `rotation` (whole, size)."""
+    whole, size = rotation.shape
+    for m in readers:
+        if getattr(norm, "bias", None) is not None:
+            m.bias = nn.Parameter(m.bias + m.weight @ norm.bias)
+        grow = (whole / size) ** 0.5  # the norm now divides by the root mean square of fewer channels
+        m.weight = nn.Parameter((m.weight * norm.weight) @ rotation * grow)
+    norm.weight = nn.Parameter(torch.ones(size))
+    if getattr(norm, "bias", None) is not None:
+        norm.bias = nn.Parameter(torch.zeros(size))
 
 
 def _rotate_output_(linear: nn.Linear, rotation: Tensor) -> None:
     linear.weight = nn.Parameter(rotation.T @ linear.weight)
     if linear.bias is not None:
         linear.bias = nn.Parameter(rotation.T @ linear.bias)
-
-
-def _reset_(norm: nn.Module, size: int) -> None:
-    norm.weight = nn.Parameter(torch.ones(size))
-    if getattr(norm, "bias", None) is not None:
-        norm.bias = nn.Parameter(torch.zeros(size))
 
 
 def _narrow_heads_(query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear, heads: int, size: int) -> None:

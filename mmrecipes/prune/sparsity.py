@@ -4,24 +4,19 @@
 remain). {module's name: sparsity} prunes the modules named and no other.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from mmrecipes.errors import UserError
 from mmrecipes.models.modules import linears
+from mmrecipes.models.prompts import Rows
 from mmrecipes.quantize.calibration import calibrate
 from mmrecipes.quantize.gptq import check_hessian, column_sweep, round_columns
 from mmrecipes.quantize.groups import GROUP, fake_quantize, group_scales
 from mmrecipes.quantize.rounding import changed, packed_weight_bytes
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 Sparsity = float | str
 Sparsities = Sparsity | Mapping[str, Sparsity]
@@ -61,10 +56,7 @@ def magnitude_prune(weight: Tensor, sparsity: Sparsity) -> Tensor:
 
 
 def wanda_prune(weight: Tensor, hessian: Tensor, sparsity: Sparsity) -> Tensor:
-    """`weight` (out, in) without what adds least to each output: |weight| x root mean square of its input.
-
-    Wanda, arXiv:2306.11695. `hessian` is H (in, in), from quantize.input_hessians. What remains is left as it was.
-    """
+    """Wanda (arXiv:2306.11695): each row of `weight` (out, in) without the least |weight| x root mean square of its input."""
     check_hessian(weight, hessian)
     return weight.masked_fill(smallest(weight.abs() * hessian.diagonal().sqrt(), sparsity, each_row=True), 0)
 
@@ -99,12 +91,12 @@ def magnitude(model: nn.Module, sparsity: Sparsities) -> nn.Module:
     return changed(model, named(model, sparsity), magnitude_prune)
 
 
-def wanda(model: nn.Module, rows: Dataset, sparsity: Sparsities, balance: bool = False) -> nn.Module:
+def wanda(model: nn.Module, rows: Rows, sparsity: Sparsities, balance: bool = False) -> nn.Module:
     """A copy pruned by Wanda, block after block, each calibrated on `rows` behind the pruned ones (`quantize.calibrate`)."""
     return calibrate(model, rows, named(model, sparsity), lambda w, h, share, _: wanda_prune(w, h, share), balance=balance)
 
 
-def sparsegpt(model: nn.Module, rows: Dataset, sparsity: Sparsities, balance: bool = False) -> nn.Module:
+def sparsegpt(model: nn.Module, rows: Rows, sparsity: Sparsities, balance: bool = False) -> nn.Module:
     """A copy pruned by SparseGPT, block after block, each calibrated on `rows` behind the pruned ones."""
     return calibrate(model, rows, named(model, sparsity), lambda w, h, share, _: sparsegpt_prune(w, h, share), balance=balance)
 
@@ -127,8 +119,8 @@ def global_shares(model: nn.Module, sparsity: float, hessians: Mapping[str, Tens
     if hessians:  # {module's name: H}
         scores = {n: s * hessians[n].diagonal().sqrt() for n, s in scores.items() if n in hessians}
     gone = smallest(torch.cat([s.flatten() for s in scores.values()])[None], sparsity)[0]
-    pieces = gone.split([s.numel() for s in scores.values()])
-    return {n: piece.float().mean().item() for n, piece in zip(scores, pieces, strict=True)}
+    pieces = zip(scores, gone.split([s.numel() for s in scores.values()]), strict=True)
+    return {n: piece.float().mean().item() for n, piece in pieces}
 
 
 def sparsity_of(model: nn.Module) -> dict[str, float]:
@@ -136,28 +128,18 @@ def sparsity_of(model: nn.Module) -> dict[str, float]:
     return {n: (layer.weight == 0).float().mean().item() for n, layer in linears(model)}
 
 
-def only(rows: Dataset, what: str) -> Dataset:
+def only(rows: Rows, what: str) -> Rows:
     """Calibration rows of "text" alone, of the "picture" alone (no question, no answer), or "both"."""
     if what not in ("text", "picture", "both"):
         raise UserError(f"prune.only: {what!r}; expected 'text', 'picture' or 'both'")
-    if what == "text":
-        return rows.remove_columns("image")
-    if what == "both":
-        return rows
-    import pyarrow as pa
-    from datasets import Dataset
-
-    table = rows.with_format("arrow")[:]
-    for column in ("question", "answer"):
-        table = table.set_column(table.column_names.index(column), column, pa.array([""] * len(rows)))
-    return Dataset(table)
+    if what != "picture":
+        return rows.remove_columns("image") if what == "text" else rows
+    nothing = [""] * len(rows)
+    return rows.remove_columns(["question", "answer"]).add_column("question", nothing).add_column("answer", nothing)
 
 
 def sparse_bytes(model: nn.Module, bits: int = 16, group_size: int = 32) -> int:
-    """Bytes of a checkpoint that keeps, of a weight with zeros, one bit a weight (is it there?) and the rest in `bits` bits.
-
-    A weight that is smaller as it is stays so. Fewer than 16 bits come with a 16-bit scale a group. All else counts 16 bits.
-    """
+    """Bytes with one bit a linear weight (is it there?) and those there in `bits` bits, if that is less; all else in 16 bits."""
     pruned, total = {id(layer.weight) for _, layer in linears(model)}, 0
     for p in model.parameters():
         dense = packed_weight_bytes(p, bits if id(p) in pruned else 16, "group", group_size)

@@ -1,25 +1,18 @@
-"""Less model: FFN neurons, heads, layers and hidden channels cut out, and saved as a plain smaller checkpoint.
-
-Each cut returns a smaller copy of the same class, whose config says its new sizes. Built by hand in notebook 21;
-`prune.importance` says what counts least, `distill.recovery` trains what is left.
-"""
+"""FFN neurons, heads, layers and hidden channels cut out: copies of the same class with a smaller config (notebook 21)."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from mmrecipes.errors import UserError
 from mmrecipes.models.modules import attention, checkpoint_with_config, clone, config_of, ffn, head_dim, layers, parts
+from mmrecipes.models.prompts import Rows
 from mmrecipes.quantize.calibration import input_hessians
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 def keep_layers(model: nn.Module, part: str, keep: Sequence[int]) -> nn.Module:
@@ -29,9 +22,8 @@ def keep_layers(model: nn.Module, part: str, keep: Sequence[int]) -> nn.Module:
         raise UserError(f"keep_layers: {list(keep)} of {count} {part} layers; give rising indices below {count}, at least one")
     small, config = clone(model), copy.deepcopy(model.config)
     stack, sizes = layers(small)[part], config_of(config, part)
-    for i, layer in enumerate([stack[k] for k in keep]):
-        stack[i] = layer
-    del stack[len(keep) :]
+    for i in sorted(set(range(count)) - set(keep), reverse=True):
+        del stack[i]
     sizes.num_hidden_layers = len(keep)
     if getattr(sizes, "layer_types", None):
         sizes.layer_types = [sizes.layer_types[k] for k in keep]
@@ -39,11 +31,10 @@ def keep_layers(model: nn.Module, part: str, keep: Sequence[int]) -> nn.Module:
 
 
 @torch.no_grad()
-def keep_ffn_neurons(model: nn.Module, keep: Mapping[str, Sequence[Sequence[int]]], rows: Dataset | None = None) -> nn.Module:
+def keep_ffn_neurons(model: nn.Module, keep: Mapping[str, Sequence[Sequence[int]]], rows: Rows | None = None) -> nn.Module:
     """A copy whose FFNs keep only the neurons `keep` {part: a list of indices for each layer, all of one length}.
 
-    With calibration `rows` the matrix out of each FFN is fitted anew (`refit`), so that what is left compensates what is gone.
-    Raises UserError for lists of several lengths.
+    With calibration `rows`, `refit` lets what is left compensate what is gone. Raises UserError for lists of several lengths.
     """
     small, config = clone(model), copy.deepcopy(model.config)
     neurons: dict[nn.Module, Sequence[int]] = {}  # {layer: those it keeps}
@@ -60,7 +51,7 @@ def keep_ffn_neurons(model: nn.Module, keep: Mapping[str, Sequence[Sequence[int]
 
 
 @torch.no_grad()
-def keep_heads(model: nn.Module, keep: Sequence[Sequence[int]], rows: Dataset | None = None) -> nn.Module:
+def keep_heads(model: nn.Module, keep: Sequence[Sequence[int]], rows: Rows | None = None) -> nn.Module:
     """A copy whose language layers keep only the query heads `keep`, a list for each layer; `rows` as in `keep_ffn_neurons`.
 
     Where several query heads share a key and value head (grouped-query attention), each group keeps as many, or goes whole.
@@ -91,15 +82,13 @@ def keep_heads(model: nn.Module, keep: Sequence[Sequence[int]], rows: Dataset | 
 def keep_hidden_channels(model: nn.Module, part: str, channels: Sequence[int], heads: Sequence[Sequence[int]] = ()) -> nn.Module:
     """A copy whose hidden states in `part` keep only `channels`: embeddings, norms, every layer, and the connector.
 
-    In a vision encoder the config ties heads to the hidden size, so each layer keeps `heads` (as many, of as many channels),
-    too. The connector of Idefics3 reads s x s neighbouring patches at once (pixel shuffle): it loses a channel s x s times.
-    Raises UserError when heads and channels do not agree.
+    A vision encoder's config ties heads to the hidden size: each layer keeps as many channels in `heads`. Idefics3's connector
+    reads s x s patches at once and loses a channel s x s times. UserError when heads and channels do not agree.
     """
     small, config, size = clone(model), copy.deepcopy(model.config), head_dim(model, part)
     sizes, modules, keep = config_of(config, part), parts(small), list(channels)
     if part == "vision" and {len(h) * size for h in heads} != {len(keep)}:
-        given = f"{len(keep)} channels with {[len(h) for h in heads]} heads of {size}"
-        raise UserError(f"keep_hidden_channels: {given}; they must agree")
+        raise UserError(f"keep_hidden_channels: {len(keep)} channels, {[len(h) for h in heads]} heads of {size}; they must agree")
     stack, done = layers(small)[part], set(modules["connector"].modules())
     for layer, left in zip(stack, heads or [None] * len(stack), strict=True):
         (*into, out), (up, down) = attention(layer), ffn(layer)
@@ -149,7 +138,7 @@ def keep_channels_(rows_of: Sequence[nn.Linear], columns_of: Sequence[nn.Linear]
         tp.prune_linear_in_channels(m, sorted(set(range(m.in_features)) - set(keep)))
 
 
-def _refit_(model: nn.Module, keep: Mapping[nn.Linear, Sequence[int]], rows: Dataset | None) -> None:
+def _refit_(model: nn.Module, keep: Mapping[nn.Linear, Sequence[int]], rows: Rows | None) -> None:
     if rows is None:
         return
     names = {m: n for n, m in model.named_modules() if m in keep}

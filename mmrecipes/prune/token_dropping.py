@@ -1,7 +1,6 @@
-"""Fewer visual tokens: drop those that a question does not need, and merge like ones in the vision encoder (`token_merging`).
+"""Fewer visual tokens, without training: those that a question does not need are dropped. Built by hand in notebook 22.
 
-The weights stay as they are, nothing is trained, and each question may have a budget of its own. For models whose language
-model is Llama-like and gets its image as tokens (Idefics3, SmolVLM, LLaVA). Built by hand in notebook 22.
+For models whose language model is Llama-like and gets its image as tokens (Idefics3, SmolVLM, LLaVA).
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from mmrecipes.data.datasets import majority_floor
 from mmrecipes.errors import ParityError, UserError
 from mmrecipes.evaluate import generation
 from mmrecipes.models.modules import parts
-from mmrecipes.models.prompts import batch_inputs, chat_prompts
+from mmrecipes.models.prompts import Rows, batch_inputs, chat_prompts
 from mmrecipes.prune.token_merging import merged_vision
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import BatchFeature, DynamicCache
 
 BY_ATTENTION = ("attention", "question")  # need a language layer to have run
 HOW = (*BY_ATTENTION, "words", "distinct", "random", "uniform")
+Budget = float | Callable[[str], float]  # the share of visual tokens that is kept, or a function of the question that says it
 
 
 class Prefilled(NamedTuple):
@@ -38,10 +37,7 @@ class Prefilled(NamedTuple):
 
 
 def features(model: nn.Module, inputs: Mapping, merge: float = 0.0) -> Tensor:
-    """Visual tokens (number in all, D) for the language model, from a processor's `inputs`; a share `merge` of patches merged.
-
-    Raises UserError for a share that is none, and for images that do not fill their tiles.
-    """
+    """Visual tokens (number in all, D) from a processor's `inputs`, a share `merge` of patches merged. Raises UserError."""
     given = {k: inputs[k] for k in ("pixel_values", "pixel_attention_mask") if k in inputs}
     if merge == 0:
         return torch.cat([f.flatten(0, -2) for f in model.get_image_features(**given).pooler_output])
@@ -54,10 +50,7 @@ def features(model: nn.Module, inputs: Mapping, merge: float = 0.0) -> Tensor:
 
 
 def embed(model: nn.Module, inputs: Mapping, merge: float = 0.0) -> tuple[Tensor, Tensor]:
-    """What the language model reads: embeddings (B, T, D), visual tokens among them, and which those are (B, T).
-
-    Raises UserError for prompts that are padded, that differ in their number of visual tokens, or have none.
-    """
+    """What the language model reads: embeddings (B, T, D), and which are visual (B, T). UserError unless prompts are alike."""
     ids = inputs["input_ids"]
     visual = ids == getattr(model.config, "image_token_id", -1)
     if not inputs.get("attention_mask", torch.ones(1)).all():
@@ -84,12 +77,9 @@ def received(block: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], keys: Ten
 
 
 def likeness(x: Tensor, text: Tensor) -> Tensor:
-    """How much each of the visual tokens `x` (B, N, D) is like one of the question's tokens `text` (B, W, D): (B, N).
-
-    Cosine, less the text token's mean over the image: what it finds everywhere says nothing.
-    """
+    """How much each of the visual tokens `x` (B, N, D) is like one of the question's tokens `text` (B, W, D): (B, N)."""
     cosine = F.normalize(x, dim=-1) @ F.normalize(text, dim=-1).mT
-    return (cosine - cosine.mean(1, keepdim=True)).amax(-1)
+    return (cosine - cosine.mean(1, keepdim=True)).amax(-1)  # what a text token finds everywhere says nothing
 
 
 def distinctness(x: Tensor) -> Tensor:
@@ -139,8 +129,7 @@ def read(model: nn.Module, x: Tensor, visual: Tensor, keep: float = 0.5, layer: 
 
 def keep_positions(score: Tensor, visual: Tensor, n: int) -> Tensor:
     """Positions (B, K), ascending, of all text tokens and the `n` best visual ones by `score` (B, number of visual tokens)."""
-    best = score.topk(n).indices
-    chosen = torch.zeros_like(score, dtype=torch.bool).scatter(1, best, True)
+    chosen = torch.zeros_like(score, dtype=torch.bool).scatter(1, score.topk(n).indices, True)
     return (~visual).masked_scatter(visual, chosen).nonzero()[:, 1].view(len(score), -1)
 
 
@@ -150,11 +139,10 @@ def prefill(
 ) -> Prefilled:
     """Read prompts of one length, dropping visual tokens: layers before `layer` see them all, the others a share `keep`.
 
-    How they are ranked: "attention" by what the prompt's last token gave them in the layer before (FastV: Chen et al. 2024,
-    arXiv:2403.06764); "question" by the most that any token after the image gave; "words" by `likeness` to those, known before
-    any layer; "distinct" by `distinctness`; "random" and "uniform" know nothing, and are what the others must beat. Kept tokens
-    keep their order and positions. `merge` is that of `features`. With keep=1 it computes what the model does.
-    Raises UserError for options or a model that do not fit.
+    Ranked by "attention" of the prompt's last token in the layer before (FastV: Chen et al. 2024, arXiv:2403.06764); "question":
+    the most that any token after the image gave; "words": `likeness` to those, known before any layer; "distinct":
+    `distinctness`; "random" and "uniform": what the others must beat. Kept tokens keep their order and positions. `merge` is
+    that of `features`. With keep=1 it computes what the model does. UserError for options or a model that do not fit.
     """
     return read(model, *embed(model, inputs, merge), keep, layer, how)
 
@@ -165,19 +153,18 @@ def decode(model: nn.Module, start: Prefilled, max_new_tokens: int = 8) -> Tenso
     language, settings = _language(model), model.generation_config
     eos = torch.tensor(settings.eos_token_id, device=start.logits.device).flatten()
     pad = int(eos[0]) if settings.pad_token_id is None else settings.pad_token_id
-    token = start.logits.argmax(-1)  # [B]
-    tokens, done = [token], torch.isin(token, eos)
+    tokens = [start.logits.argmax(-1)]  # [B] each
+    done = torch.isin(tokens[0], eos)
     for position in range(start.length, start.length + max_new_tokens - 1):
         if done.all():
             break
-        x = model.get_input_embeddings()(token[:, None])
+        x = model.get_input_embeddings()(tokens[-1][:, None])
         # the position that follows the whole prompt: a cache that lost tokens knows a smaller one
-        rope = language.rotary_emb(x, position_ids=torch.full_like(token, position)[:, None])
+        rope = language.rotary_emb(x, position_ids=torch.full_like(tokens[-1], position)[:, None])
         for block in language.layers:
             x = block(x, attention_mask=None, position_embeddings=rope, past_key_values=start.cache, use_cache=True)
-        token = model.lm_head(language.norm(x[:, -1])).argmax(-1).masked_fill(done, pad)
-        tokens.append(token)
-        done = done | torch.isin(token, eos)
+        tokens.append(model.lm_head(language.norm(x[:, -1])).argmax(-1).masked_fill(done, pad))
+        done = done | torch.isin(tokens[-1], eos)
     return torch.stack(tokens, 1)
 
 
@@ -186,8 +173,7 @@ def _language(model: nn.Module) -> nn.Module:
     attention = getattr(next(iter(getattr(language, "layers", [])), None), "self_attn", None)
     rope = getattr(language.config, "rope_parameters", None) or {}
     if not hasattr(attention, "q_proj") or hasattr(attention, "q_norm") or "mrope_section" in rope:
-        given = type(model).__name__
-        raise UserError(f"token dropping: the language model of {given} is not Llama-like; give an Idefics3, SmolVLM or LLaVA")
+        raise UserError(f"token dropping: no Llama-like language model in {type(model).__name__}; give an Idefics3 or LLaVA")
     return language
 
 
@@ -204,13 +190,8 @@ def prompts(
             yield rows, batch_inputs(model, [images[i] for i in rows], [texts[i] for i in rows])
 
 
-def answers(
-    model: nn.Module, images: Sequence, questions: Sequence[str], keep: float | Callable[[str], float] = 0.5, **options
-) -> list[str]:
-    """As `evaluate.answers`, with fewer visual tokens; `keep` may be a function of the question, `options` are `prefill`'s.
-
-    Raises ParityError when logits are not finite: such a model is broken, not lossy.
-    """
+def answers(model: nn.Module, images: Sequence, questions: Sequence[str], keep: Budget = 0.5, **options) -> list[str]:
+    """As `evaluate.answers`, with fewer visual tokens; `options` are `prefill`'s. ParityError when logits are not finite."""
     budgets, texts = [keep(q) if callable(keep) else keep for q in questions], [""] * len(questions)
     for rows, inputs in prompts(model, images, questions, budgets):
         start = prefill(model, inputs, budgets[rows[0]], **options)
@@ -221,7 +202,7 @@ def answers(
     return texts
 
 
-def vqa(model: nn.Module, rows: Dataset, keep: float | Callable[[str], float] = 0.5, **options) -> generation.Result:
+def vqa(model: nn.Module, rows: Rows, keep: Budget = 0.5, **options) -> generation.Result:
     """`evaluate.vqa` with fewer visual tokens: the same questions in the same order, so that the two compare in pairs."""
     texts = answers(model, rows["image"][:], rows["question"][:], keep, **options)
     return generation.score(texts, rows["answer"][:], rows["family"][:], majority_floor(rows))

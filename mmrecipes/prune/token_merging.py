@@ -36,13 +36,11 @@ def combine(x: Tensor, size: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merged_layer(layer: nn.Module, x: Tensor, size: Tensor, r: int, fixed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer of a SigLIP or CLIP encoder that merges `r` tokens between attention and MLP: new x, new size, and place (B, N).
-
-    Attention is proportional: a token of s patches counts s times, by adding log s to its scores.
-    """
+    """One layer of a SigLIP or CLIP encoder that merges `r` tokens between attention and MLP: new x, new size, place (B, N)."""
     attention, normed = layer.self_attn, layer.layer_norm1(x)
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     q, k, v = (p(normed).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for p in projections)
+    # attention is proportional: a token of s patches counts s times
     bias = size.log()[:, None, None].to(x.dtype) if size.max() > 1 else None
     seen = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=attention.scale)
     x = x + attention.out_proj(seen.transpose(1, 2).flatten(2))
@@ -54,8 +52,8 @@ def merged_layer(layer: nn.Module, x: Tensor, size: Tensor, r: int, fixed: int =
 def merged_vision(model: nn.Module, pixels: Tensor, merge: float) -> Tensor:
     """Patches (images, N, D) as the connector wants them, from `pixels` (images, 3, H, W), a share `merge` merged on the way.
 
-    Early layers merge more than late ones (steps that shrink evenly), since what is gone early is saved in every layer after. At
-    the end each patch gets a copy of its token, as a pixel shuffle needs the whole grid. UserError for another vision encoder.
+    Early layers merge more than late ones: what is gone early is saved in every layer after. At the end each patch gets a copy
+    of its token, as a pixel shuffle needs the whole grid. UserError for another vision encoder.
     """
     encoder = parts(model)["vision"]
     layers = getattr(getattr(encoder, "encoder", None), "layers", None)
@@ -81,16 +79,11 @@ def merged_vision(model: nn.Module, pixels: Tensor, merge: float) -> Tensor:
 
 
 def coarser(model: nn.Module, factor: int = 2) -> nn.Module:
-    """A copy of an Idefics3 with `factor` times its pixel shuffle: 1 / `factor`² of the visual tokens.
-
-    Its connector starts out as the mean of what it was, which is not what the language model knows: it needs training.
-    UserError for a model without a pixel shuffle, or a factor below 2.
-    """
+    """A copy of an Idefics3 with `factor` times its pixel shuffle, so 1 / `factor`² of the visual tokens; it needs training."""
     small = clone(model)
     connector = parts(small).get("connector")
     if not hasattr(connector, "scale_factor") or factor < 2:
-        given = f"{type(model).__name__}, factor={factor}"
-        raise UserError(f"coarser: {given}; expected a model with a pixel shuffle (Idefics3, SmolVLM) and a factor of 2 or more")
+        raise UserError(f"coarser: {type(model).__name__}, {factor=}; expected a pixel shuffle in it and a factor of 2 or more")
     old, proj = connector.scale_factor, connector.modality_projection.proj
     weight = proj.weight.detach().unflatten(1, (old, old, -1)).repeat(1, factor, factor, 1).flatten(1) / factor**2
     proj.weight, proj.in_features = nn.Parameter(weight), weight.shape[1]

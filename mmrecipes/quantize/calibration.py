@@ -1,22 +1,17 @@
 """What calibration needs of the data: the Hessian of each layer's inputs, gathered block after block (notebook 14)."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmrecipes.errors import UserError
 from mmrecipes.models.modules import block_of, clone, linears
-from mmrecipes.models.prompts import teacher_forced
+from mmrecipes.models.prompts import Rows, teacher_forced
 from mmrecipes.quantize.gptq import gptq_round
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 @contextlib.contextmanager
@@ -29,7 +24,7 @@ def inputs_seen(modules: Mapping[Hashable, nn.Module], see: Callable[[Any, Tenso
 
 
 def input_hessians(
-    model: nn.Module, rows: Dataset, names: list[str], balance: bool = False, batch_size: int = 25
+    model: nn.Module, rows: Rows, names: list[str], balance: bool = False, batch_size: int = 25
 ) -> dict[str, Tensor]:
     """H (in, in), float32, of each named linear layer's inputs, over all tokens of `rows` (image, question, answer).
 
@@ -58,7 +53,7 @@ def input_hessians(
 
 def calibrate(
     model: nn.Module,
-    rows: Dataset,
+    rows: Rows,
     bits: int | Mapping[str, Any],
     method: Callable[..., Tensor] = gptq_round,
     group_size: int | None = None,

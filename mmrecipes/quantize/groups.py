@@ -1,7 +1,4 @@
-"""Groups of weights that share a scale: the scale of least error, rounding on it, and packing to 4 or 8 bits.
-
-Symmetric: the levels are the whole multiples -2^(bits-1) ... 2^(bits-1) - 1 of the scale; the zero point is 0.
-"""
+"""Groups of weights that share a symmetric scale: that of least error, rounding on it, and packing to 4 or 8 bits."""
 
 import numpy as np
 import torch
@@ -15,21 +12,17 @@ _NOTHING = 1e-10  # of a group's squared largest weight: an error that comes fro
 
 
 def grouped(weight: Tensor, group_size: int | None = None) -> Tensor:
-    """`weight` (out, in) as (groups, group_size), one row for each scale; None: one group for each output channel.
-
-    Raises UserError when `group_size` does not divide the inputs, or weights are not finite.
-    """
+    """`weight` (out, in) as (groups, group_size); None: one group a channel. UserError unless that divides and all is finite."""
     rows = weight.reshape(len(weight), -1)  # a convolution's kernel counts as inputs
     if group_size and rows.shape[1] % group_size:
-        given = f"{rows.shape[1]} inputs do not divide into groups of {group_size}"
-        raise UserError(f"{given}; choose a divisor, or None for one scale a channel")
+        raise UserError(f"{rows.shape[1]} inputs do not divide into groups of {group_size}; choose a divisor or None (channels)")
     if not torch.isfinite(weight).all():
         raise UserError("the weight has entries that are not finite; mend the model first")
     return rows.reshape(-1, group_size or rows.shape[1])
 
 
 def fake_quantize(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """`w` on the nearest of the 2^bits quantization levels, which are whole multiples of `scale`, in floating point."""
+    """`w` on the nearest quantization level, in floating point: whole multiples -2^(bits-1) ... 2^(bits-1) - 1 of `scale`."""
     half = 2 ** (bits - 1)
     return (w / scale).round().clamp(-half, half - 1) * scale
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +12,16 @@ from mmrecipes import quiet
 from mmrecipes.errors import UserError
 from mmrecipes.evaluate import likelihood
 from mmrecipes.models.modules import clone, linears, part_of
+from mmrecipes.models.prompts import Rows
 from mmrecipes.quantize.calibration import calibrate, input_hessians
 from mmrecipes.quantize.gptq import gptq_round
 from mmrecipes.quantize.rounding import changed, packed_bytes, packed_weight_bytes, search_round
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 BITS = (8, 6, 4, 3, 2)
 Round = Callable[[str, Tensor, int, int | None], Tensor]  # module's name, weight (out, in), bits, group size -> rounded weight
 
 
-def gptq_rounding(model: nn.Module, rows: Dataset) -> Round:
+def gptq_rounding(model: nn.Module, rows: Rows) -> Round:
     """Rounding by GPTQ on the inputs that each layer of `model` gets from `rows`; embeddings have none, so `search_round`."""
     hessians = input_hessians(model, rows, [n for n, _ in linears(model)])
     return lambda name, w, *how: gptq_round(w, hessians[name], *how) if name in hessians else search_round(w, *how)
@@ -64,7 +61,7 @@ def plan_bytes(model: nn.Module, plan: Mapping[str, int], group_size: int | None
 
 
 def sensitivity(
-    model: nn.Module, rows: Dataset, bits: Sequence[int] = BITS, group_size: int | None = None, rounding: Round | None = None
+    model: nn.Module, rows: Rows, bits: Sequence[int] = BITS, group_size: int | None = None, rounding: Round | None = None
 ) -> list[Cost]:
     """The cost of each unit of `model` at each of `bits`, alone, on `rows`; by `search_round` where no `rounding` is given."""
     from tqdm.auto import tqdm
@@ -75,14 +72,13 @@ def sensitivity(
         weights = {n: small.get_submodule(n).weight.detach() for n in names}
         originals = {n: w.clone() for n, w in weights.items()}
         for b in bits:
-            for n in names:
-                how = originals[n], b, group_size
-                weights[n].copy_(rounding(n, *how) if rounding else search_round(*how))
+            for n, w in originals.items():
+                weights[n].copy_(rounding(n, w, b, group_size) if rounding else search_round(w, b, group_size))
             loss = likelihood.divergence(reference, likelihood.answer_logits(small, rows)[0])
             size = sum(packed_weight_bytes(w, b, per, group_size or 0) for w in weights.values())
             costs.append(Cost(unit, parts[f"{names[0]}.weight"], b, size, loss))
-        for n in names:
-            weights[n].copy_(originals[n])
+        for n, w in originals.items():
+            weights[n].copy_(w)
     return costs
 
 
@@ -132,9 +128,7 @@ def _too_small(table: dict[str, dict[int, Cost]], budget: int) -> UserError:
     return UserError(f"a budget of {budget} bytes is too small: at the fewest bits tried, the units take {least} bytes")
 
 
-def apply_plan(
-    model: nn.Module, plan: Mapping[str, int], group_size: int | None = None, rows: Dataset | None = None
-) -> nn.Module:
+def apply_plan(model: nn.Module, plan: Mapping[str, int], group_size: int | None = None, rows: Rows | None = None) -> nn.Module:
     """A copy with each unit rounded to its bits in `plan`, in floating point; with `rows`, linear layers by `calibrate`."""
     bits = bits_by_module(model, plan)
     by_gptq = {n: bits[n] for n, _ in linears(model) if n in bits} if rows is not None else {}

@@ -48,8 +48,8 @@ def load_nf4(folder: Path) -> nn.Module:
 
     model = _from(folder, dtype="auto")
     if not any("bf16" in c for c in machine.environment()["capabilities"]):
-        for p in model.parameters():  # from_pretrained(dtype=torch.float32) would only reach some of them
-            p.data = p.data.float() if p.is_floating_point() else p.data
+        for p in filter(torch.is_floating_point, model.parameters()):  # from_pretrained(dtype=...) would only reach some
+            p.data = p.data.float()
         for layer in model.modules():
             if hasattr(layer, "compute_dtype"):
                 layer.compute_dtype = torch.float32

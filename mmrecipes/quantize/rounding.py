@@ -28,10 +28,7 @@ def round_to_nearest(weight: Tensor, bits: int, per: str = "channel", group_size
 
 
 def search_round(weight: Tensor, bits: int, group_size: int | None = None, importance: Tensor | None = None) -> Tensor:
-    """`weight` (out, in) rounded to nearest with the best scale a channel, or a group of `group_size` inputs.
-
-    `importance` (in,) says how much an input counts; without it, no data is needed. Raises UserError as `round_to_nearest`.
-    """
+    """`weight` (out, in) on the best scale of each channel or group, inputs weighed by `importance` (in,). Raises UserError."""
     rows = grouped(weight, group_size).float()
     if importance is not None:
         importance = importance.reshape(-1, rows.shape[1]).repeat(len(weight), 1)
@@ -54,18 +51,13 @@ def dynamic_int8(model: nn.Module) -> nn.Module:
     dtype = next(model.parameters()).dtype
     if dtype != torch.float32:
         raise UserError(f"dynamic_int8: the model is {dtype}; it starts from float32, so load it with dtype=torch.float32")
-    small = clone(model)
     with warnings.catch_warnings():  # its deprecation and its observers' advice, both known and chosen
         warnings.filterwarnings("ignore", message="(?s).*(torch.ao.quantization|torch.quantize_per_tensor|reduce_range).*")
-        return quantize_dynamic(small, {n: per_channel_dynamic_qconfig for n, _ in linears(small)}, inplace=True)
+        return quantize_dynamic(clone(model), {n: per_channel_dynamic_qconfig for n, _ in linears(model)}, inplace=True)
 
 
 def simulate_dynamic_int8(model: nn.Module) -> nn.Module:
-    """The arithmetic of `dynamic_int8`, done slowly in float32: what its kernels must agree with.
-
-    Weights get 8 bits a channel, each layer's input 7 bits between its minimum and maximum: PyTorch leaves one bit free,
-    because AVX2's 8-bit products saturate.
-    """
+    """The arithmetic of `dynamic_int8` in float32: 8 bits for weights, 7 for inputs, as AVX2's 8-bit products saturate."""
 
     def round_input(layer: nn.Linear, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         low, high = args[0].min().clamp(max=0), args[0].max().clamp(min=0)

@@ -1,7 +1,4 @@
-"""Static int8 for vision models: batch norms folded, activation ranges calibrated, simulated in float or lowered by PT2E.
-
-Built by hand in notebook 12. Images are pixel tensors (N, 3, H, W), as the image processor gives them.
-"""
+"""Static int8 for vision models on images (N, 3, H, W): calibrated, simulated in float or lowered by PT2E (notebook 12)."""
 
 import contextlib
 from collections.abc import Callable, Mapping
@@ -27,10 +24,7 @@ def vision_output(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def fold_batch_norms(model: nn.Module, images: Tensor) -> nn.Module:
-    """A copy in eval mode in which every batch norm that follows a convolution has become part of its weights and bias.
-
-    Which one follows which is seen on one run, not guessed from names. UserError when the copy no longer computes the same.
-    """
+    """A copy in eval mode, each batch norm that follows a convolution (on a run) made part of it. UserError if outputs move."""
     model = clone(model).eval()
     with torch.inference_mode():
         before = vision_output(model, images)
@@ -66,10 +60,7 @@ def _convolutions_with_norms(model: nn.Module, images: Tensor) -> list[tuple[nn.
 
 @torch.inference_mode()
 def histograms(model: nn.Module, images: Tensor, batch_size: int = 32) -> dict[str, Histogram]:
-    """For each convolution and linear layer of `model`, the histogram of its inputs over all images.
-
-    Two passes: one finds the ends, one counts. Raises UserError when something is not finite, or no images are given.
-    """
+    """{name: histogram of its inputs over all images} of each convolution and linear layer. UserError without images."""
     if not len(images):
         raise UserError("histograms: no calibration images; give at least one, better 64")
     ends, counted = {}, {}  # {layer's name: (low, high)}, {layer's name: histogram}
@@ -83,7 +74,7 @@ def histograms(model: nn.Module, images: Tensor, batch_size: int = 32) -> dict[s
         counted[name] = h if so_far is None else h._replace(counts=h.counts + so_far.counts)
 
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LAYERS)}
-    for observe in (widen, count):
+    for observe in (widen, count):  # one pass finds the ends, one counts
         with inputs_seen(layers, observe):
             for batch in images.split(batch_size):
                 model(batch)
@@ -99,10 +90,7 @@ def ranges(by_layer: Mapping[str, Histogram], observer: str | Observer = "percen
 def simulate_static(
     model: nn.Module, chosen: Mapping[str, tuple[float, float]], per: str = "channel", symmetric: bool = False
 ) -> nn.Module:
-    """A copy that rounds weights (one scale a `channel`, or a `tensor`) and the inputs of its layers to 8 bits, in float.
-
-    `chosen` {layer's name: range of its input}. Fold the batch norms first: nothing between layers is rounded.
-    """
+    """A copy that rounds weights and inputs of the layers `chosen` {name: range} to 8 bits, in float. Fold batch norms first."""
     small = clone(model).eval()
     for name, m in small.named_modules():
         if name in chosen:
