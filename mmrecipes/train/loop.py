@@ -116,8 +116,8 @@ def fit(
 
 def _draw(batches: Sequence[Any], begin: int, steps: int, device: torch.device) -> Iterator[Any]:
     """The batches from step `begin` on. Beside a GPU worker processes make those of a torch Dataset, so that it need not wait."""
-    rest, on_cpu = data.Subset(batches, range(begin, steps)), device.type == "cpu" or not isinstance(batches, data.Dataset)
-    workers = 0 if on_cpu else min(8, os.cpu_count() or 1)
+    beside_gpu, rest = device.type != "cpu" and isinstance(batches, data.Dataset), data.Subset(batches, range(begin, steps))
+    workers = min(8, os.cpu_count() or 1) if beside_gpu else 0
     return iter(data.DataLoader(rest, batch_size=None, num_workers=workers, generator=torch.Generator()))
 
 
@@ -130,8 +130,7 @@ def _backward(accelerator: Any, module: nn.Module, batch: Any, config: TrainConf
         raise UserError(f"fit: tensors of {sorted(lengths)} rows; to cut it in {parts} parts all must have {config.batch}")
     for part in range(config.accumulate):
         rows = shard(batch, accelerator.process_index * config.accumulate + part, parts, accelerator.device)
-        last = part + 1 == config.accumulate
-        with torch.enable_grad() if last else accelerator.no_sync(module), accelerator.autocast():
+        with accelerator.no_sync(module) if part + 1 < config.accumulate else torch.enable_grad(), accelerator.autocast():
             loss, logs = module(rows)
             accelerator.backward(loss / config.accumulate)
         total += loss.detach() / config.accumulate

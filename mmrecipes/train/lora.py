@@ -52,10 +52,9 @@ def add_lora(
 ):  # -> peft.PeftModel
     """A copy of `model` with an adapter of `rank` beside every linear layer of `parts`: these and `token_ids` alone learn.
 
-    `token_ids` are those of `add_tokens`. It computes what `model` does until it is trained, since half of each adapter begins
-    as zeros. `alpha` / rank scales what the adapters add; alpha is twice the rank by default. `.get_base_model()` is the model
-    with its adapters inside, and `.save_pretrained` writes these alone. Raises UserError for a rank below 1, and for parts and
-    tokens that the model does not have.
+    `token_ids` are those of `add_tokens`. Before training it computes what `model` does: half of each adapter begins as zeros.
+    `alpha` / rank (twice the rank by default) scales what the adapters add. `.get_base_model()` is the model with its adapters
+    inside, `.save_pretrained` writes these alone. Raises UserError for a rank below 1, and parts and tokens it does not have.
     """
     require("peft", extra="train")
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -73,8 +72,8 @@ def add_lora(
     targets = [name for name, layer in modules.linears(base) if layer in inside]
     with warnings.catch_warnings():  # peft asks transformers for an attribute by the name it had before 5.0
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        tables = [t for t in (base.get_output_embeddings(), base.get_input_embeddings()) if t is not None]
-        tables = {t.weight: t for t in tables}.values()  # one, where the head is tied to the embeddings
+        # one table, the embeddings, where the head is tied to them
+        tables = {t.weight: t for t in (base.get_output_embeddings(), base.get_input_embeddings()) if t is not None}.values()
         rows = {n: list(token_ids) for n, m in base.named_modules() if token_ids and m in tables}
         config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=targets, trainable_token_indices=rows or None)
         adapted = get_peft_model(base, config)
