@@ -5,25 +5,14 @@
 to applications (`report`, `shrink`) and the models of the book (`mini`). Each imports only those before it.
 """
 
-from __future__ import annotations
-
 import logging
 
 from mmrecipes.lazy import lazy_exports
 
 __version__ = "0.1.0"
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        **dict.fromkeys(
-            ("data", "distill", "errors", "evaluate", "export", "measure", "mini", "prune", "quantize", "shrink"), ""
-        ),
-        **dict.fromkeys(("train", "quiet"), ""),
-        "models": "load ask",
-        "inference": "load_exported",
-        "report": "compare",
-    },
-)
+_whole = ("data", "distill", "errors", "evaluate", "export", "measure", "mini", "prune", "quantize", "quiet", "shrink", "train")
+_lent = {"models": "load ask", "inference": "load_exported", "report": "compare"}
+__getattr__, __dir__, __all__ = lazy_exports(__name__, dict.fromkeys(_whole, "") | _lent)
 
 # torchao, which transformers imports, warns of every CUDA library that a machine lacks: noise wherever the job is a CPU's
 for _name in ("torchao", "torch.utils._pytree"):

@@ -1,32 +1,26 @@
 """The command line: `mmrecipes tour`, `mmrecipes doctor`, `mmrecipes shrink`, `mmrecipes train`, `mmrecipes evaluate`."""
 
-from __future__ import annotations
-
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option, Typer, echo
 
 from mmrecipes.errors import UserError
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-
-@app.callback()
-def _root() -> None:
-    """Make multimodal models small and fast, and measure what that costs."""
+Model = Annotated[str, Argument(help="a house model, a local directory, or a hub id")]
+app = Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command("tour")
 def _tour(
-    model: Annotated[str, typer.Option(help="a house model, a local directory, or a hub id")] = "mini-vlm",
-    images: Annotated[Path | None, typer.Option(help="a folder of your own images")] = None,
-    question: Annotated[str | None, typer.Option(help="the question put to each of your images")] = None,
-    out: Annotated[Path, typer.Option(help="the page to write")] = Path("tour.html"),
-    n: Annotated[int, typer.Option(help="questions from the test split", min=1)] = 600,
+    model: Annotated[str, Option(help="a house model, a local directory, or a hub id")] = "mini-vlm",
+    images: Annotated[Path | None, Option(help="a folder of your own images")] = None,
+    question: Annotated[str | None, Option(help="the question put to each of your images")] = None,
+    out: Annotated[Path, Option(help="the page to write")] = Path("tour.html"),
+    n: Annotated[int, Option(help="questions from the test split", min=1)] = 600,
 ) -> None:
     """Load a model, see where its time goes, compress it four ways, and read what that cost."""
     from mmrecipes.report import tour as report_tour
@@ -36,8 +30,8 @@ def _tour(
 
 @app.command("doctor")
 def _doctor(
-    model: Annotated[str, typer.Argument(help="a house model, a local directory, or a hub id")] = "mini-vlm",
-    image: Annotated[Path | None, typer.Option(help="an image of the size you use; default: a drawn scene, 512 px")] = None,
+    model: Model = "mini-vlm",
+    image: Annotated[Path | None, Option(help="an image of the size you use; default: a drawn scene, 512 px")] = None,
 ) -> None:
     """What will break or not pay off on this model and this machine, before you compress anything."""
     from mmrecipes.data import scenes
@@ -51,19 +45,15 @@ def _doctor(
 
 @app.command("shrink")
 def _shrink(
-    model: Annotated[str, typer.Argument(help="a house model, a local directory, or a hub id")],
-    out: Annotated[Path, typer.Option(help="the directory to write: model, report.html, report.json, example.py")],
-    budget: Annotated[str | None, typer.Option(help="size of the weights: a fraction of float32, 0.25x, or 80MB")] = None,
-    max_loss: Annotated[
-        float | None, typer.Option(help="points that may be lost; default: 1 of accuracy, or without labels 5 of token agreement")
-    ] = None,
-    runtime: Annotated[str, typer.Option(help="onnx, openvino, executorch or torch")] = "onnx",
-    calib: Annotated[Path | None, typer.Option(help="a folder of images to calibrate on")] = None,
-    images: Annotated[Path | None, typer.Option(help="a folder of images to verify on, questions.jsonl optional")] = None,
-    n: Annotated[
-        int | None, typer.Option("-n", "--n", help="questions to verify on; default: what 2 minutes allow", min=2)
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and the predicted size, write nothing")] = False,
+    model: Model,
+    out: Annotated[Path, Option(help="the directory to write: model, report.html, report.json, example.py")],
+    budget: Annotated[str | None, Option(help="size of the weights: a fraction of float32, 0.25x, or 80MB")] = None,
+    max_loss: Annotated[float | None, Option(help="points that may be lost; default: 1 of accuracy, 5 of agreement")] = None,
+    runtime: Annotated[str, Option(help="onnx, openvino, executorch or torch")] = "onnx",
+    calib: Annotated[Path | None, Option(help="a folder of images to calibrate on")] = None,
+    images: Annotated[Path | None, Option(help="a folder of images to verify on, questions.jsonl optional")] = None,
+    n: Annotated[int | None, Option("-n", "--n", help="questions to verify on; default: what 2 minutes allow", min=2)] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="print the plan and the predicted size, write nothing")] = False,
 ) -> None:
     """Quantize your own model to a budget, verify it on your images, and write it with a report and code to run it."""
     from mmrecipes import shrink as shrinking
@@ -73,35 +63,32 @@ def _shrink(
 
 @app.command("train")
 def _train(
-    name: Annotated[str, typer.Argument(help="the house model to train: mini-vlm, mini-siglip or mini-cnn")],
-    out: Annotated[Path | None, typer.Option(help="where the model goes; default: data/models/NAME")] = None,
-    work: Annotated[Path | None, typer.Option(help="checkpoints and log; run again to resume; default: runs/NAME")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
-    steps: Annotated[int, typer.Option(help="optimizer steps of mini-cnn, batch 32", min=1)] = 900,
+    name: Annotated[str, Argument(help="the house model to train: mini-vlm, mini-siglip or mini-cnn")],
+    out: Annotated[Path | None, Option(help="where the model goes; default: data/models/NAME")] = None,
+    work: Annotated[Path | None, Option(help="checkpoints and log; run again to resume; default: runs/NAME")] = None,
+    device: Annotated[str | None, Option(help="cpu or cuda; default: cuda where there is one")] = None,
+    steps: Annotated[int, Option(help="optimizer steps of mini-cnn, batch 32", min=1)] = 900,
 ) -> None:
     """Train a house model from nothing. Interrupted, it resumes from its last checkpoint."""
+    from mmrecipes.mini import cnn, siglip, vlm
+
     out, work = out or Path("data/models") / name, work or Path("runs") / name
     if name == "mini-vlm":
-        from mmrecipes.mini.vlm import train_mini_vlm
-
-        typer.echo(f"wrote {train_mini_vlm(out, work, device=device)}")
+        wrote = vlm.train_mini_vlm(out, work, device=device)
     elif name == "mini-siglip":
-        from mmrecipes.mini.siglip import train_mini_siglip
-
-        typer.echo(f"wrote {train_mini_siglip(out, work, device=device)}")
+        wrote = siglip.train_mini_siglip(out, work, device=device)
     elif name == "mini-cnn":
-        from mmrecipes.mini.cnn import CONFIG, train_mini_cnn
-
-        typer.echo(f"wrote {train_mini_cnn(out, work, replace(CONFIG, steps=steps, device=device))}")
+        wrote = cnn.train_mini_cnn(out, work, replace(cnn.CONFIG, steps=steps, device=device))
     else:
         raise UserError(f"no house model {name!r} to train; expected mini-vlm, mini-siglip or mini-cnn")
+    echo(f"wrote {wrote}")
 
 
 @app.command("evaluate")
 def _evaluate(
-    model: Annotated[str, typer.Argument(help="a house model, a local directory, or a hub id")] = "mini-vlm",
-    n: Annotated[int | None, typer.Option(help="questions (default: all), or scenes for a dual encoder (1000)", min=1)] = None,
-    out: Annotated[Path | None, typer.Option(help="a JSON file to write the result to")] = None,
+    model: Model = "mini-vlm",
+    n: Annotated[int | None, Option(help="questions (default: all), or scenes for a dual encoder (1000)", min=1)] = None,
+    out: Annotated[Path | None, Option(help="a JSON file to write the result to")] = None,
 ) -> None:
     """Accuracy of one model on the committed test split, per family, beside the majority floor; of a dual encoder, retrieval."""
     from mmrecipes.data import datasets
@@ -113,17 +100,14 @@ def _evaluate(
     if hasattr(loaded, "logit_scale"):  # SigLIP, CLIP: it compares images with texts
         found = retrieval.retrieval_report(loaded, n or 1000)
         for what, share in found.items():
-            typer.echo(f"{what:30s} {share}")
-        if out:
-            saving.write_json(out, {"environment": machine.environment(), "model": model, **found})
-        return
-    rows = datasets.test_split(n)
-    result = generation.vqa(loaded, rows)
-    for family, share in [*result.families.items(), ("overall", result.overall)]:
-        typer.echo(f"{family:10s} {share!s:36s} floor {100 * result.floors[family]:.1f}%")
+            echo(f"{what:30s} {share}")
+    else:
+        result = generation.vqa(loaded, datasets.test_split(n))
+        for family, share in [*result.families.items(), ("overall", result.overall)]:
+            echo(f"{family:10s} {share!s:36s} floor {100 * result.floors[family]:.1f}%")
+        found = {"overall": result.overall, "families": result.families, "floors": result.floors}
     if out:
-        content = {"model": model, "overall": result.overall, "families": result.families, "floors": result.floors}
-        saving.write_json(out, {"environment": machine.environment(), **content})
+        saving.write_json(out, {"environment": machine.environment(), "model": model, **found})
 
 
 def main() -> None:
@@ -133,10 +117,10 @@ def main() -> None:
     try:
         app()
     except UserError as e:
-        typer.echo(f"error: {e}", err=True)
+        echo(f"error: {e}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
+        echo("interrupted", err=True)
         sys.exit(130)
 
 

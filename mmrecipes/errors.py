@@ -1,6 +1,6 @@
 """Errors that a user can act on."""
 
-from __future__ import annotations
+import importlib.util
 
 
 class UserError(Exception):
@@ -19,7 +19,5 @@ def one_line(e: BaseException, most: int = 200) -> str:
 
 def require(*names: str, extra: str = "deploy") -> None:
     """ImportError that names the extra where one of these packages is missing."""
-    import importlib.util
-
     if missing := [n for n in names if importlib.util.find_spec(n) is None]:
         raise ImportError(f"{missing[0]} is not installed; get it with: pip install 'mmrecipes[{extra}]'")

@@ -1,7 +1,5 @@
 """Names that are imported when first used, so that `import mmrecipes` is quick and `inference` needs no PyTorch (PEP 562)."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Progress bars, library logs and native messages held back where nobody reads them."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging
@@ -16,10 +14,9 @@ def native_stderr() -> Iterator[None]:
     """Hold back what native code writes to the process's stderr, and to Python's."""
     sys.stderr.flush()
     kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with open(os.devnull, "wb") as nowhere, contextlib.redirect_stderr(io.StringIO()):
+            os.dup2(nowhere.fileno(), 2)
             yield
     finally:
         os.dup2(kept, 2)
@@ -29,18 +26,14 @@ def native_stderr() -> Iterator[None]:
 @contextlib.contextmanager
 def library_logs() -> Iterator[None]:
     """Hold back the known remarks of exporters and quantizers: of torchvision, of versions, of names of axes, of deprecations."""
-    logs = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "transformers", None)]
-    before = [log.level for log in logs]
-    for log in logs:
-        log.setLevel(logging.ERROR)
-    try:
-        # the calibrators print what they do
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:  # the calibrators print what they do
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.filterwarnings("ignore", message="(?s).*(LeafSpec|The axis name|var_to_val|Mutation on a buffer).*")
             yield
     finally:
-        for log, level in zip(logs, before, strict=True):
-            log.setLevel(level)
+        logging.disable(before)
 
 
 def progress_hidden() -> bool:

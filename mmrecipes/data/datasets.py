@@ -6,6 +6,8 @@ import io
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from PIL import Image
+
 from mmrecipes.data import scenes
 from mmrecipes.data.families import FAMILIES, ask
 from mmrecipes.data.splits import SPLITS
@@ -13,13 +15,12 @@ from mmrecipes.errors import UserError
 from mmrecipes.models.loading import data_dir
 
 if TYPE_CHECKING:
-    import PIL.Image
     from datasets import Dataset
 
 TEST_FILE = "scenes-test.parquet"
 
 
-def encode_png(image: PIL.Image.Image) -> dict:
+def encode_png(image: Image.Image) -> dict:
     """An image as a column of type `datasets.Image` stores it.
     >>> encode_png(rows[0]["image"])["bytes"][1:4]
     b'PNG'
@@ -29,19 +30,18 @@ def encode_png(image: PIL.Image.Image) -> dict:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def _dataset(rows: dict[str, list]) -> Dataset:
-    from datasets import Dataset, Features, Image, Value
+def _dataset(rows: list[dict]) -> Dataset:
+    import datasets
 
-    kinds = {"image": Image(), "seed": Value("int64")}
-    return Dataset.from_dict(rows, features=Features({k: kinds.get(k, Value("string")) for k in rows}))
+    kinds = {"image": datasets.Image(), "seed": datasets.Value("int64")}
+    features = datasets.Features({k: kinds.get(k, datasets.Value("string")) for k in rows[0]})
+    return datasets.Dataset.from_list(rows, features=features)
 
 
 def questions(split: str, n: int, families: tuple[str, ...] = FAMILIES, size: int = 128, novel: bool = False) -> Dataset:
     """`n` questions of `split`, as many of each family (to within one): image, question, answer, family, seed.
-
-    Each question has an image of its own, `size` px wide, so rows are independent. The same arguments give the same rows
-    everywhere. With `novel` each is about a colour or shape that the house models never saw. Raises UserError for a split that
-    there is not, or that has too few scenes.
+    Each has an image of its own, `size` px wide, so rows are independent; the same arguments give the same rows everywhere.
+    `novel`: about colours and shapes that the house models never saw. Raises UserError for an unknown split or too few scenes.
     >>> questions("validation", 2, ("colour", "shape"))["family"][:]
     ['colour', 'shape']
     """
@@ -50,21 +50,19 @@ def questions(split: str, n: int, families: tuple[str, ...] = FAMILIES, size: in
     if not 0 < 20 * n <= len(SPLITS[split]):
         raise UserError(f"{n} questions asked of split {split!r}, which has {len(SPLITS[split])} scenes, one question in 20 each")
     quota = Counter(families[i % len(families)] for i in range(n))
-    rows: dict[str, list] = {k: [] for k in ("image", "question", "answer", "family", "seed")}
+    rows = []
     for seed in SPLITS[split][: 20 * n]:
         if not sum(quota.values()):
             break
-        scene, word = scenes.make_scene(seed), ""
-        if novel:
-            scene, word = scenes.novel(scene)
+        scene = scenes.make_scene(seed)
+        scene, word = scenes.novel(scene) if novel else (scene, "")
         # the family that is most behind goes first; one that this scene does not support (reading needs a code) waits
         question = next((q for f, left in quota.most_common() if left and (q := ask(scene, f, about=word))), None)
         if question is None:
             continue
         quota[question.family] -= 1
-        values = (encode_png(scenes.render(scene, size)), question.text, question.answer, question.family, seed)
-        for column, value in zip(rows.values(), values, strict=True):
-            column.append(value)
+        row = {"image": encode_png(scenes.render(scene, size)), "question": question.text, "answer": question.answer}
+        rows.append(row | {"family": question.family, "seed": seed})
     if missing := {f: left for f, left in quota.items() if left}:
         raise UserError(f"{20 * n} scenes of {split!r} have too few questions: {missing} missing; take other families")
     return _dataset(rows)
@@ -75,8 +73,7 @@ def image_rows(named: list[tuple[str, object]], question: str) -> Dataset:
     >>> image_rows([("a.png", rows[0]["image"])], "What is it?")["name"][:]
     ['a.png']
     """
-    names, images = [name for name, _ in named], [encode_png(image) for _, image in named]
-    return _dataset({"image": images, "question": [question] * len(named), "name": names})
+    return _dataset([{"image": encode_png(image), "question": question, "name": name} for name, image in named])
 
 
 def calibration(n: int = 64, size: int = 128) -> Dataset:
@@ -109,9 +106,8 @@ def majority_floor(rows: Dataset) -> dict[str, float]:
     >>> majority_floor(questions("validation", 4, ("size",)))
     {'size': 0.5, 'overall': 0.5}
     """
-    by_family: dict[str, Counter] = {}
-    for family, answer in zip(rows["family"], rows["answer"], strict=True):
-        by_family.setdefault(family, Counter())[answer] += 1
-    floors = {f: c.most_common(1)[0][1] / c.total() for f, c in by_family.items()}
-    best = sum(c.most_common(1)[0][1] for c in by_family.values())
-    return floors | {"overall": best / sum(c.total() for c in by_family.values())}
+    totals = Counter(rows["family"])
+    best: dict[str, int] = {}
+    for (family, _), count in Counter(zip(rows["family"], rows["answer"], strict=True)).items():
+        best[family] = max(best.get(family, 0), count)
+    return {f: n / totals[f] for f, n in best.items()} | {"overall": sum(best.values()) / totals.total()}

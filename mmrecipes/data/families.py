@@ -1,7 +1,6 @@
 """Questions and captions about a scene: each family lists what can be asked, and one is drawn so that answers balance."""
 
-from __future__ import annotations
-
+import itertools
 import math
 import random
 from collections import Counter
@@ -12,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from mmrecipes.data.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, changed, closest
 
+CLEVR_COLOURS = {k: COLOURS[k] for k in ("red", "green", "blue", "orange", "cyan", "yellow")}
 FAMILIES = ("colour", "shape", "size", "count", "exists", "relation", "reading")
 
 
@@ -72,20 +72,17 @@ def _exists(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
 def _relation(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     if rng.random() < 0.4:
         attribute = rng.choice(("colour", "shape"))
-        pairs = [(t, closest(scene, t)) for t in scene.things]
-        found = [
-            (getattr(near, attribute), f"What {attribute} is the object closest to the {t.name}?") for t, near in pairs if near
-        ]
+        pairs, ask = [(t, closest(scene, t)) for t in scene.things], f"What {attribute} is the object closest to the {{}}?"
+        found = [(getattr(near, attribute), ask.format(t.name)) for t, near in pairs if near]
         if found:
             return found
     found = []
-    for a in scene.things:
-        for b in scene.things:
-            for axis, names in (("x", ("left of", "right of")), ("y", ("above", "below"))):
-                gap = getattr(b, axis) - getattr(a, axis)
-                if a != b and abs(gap) >= 0.1:  # never ask about a hair's breadth
-                    for name, true in zip(names, (gap > 0, gap < 0), strict=True):
-                        found.append(("yes" if true else "no", f"Is the {a.name} {name} the {b.name}?"))
+    for a, b in itertools.permutations(scene.things, 2):
+        for axis, *names in (("x", "left of", "right of"), ("y", "above", "below")):
+            gap = getattr(b, axis) - getattr(a, axis)
+            if abs(gap) >= 0.1:  # never ask about a hair's breadth
+                for name, true in zip(names, (gap > 0, gap < 0), strict=True):
+                    found.append(("yes" if true else "no", f"Is the {a.name} {name} the {b.name}?"))
     return found
 
 
@@ -99,7 +96,6 @@ _ASK = dict(zip(FAMILIES, (_colour, _shape, _size, _count, _exists, _relation, _
 
 def ask(scene: Scene, family: str, seed: int = 0, about: str = "") -> Question | None:
     """One question of `family` about `scene`, or None when the scene supports none (no printed code, say).
-
     An answer is drawn first, evenly among those possible, then a question that has it: this is the balancing. Only questions
     with the word `about` in them or in their answers, if it is given.
     >>> ask(scenes.make_scene(1), "size").text
@@ -118,22 +114,19 @@ def ask(scene: Scene, family: str, seed: int = 0, about: str = "") -> Question |
     return Question(rng.choice(by_answer[answer]), answer, family)
 
 
-def _describe(t: Thing, full: bool) -> str:
-    words = f"a {t.size} {t.name}" if full else f"a {t.name}"
-    return f"{words} labelled {t.code}" if full and t.code else words
-
-
 def caption(scene: Scene, full: bool = False) -> str:
     """The objects from left to right; with `full`, sizes and printed codes too.
     >>> caption(scenes.make_scene(1))
     'a yellow cross, a purple circle, a red cross'
     """
-    return ", ".join(_describe(t, full) for t in sorted(scene.things, key=lambda t: t.x))
+    things = sorted(scene.things, key=lambda t: t.x)
+    if not full:
+        return ", ".join(f"a {t.name}" for t in things)
+    return ", ".join(f"a {t.size} {t.name}" + (f" labelled {t.code}" if t.code else "") for t in things)
 
 
 def hard_negative(scene: Scene, seed: int = 0, full: bool = False) -> tuple[str, str]:
     """A caption that is false in exactly one attribute of one object, and that attribute's name.
-
     Attributes: `colour`, `shape`, and with `full` also `size`. The changed object is in the scene under no name.
     >>> hard_negative(scenes.make_scene(1))
     ('a yellow diamond, a purple circle, a red cross', 'shape')
@@ -142,13 +135,9 @@ def hard_negative(scene: Scene, seed: int = 0, full: bool = False) -> tuple[str,
     return caption(near, full), key
 
 
-# ---- Sort-of-CLEVR (Santoro et al. 2017, arXiv:1706.01427), questions in words
-
-CLEVR_COLOURS = {k: COLOURS[k] for k in ("red", "green", "blue", "orange", "cyan", "yellow")}
-
-
 def sort_of_clevr(seed: int) -> tuple[Image.Image, list[Question]]:
-    """One 75 x 75 image with six objects, one of each colour, and its 10 non-relational and 10 relational questions.
+    """Sort-of-CLEVR (Santoro et al. 2017, arXiv:1706.01427), questions in words: one 75 x 75 image with six objects, one of each
+    of six colours, and its 10 non-relational and 10 relational questions.
     >>> len(sort_of_clevr(0)[1])
     20
     """

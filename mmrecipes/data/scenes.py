@@ -1,7 +1,5 @@
 """Procedural scenes with exact ground truth, and their images: pure functions of an integer seed."""
 
-from __future__ import annotations
-
 import functools
 import math
 import random
@@ -9,22 +7,15 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw, ImageFont
 
-COLOURS = {
-    "red": (214, 39, 40),
-    "orange": (255, 140, 20),
-    "yellow": (240, 215, 30),
-    "green": (40, 150, 50),
-    "cyan": (60, 200, 215),
-    "blue": (35, 80, 200),
-    "purple": (140, 60, 170),
-    "black": (35, 35, 40),
-}
+COLOURS = {"red": (214, 39, 40), "orange": (255, 140, 20), "yellow": (240, 215, 30), "green": (40, 150, 50)}
+COLOURS |= {"cyan": (60, 200, 215), "blue": (35, 80, 200), "purple": (140, 60, 170), "black": (35, 35, 40)}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 NEW_COLOURS = {"pink": (245, 130, 190), "brown": (120, 75, 35)}  # never in a scene of any split: a domain to adapt to
 NEW_SHAPES = ("heart", "arrow")
 NEW_WORDS = (*NEW_COLOURS, *NEW_SHAPES)
 SIZES = {"small": 0.075, "large": 0.13}  # mean radius, as a fraction of the image side
 ALPHABET = "ACEHKLPTX247"  # characters of printed codes, chosen to stay distinct at 8 pixels
+_font = functools.lru_cache(maxsize=64)(ImageFont.load_default)
 
 
 @dataclass(frozen=True)
@@ -61,10 +52,8 @@ def make_scene(seed: int) -> Scene:
     ['purple circle', 'red cross', 'yellow cross']
     """
     rng = random.Random(seed)
-    while True:  # a crowded draw that does not fit is thrown away whole
-        things = _place(rng, rng.randint(2, 6))
-        if things:
-            break
+    while not (things := _place(rng, rng.randint(2, 6))):  # a crowded draw that does not fit is thrown away whole
+        pass
     shade = rng.randint(200, 245)
     return Scene(seed, things, tuple(shade + rng.randint(-8, 8) for _ in range(3)))
 
@@ -80,22 +69,19 @@ def _place(rng: random.Random, n: int) -> tuple[Thing, ...]:
                 break
         else:
             return ()
-        code = ""
-        if size == "large" and rng.random() < 0.6:
-            code = "".join(rng.choice(ALPHABET) for _ in range(rng.randint(1, 3)))
+        printed = size == "large" and rng.random() < 0.6
+        code = "".join(rng.choice(ALPHABET) for _ in range(rng.randint(1, 3))) if printed else ""
         rgb = tuple(min(255, max(0, c + rng.randint(-14, 14))) for c in COLOURS[colour])
         things.append(Thing(colour, shape, size, x, y, radius, code, rgb))
     return tuple(things)
 
 
 def _polygon(shape: str, x: float, y: float, r: float) -> list[tuple[float, float]]:
-    if shape == "cross":
-        a = 0.36 * r
-        points = [(-a, -r), (a, -r), (a, -a), (r, -a), (r, a), (a, a), (a, r), (-a, r), (-a, a), (-r, a), (-r, -a), (-a, -a)]
-        return [(x + dx, y + dy) for dx, dy in points]
-    if shape == "arrow":
-        points = [(0, -1), (0.9, 0), (0.35, 0), (0.35, 1), (-0.35, 1), (-0.35, 0), (-0.9, 0)]
-        return [(x + r * dx, y + r * dy) for dx, dy in points]
+    a = 0.36  # half the width of a cross's arms
+    cross = [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]
+    arrow = [(0, -1), (0.9, 0), (0.35, 0), (0.35, 1), (-0.35, 1), (-0.35, 0), (-0.9, 0)]
+    if shape in ("cross", "arrow"):
+        return [(x + r * dx, y + r * dy) for dx, dy in (cross if shape == "cross" else arrow)]
     if shape == "heart":  # x = 16 sin^3 t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, over 16
         turns = [2 * math.pi * i / 60 for i in range(60)]
         highs = [sum(f * math.cos(k * t) for k, f in ((1, 13), (2, -5), (3, -2), (4, -1))) for t in turns]
@@ -105,11 +91,6 @@ def _polygon(shape: str, x: float, y: float, r: float) -> list[tuple[float, floa
     radii = [r if i % 2 == 0 else r * inner for i in range(corners)]
     angles = [turn + 2 * math.pi * i / corners for i in range(corners)]
     return [(x + q * math.sin(a), y - q * math.cos(a)) for q, a in zip(radii, angles, strict=True)]
-
-
-@functools.lru_cache(maxsize=64)
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
 
 
 def render(scene: Scene, size: int = 128) -> Image.Image:
@@ -145,22 +126,18 @@ def closest(scene: Scene, thing: Thing) -> Thing | None:
     'yellow cross'
     """
     others = sorted((math.dist((t.x, t.y), (thing.x, thing.y)), i) for i, t in enumerate(scene.things) if t != thing)
-    if len(others) > 1 and others[1][0] < 1.15 * others[0][0]:
-        return None
-    return scene.things[others[0][1]]
+    tie = len(others) > 1 and others[1][0] < 1.15 * others[0][0]
+    return None if tie else scene.things[others[0][1]]
 
 
 def changed(scene: Scene, seed: int = 0, full: bool = False) -> tuple[Scene, str]:
     """The scene with one attribute of one object changed, and that attribute's name: what `hard_negative` describes.
-
     It can be drawn, but for a changed size, which would need a place of its own.
     >>> changed(make_scene(1))[1]
     'shape'
     """
     rng = random.Random(scene.seed * 1_000_003 + seed)
-    options: dict[str, tuple[str, ...]] = {"colour": tuple(COLOURS), "shape": SHAPES}
-    if full:
-        options["size"] = tuple(SIZES)
+    options = {"colour": tuple(COLOURS), "shape": SHAPES} | ({"size": tuple(SIZES)} if full else {})
     here = {t.name for t in scene.things}
     while True:
         i, key = rng.randrange(len(scene.things)), rng.choice(tuple(options))
@@ -181,10 +158,7 @@ def novel(scene: Scene) -> tuple[Scene, str]:
     """
     rng = random.Random(scene.seed * 1_000_003 + 1)
     i, word = rng.randrange(len(scene.things)), rng.choice(NEW_WORDS)
-    old = scene.things[i]
+    new = replace(scene.things[i], **{"colour" if word in NEW_COLOURS else "shape": word})
     if word in NEW_COLOURS:
-        rgb = tuple(min(255, max(0, c + rng.randint(-14, 14))) for c in NEW_COLOURS[word])
-        new = replace(old, colour=word, rgb=rgb)
-    else:
-        new = replace(old, shape=word)
+        new = replace(new, rgb=tuple(min(255, max(0, c + rng.randint(-14, 14))) for c in NEW_COLOURS[word]))
     return replace(scene, things=(*scene.things[:i], new, *scene.things[i + 1 :])), word

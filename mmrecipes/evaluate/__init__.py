@@ -5,8 +5,7 @@ from mmrecipes.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "generation": "Result answers eos_token_ids score vqa",
-        "likelihood": "answer_logits divergence",
+        "generation": "Result answer_logits answers divergence eos_token_ids score vqa",
         "retrieval": (
             "CHOICES Gallery POOL RetrievalResult embeddings gallery image_text_matching modality_gap retrieval_report "
             "retrieval_scores zero_shot"

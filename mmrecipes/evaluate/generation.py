@@ -1,4 +1,4 @@
-"""Generated answers, and how many of them are right."""
+"""Generated answers and how many of them are right; logits of the right answers, finer than accuracy."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mmrecipes import quiet
 from mmrecipes.data.datasets import majority_floor
 from mmrecipes.errors import ParityError
 from mmrecipes.evaluate.statistics import Share, wilson
-from mmrecipes.models.prompts import batch_inputs, chat_prompts
+from mmrecipes.inference.exported import Exported
+from mmrecipes.models.prompts import batch_inputs, chat_prompts, teacher_forced
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-    from mmrecipes.inference.exported import Exported
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,12 @@ class Result:
 
 @torch.inference_mode()
 def answer_tokens(
-    model: torch.nn.Module,
-    images: Sequence,
-    questions: Sequence[str],
-    batch_size: int = 50,
-    max_new_tokens: int = 8,
-    progress: bool | None = None,
+    model: nn.Module, images: Sequence, questions: Sequence, batch_size: int = 50, max_new_tokens: int = 8, progress: bool = True
 ) -> list[list[int]]:
     """Token ids of greedy answers, at most `max_new_tokens` each, the end of sequence included where the model stopped.
-
-    `progress=None` shows a bar to people only. Raises ParityError when the logits of the first batch are not finite.
-    """
+    `progress` shows a bar, unless bars are switched off. Raises ParityError when the logits of the first batch are not finite."""
     texts, stop, found = chat_prompts(model.processor, questions), eos_token_ids(model), []
-    hidden = quiet.progress_hidden() if progress is None else not progress
+    hidden = quiet.progress_hidden() or not progress
     for i in tqdm(range(0, len(texts), batch_size), disable=hidden, desc="answering", leave=False):
         inputs = batch_inputs(model, images[i : i + batch_size], texts[i : i + batch_size])
         if i == 0 and not torch.isfinite(model(**inputs).logits).all():
@@ -58,7 +51,7 @@ def answer_tokens(
     return found
 
 
-def eos_token_ids(model: torch.nn.Module) -> set[int]:
+def eos_token_ids(model: nn.Module) -> set[int]:
     """The token ids at which the model stops.
     >>> eos_token_ids(model) == {model.processor.tokenizer.eos_token_id}
     True
@@ -69,28 +62,22 @@ def eos_token_ids(model: torch.nn.Module) -> set[int]:
 
 
 def answers(
-    model: torch.nn.Module | Exported,
-    images: Sequence,
-    questions: Sequence[str],
-    batch_size: int = 50,
-    max_new_tokens: int = 8,
-    progress: bool | None = None,
+    model: nn.Module | Exported, images: Sequence, questions: Sequence, batch_size=50, max_new_tokens=8, progress=True
 ) -> list[str]:
     """Answers, greedy, in batches, without special tokens; an exported model answers one question after the other.
-
     Raises ParityError when the model's logits are not finite: such a model is broken, not lossy.
     >>> answers(model, rows["image"][:2], rows["question"][:2]) == rows["answer"][:2]
     True
     """
-    if isinstance(model, torch.nn.Module):
+    if isinstance(model, nn.Module):
         found = answer_tokens(model, images, questions, batch_size, max_new_tokens, progress)
         return [model.processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
-    hidden = quiet.progress_hidden() if progress is None else not progress
+    hidden = quiet.progress_hidden() or not progress
     asked = tqdm(list(zip(images, questions, strict=True)), disable=hidden, desc="answering", leave=False)
     return [model.generate(image, question, max_new_tokens) for image, question in asked]
 
 
-def vqa(model: torch.nn.Module | Exported, rows: Dataset, batch_size: int = 50, progress: bool | None = None) -> Result:
+def vqa(model: nn.Module | Exported, rows: Dataset, batch_size: int = 50, progress: bool = True) -> Result:
     """Accuracy on `rows` (image, question, answer, family), exact match of the generated answer, case ignored.
     >>> vqa(model, rows).overall.n
     4
@@ -108,3 +95,27 @@ def score(predictions: Sequence[str], wanted: Sequence[str], families: Sequence[
     per = {f: [r for r, g in zip(right, families, strict=True) if g == f] for f in sorted(set(families))}
     shares = {f: wilson(sum(rs), len(rs)) for f, rs in per.items()}
     return Result(wilson(sum(right), len(right)), shares, floors, list(predictions), right)
+
+
+@torch.inference_mode()
+def answer_logits(model: nn.Module, rows: Dataset, batch_size: int = 50) -> tuple[Tensor, Tensor]:
+    """Logits (T, V), float32, before each token of the right answers, teacher-forced; and those tokens (T,).
+    >>> answer_logits(model, rows)[0].dtype
+    torch.float32
+    """
+    logits, tokens = [], []
+    for inputs, lengths in teacher_forced(model, rows, batch_size):
+        found = model(**inputs, logits_to_keep=max(lengths) + 1).logits.float()
+        for row, k in enumerate(lengths):
+            logits.append(found[row, -k - 1 : -1])
+            tokens.append(inputs["input_ids"][row, -k:])
+    return torch.cat(logits), torch.cat(tokens)
+
+
+def divergence(reference: Tensor, logits: Tensor) -> float:
+    """Mean Kullback-Leibler divergence (nats a token) of `logits` (T, V) from those of a reference model: needs no labels.
+    >>> divergence(torch.zeros(2, 5), torch.ones(2, 5))
+    0.0
+    """
+    logits, reference = logits.log_softmax(-1), reference.log_softmax(-1)
+    return nn.functional.kl_div(logits, reference, log_target=True, reduction="batchmean").item()

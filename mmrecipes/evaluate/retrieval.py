@@ -1,7 +1,5 @@
 """Retrieval, image-text matching and zero-shot classification of a dual encoder (SigLIP, CLIP), with intervals."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,13 +10,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mmrecipes import quiet
-from mmrecipes.data import families, scenes
+from mmrecipes.data import scenes
+from mmrecipes.data.families import caption
 from mmrecipes.data.scenes import COLOURS, SHAPES, SIZES, Scene
 from mmrecipes.data.splits import SPLITS
 from mmrecipes.errors import ParityError, UserError
 from mmrecipes.evaluate.generation import answers
 from mmrecipes.evaluate.statistics import Share, wilson
-from mmrecipes.models import modules
+from mmrecipes.models.modules import parts
 
 POOL = 100  # scenes in a pool; each brings an image or caption that is false in one attribute
 CHOICES = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES)}
@@ -26,12 +25,10 @@ CHOICES = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES)}
 
 @dataclass(frozen=True)
 class RetrievalResult:
-    """What `retrieval` found, each with a 95% Wilson interval, and per query whether it was right.
-
-    `text_r1`: R@1, an image's caption among those of POOL images and as many hard negatives; `image_r1`: the same, a caption's
-    image among POOL images and as many with one object changed. `hard_negative_accuracy`: the true caption scores higher than
-    its own hard negative. `matching_accuracy`: is the pair of image and text a true one, yes or no, asked of both captions.
-    """
+    """What `retrieval_scores` found, each with a 95% Wilson interval, and per query whether it was right.
+    `text_r1`: R@1, an image's caption among those of POOL images and as many hard negatives; `image_r1`: a caption's image among
+    POOL images and as many with one object changed. `hard_negative_accuracy`: the true caption scores higher than its own hard
+    negative. `matching_accuracy`: is the pair of image and text a true one, yes or no, asked of both captions."""
 
     text_r1: Share
     image_r1: Share
@@ -43,14 +40,9 @@ class RetrievalResult:
 
 @torch.inference_mode()
 def embeddings(
-    model: nn.Module,
-    images: Sequence[Image.Image] | None = None,
-    texts: Sequence[str] | None = None,
-    batch_size: int = 100,
-    progress: bool | None = None,
+    model: nn.Module, images: Sequence | None = None, texts: Sequence | None = None, batch_size: int = 100, progress: bool = True
 ) -> Tensor:
-    """Unit vectors (N, D), float32, of images or of texts, by the model's own processor.
-
+    """Unit vectors (N, D), float32, of PIL images or of texts, by the model's own processor.
     Raises ParityError when they are not finite: such a model is broken, not lossy.
     >>> embeddings(dual, texts=["a red circle", "a blue star"]).norm(dim=1).round().tolist()
     [1.0, 1.0]
@@ -61,7 +53,7 @@ def embeddings(
         raise UserError(f"embeddings: {type(model).__name__} is no dual encoder; expected SigLIP, CLIP or their kin")
     given, found, processor = images if texts is None else texts, [], model.processor
     longest = model.config.text_config.max_position_embeddings
-    hidden = quiet.progress_hidden() if progress is None else not progress
+    hidden = quiet.progress_hidden() or not progress
     for i in tqdm(range(0, len(given), batch_size), disable=hidden, desc="embedding", leave=False):
         part = list(given[i : i + batch_size])
         if texts is None:
@@ -70,8 +62,7 @@ def embeddings(
             out = model.get_image_features(pixel_values=inputs["pixel_values"])
         else:
             inputs = processor(text=part, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
-            inputs = inputs.to(model.device)
-            out = model.get_text_features(**inputs)
+            out = model.get_text_features(**inputs.to(model.device))
         found.append((out if isinstance(out, Tensor) else out.pooler_output).float())
     vectors = F.normalize(torch.cat(found), dim=-1)
     if not torch.isfinite(vectors).all():
@@ -97,13 +88,8 @@ def gallery(split: str = "test", n: int = 1000, start: int = 0) -> Gallery:
     """
     drawn = [scenes.make_scene(seed) for seed in SPLITS[split][start : start + n]]
     near = [scenes.changed(s) for s in drawn]
-    return Gallery(
-        [scenes.render(s) for s in drawn],
-        [families.caption(s) for s in drawn],
-        [scenes.render(s) for s, _ in near],
-        [families.caption(s) for s, _ in near],
-        [key for _, key in near],
-    )
+    true = [scenes.render(s) for s in drawn], [caption(s) for s in drawn]
+    return Gallery(*true, [scenes.render(s) for s, _ in near], [caption(s) for s, _ in near], [key for _, key in near])
 
 
 def retrieval_scores(model: nn.Module, seen: Gallery, pool: int = POOL) -> RetrievalResult:
@@ -128,25 +114,19 @@ def retrieval_scores(model: nn.Module, seen: Gallery, pool: int = POOL) -> Retri
         border = -model.logit_bias.float() / model.logit_scale.float().exp()  # the cosine at which it says yes
         matching_accuracy = wilson(int((fits > border).sum() + (fails <= border).sum()), 2 * n)
     kinds = {k: [t for t, key in zip(told, seen.attributes, strict=True) if key == k] for k in sorted(set(seen.attributes))}
-    return RetrievalResult(
-        wilson(sum(text_r1), n),
-        wilson(sum(image_r1), n),
-        wilson(sum(told), n),
-        matching_accuracy,
-        {k: wilson(sum(v), len(v)) for k, v in kinds.items()},
-        {"text_r1": text_r1, "image_r1": image_r1, "hard_negative_accuracy": told},
-    )
+    attributes = {k: wilson(sum(v), len(v)) for k, v in kinds.items()}
+    right = {"text_r1": text_r1, "image_r1": image_r1, "hard_negative_accuracy": told}
+    return RetrievalResult(*(wilson(sum(v), n) for v in right.values()), matching_accuracy, attributes, right)
 
 
 def image_text_matching(model: nn.Module, split: str = "test", n: int = 1000) -> tuple[Share, Share, list[bool]]:
     """Image-text matching by a VLM: it is asked whether an object is there, and whether one is whose colour or shape is false.
-
     Shares of right answers among 2 `n`, and of images with both right; the latter one by one. Raises UserError for a dual
     encoder, which cannot be asked, or fewer than one image.
     >>> image_text_matching(model, n=2)[0].n
     4
     """
-    if n < 1 or "head" not in modules.parts(model):
+    if n < 1 or "head" not in parts(model):
         raise UserError(f"asked: {n} images, {type(model).__name__}; expected one or more, and a model that answers questions")
     drawn = [scenes.make_scene(seed) for seed in SPLITS[split][:n]]
     near = [scenes.changed(s)[0] for s in drawn]
@@ -161,7 +141,6 @@ def image_text_matching(model: nn.Module, split: str = "test", n: int = 1000) ->
 
 def zero_shot(model: nn.Module, split: str = "test", n: int = 1000) -> dict[str, Share]:
     """Naming without training for it: one object's attribute in a full caption is tried in all its values; the best one counts.
-
     For colour (8 values), shape (6) and size (2), one object of each of `n` scenes; names that another object has are left out.
     >>> list(zero_shot(dual, n=2))
     ['colour', 'shape', 'size']
@@ -169,16 +148,19 @@ def zero_shot(model: nn.Module, split: str = "test", n: int = 1000) -> dict[str,
     drawn = [scenes.make_scene(seed) for seed in SPLITS[split][:n]]
     image, found = embeddings(model, [scenes.render(s) for s in drawn]), {}
     for attribute, values in CHOICES.items():
-        texts, owners, wanted = [], [], []
-        for k, scene in enumerate(drawn):
-            tried = _variants(scene, k % len(scene.things), attribute, values)
-            wanted.append(len(texts))  # the true one comes first
-            texts += tried
-            owners += [k] * len(tried)
-        scores = (image[owners] * embeddings(model, texts=texts)).sum(-1).cpu().numpy()
-        spans = zip(wanted, [*wanted[1:], len(texts)], strict=True)
-        found[attribute] = wilson(sum(bool(scores[a] > scores[a + 1 : b].max()) for a, b in spans), n)  # a tie is not right
+        tried = [_variants(scene, k % len(scene.things), attribute, values) for k, scene in enumerate(drawn)]
+        owners = [k for k, texts in enumerate(tried) for _ in texts]
+        scores = (image[owners] * embeddings(model, texts=[t for texts in tried for t in texts])).sum(-1).cpu()
+        each = scores.split([len(texts) for texts in tried])
+        found[attribute] = wilson(sum(bool(s[0] > s[1:].max()) for s in each), n)  # the true one is first; a tie is not right
     return found
+
+
+def _variants(scene: Scene, at: int, attribute: str, values: Sequence[str]) -> list[str]:
+    thing, rest = scene.things[at], scene.things[:at] + scene.things[at + 1 :]
+    tried = [thing, *(replace(thing, **{attribute: v}) for v in values if v != getattr(thing, attribute))]
+    free = [t for t in tried if t.name not in {other.name for other in rest}]
+    return [caption(replace(scene, things=(*rest, t)), full=True) for t in free]
 
 
 def retrieval_report(model: nn.Module, n: int = 1000) -> dict[str, Share]:
@@ -191,13 +173,6 @@ def retrieval_report(model: nn.Module, n: int = 1000) -> dict[str, Share]:
     shares |= {f"hard_negative_accuracy, {k}": v for k, v in found.attributes.items()}
     shares |= {"matching_accuracy": found.matching_accuracy} if found.matching_accuracy else {}
     return shares | {f"zero-shot {k}": v for k, v in zero_shot(model, n=n).items()}
-
-
-def _variants(scene: Scene, at: int, attribute: str, values: Sequence[str]) -> list[str]:
-    thing, others = scene.things[at], {t.name for i, t in enumerate(scene.things) if i != at}
-    tried = [thing, *(replace(thing, **{attribute: v}) for v in values if v != getattr(thing, attribute))]
-    full = (replace(scene, things=(*scene.things[:at], t, *scene.things[at + 1 :])) for t in tried if t.name not in others)
-    return [families.caption(s, full=True) for s in full]
 
 
 @torch.inference_mode()

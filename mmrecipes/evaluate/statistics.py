@@ -1,7 +1,5 @@
 """Shares with intervals, paired comparisons, and how many questions a comparison needs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,21 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmrecipes.errors import UserError
-
-
-def clustered(hits: Sequence[int], totals: Sequence[int]) -> Share:
-    """A proportion over all, with a Wilson interval for as many independent draws as the spread between clusters leaves.
-
-    Korn and Graubard 1998 (effective sample size). Without any spread, each cluster counts as one draw.
-    >>> print(clustered([9, 1], [10, 10]))
-    50.0% [7.8, 92.2] n=20
-    """
-    n, groups = sum(totals), len(totals)
-    p = sum(hits) / n
-    spread = sum((h - p * t) ** 2 for h, t in zip(hits, totals, strict=True)) * groups / max(1, groups - 1) / n**2
-    draws = min(n, p * (1 - p) / spread) if spread else groups
-    found = wilson(p * draws, draws)
-    return Share(p, min(p, found.low), max(p, found.high), n)
 
 
 @dataclass(frozen=True)
@@ -52,8 +35,8 @@ class Paired:
     n: int
 
     def __str__(self) -> str:
-        interval = f"{self.points:+.1f} points [{self.low:+.1f}, {self.high:+.1f}]"
-        return f"{interval}, {self.lost} lost, {self.won} won, p={self.p_value:.2g}"
+        points = f"{self.points:+.1f} points [{self.low:+.1f}, {self.high:+.1f}]"
+        return f"{points}, {self.lost} lost, {self.won} won, p={self.p_value:.2g}"
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> Share:
@@ -68,9 +51,22 @@ def wilson(right: int, n: int, z: float = 1.96) -> Share:
     return Share(p, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)), n)  # p = 0 or 1: no rounding past it
 
 
+def clustered(hits: Sequence[int], totals: Sequence[int]) -> Share:
+    """A proportion over all, with a Wilson interval for as many independent draws as the spread between clusters leaves.
+    Korn and Graubard 1998 (effective sample size). Without any spread, each cluster counts as one draw.
+    >>> print(clustered([9, 1], [10, 10]))
+    50.0% [7.8, 92.2] n=20
+    """
+    n, groups = sum(totals), len(totals)
+    p = sum(hits) / n
+    spread = sum((h - p * t) ** 2 for h, t in zip(hits, totals, strict=True)) * groups / max(1, groups - 1) / n**2
+    draws = min(n, p * (1 - p) / spread) if spread else groups
+    found = wilson(p * draws, draws)
+    return Share(p, min(p, found.low), max(p, found.high), n)
+
+
 def questions_needed(points: float, accuracy: float = 0.95, flips: float | None = None) -> int:
     """How many questions tell a loss of `points` (out of 100) from nothing, at 95% confidence and 80% power.
-
     Unpaired, two samples of `n` questions each; with `flips` (share of questions on which the two variants differ), paired.
     >>> questions_needed(2), questions_needed(2, flips=0.04)
     (1863, 777)
@@ -93,7 +89,7 @@ def paired(a: Sequence[bool], b: Sequence[bool], seed: int = 0) -> Paired:
     draws = np.random.default_rng(seed).multinomial(n, [lost / n, won / n, 1 - (lost + won) / n], size=10_000)
     low, high = np.percentile(100 * (draws[:, 1] - draws[:, 0]) / n, [2.5, 97.5])
     flips = lost + won
-    tail = sum(math.comb(flips, k) for k in range(min(lost, won) + 1)) / 2**flips if flips else 1.0
+    tail = sum(math.comb(flips, k) for k in range(min(lost, won) + 1)) / 2**flips
     return Paired(100 * float(gap.mean()), float(low), float(high), lost, won, min(1.0, 2 * tail), n)
 
 

@@ -1,12 +1,11 @@
 """Where the time goes, and the most that a precision can give: stage budget and roofline (notebook 01)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mmrecipes.measure.size import held_tensors
 from mmrecipes.measure.timing import STAGES, cast, clock, interleaved, walk_stages
@@ -17,7 +16,6 @@ BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}  # a weight; scales
 
 def stage_budget(model: nn.Module, inputs: Mapping, new_tokens: int = 8) -> list[dict]:
     """Rows of stage, ms, share (of the total), calls, tokens, weight_bytes (read, all calls), gflop, gflop_per_s.
-
     Decode is the sum over `new_tokens` tokens. Vision's tokens are its output positions. Median of three runs.
     >>> [row["stage"] for row in stage_budget(model, inputs, 1)]
     ['vision', 'connector', 'prefill', 'decode']
@@ -33,14 +31,11 @@ def stage_budget(model: nn.Module, inputs: Mapping, new_tokens: int = 8) -> list
 
 def roofline(model: nn.Module, inputs: Mapping, peaks: dict) -> list[dict]:
     """For each stage and weight precision the least time it can take with the `peaks` of `machine_peaks`.
-
     Rows of stage (decode: one token), precision, gflop, weight_bytes, bound_ms = max(gflop / peak, bytes / bandwidth),
-    bound_by ("compute" or "memory"), at_most (times faster than the fp32 bound). The roofline model of Williams,
-    Waterman and Patterson, CACM 52(4), 2009. It counts weights only, neither activations nor the KV cache, and takes
-    "int4" to compute at the best peak of all, weights unpacked on the way. Weights that stay in the cache can be read
-    faster than `bandwidth` says: then a memory bound is not one.
-    >>> peaks = {"fp32": 100.0, "bf16": 200.0, "int8": 400.0, "bandwidth": 10.0}
-    >>> roofline(model, inputs, peaks)[0]["bound_by"]
+    bound_by ("compute" or "memory"), at_most (times faster than the fp32 bound). Williams, Waterman and Patterson, CACM 52(4),
+    2009. Weights only, neither activations nor the KV cache; "int4" computes at the best peak of all. Weights that stay in the
+    cache can be read faster than `bandwidth` says: then a memory bound is not one.
+    >>> roofline(model, inputs, {"fp32": 100.0, "bf16": 200.0, "int8": 400.0, "bandwidth": 10.0})[0]["bound_by"]
     'compute'
     """
     rows, best = [], max(peaks[p] for p in ("fp32", "bf16", "int8"))
@@ -54,30 +49,20 @@ def roofline(model: nn.Module, inputs: Mapping, peaks: dict) -> list[dict]:
             bound = max(compute, memory)
             fp32 = fp32 or bound
             row = {"stage": stage, "precision": precision, "gflop": flop / 1e9, "weight_bytes": int(each * weights)}
-            rows.append(
-                row | {"bound_ms": bound, "bound_by": "compute" if compute > memory else "memory", "at_most": fp32 / bound}
-            )
+            bound_by = "compute" if compute > memory else "memory"
+            rows.append(row | {"bound_ms": bound, "bound_by": bound_by, "at_most": fp32 / bound})
     return rows
 
 
 def _work(model: nn.Module, inputs: dict, new_tokens: int) -> dict[str, tuple]:
     """Of each stage that does any work: FLOP (two a multiply-add), weights read, their bytes, calls, tokens.
-
-    torch's counter sees the operators of a float model. A quantized layer's are foreign to it, and count as the same layer's
-    in float: so all precisions of a model have the same FLOP.
-    """
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-
-    def attention(q: tuple, k: tuple, v: tuple, *_: object, **__: object) -> int:  # torch has no entry for the CPU's kernel
-        return sdpa_flop_count(q, (*q[:-2], *k[-2:]), (*q[:-2], *v[-2:]))
-
+    torch's counter sees a float model's operators only: a quantized layer counts as the same layer in float does."""
+    # torch has no entry for the CPU's kernel of attention
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    counter, counts, begun = FlopCounterMode(display=False, custom_mapping={kernel: attention}), np.zeros(5), {}
+    attention = {kernel: lambda q, k, v, *_, **__: sdpa_flop_count(q, (*q[:-2], *k[-2:]), (*q[:-2], *v[-2:]))}
+    counter, counts, begun = FlopCounterMode(display=False, custom_mapping=attention), np.zeros(5), {}
     stages = {module for part, module in nested_parts(model) if part in STAGES}
     held = {m: [(count, size) for _, _, count, size in held_tensors(m)] for m in model.modules()}
-
-    def before(module: nn.Module, args: tuple) -> None:
-        begun[module] = counter.get_total_flops()
 
     def after(module: nn.Module, args: tuple, output: object) -> None:
         weights, size = np.sum(held[module] or [(0, 0)], axis=0)
@@ -93,7 +78,8 @@ def _work(model: nn.Module, inputs: dict, new_tokens: int) -> dict[str, tuple]:
             counts[3:] += 1, output.numel() / output.shape[-1]
 
     watched = [m for m in model.modules() if held[m] or m in stages]
-    hooks = [h for m in watched for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
+    hooks = [m.register_forward_pre_hook(lambda m, _: begun.update({m: counter.get_total_flops()})) for m in watched]
+    hooks += [m.register_forward_hook(after) for m in watched]
     try:
         with counter:
             done = walk_stages(model, inputs, new_tokens, lambda: counts + np.array([counter.get_total_flops(), 0, 0, 0, 0]))

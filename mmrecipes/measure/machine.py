@@ -1,14 +1,13 @@
 """What a number depends on besides the model: CPU, instruction sets, threads, versions; and this machine's peaks."""
 
-from __future__ import annotations
-
-import datetime
-import functools
+import contextlib
 import importlib.metadata
 import platform
 import subprocess
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -25,7 +24,6 @@ CAPABILITIES = (
 
 def environment() -> dict:
     """What a number depends on besides the model: date, commit, CPU, threads, capabilities, memory, versions.
-
     No host name and no path. `commit` is None where this package does not lie in a git repository.
     >>> environment()["threads"] == torch.get_num_threads()
     True
@@ -38,7 +36,7 @@ def environment() -> dict:
         if limit.exists() and (text := limit.read_text().strip()).isdigit():
             memory = min(memory, int(text))
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "cpu": first.get("model name") or platform.processor() or platform.machine(),
         "physical_cores": psutil.cpu_count(logical=False),
@@ -57,7 +55,7 @@ def environment() -> dict:
 def commit() -> str | None:
     """The commit of the repository that tracks this file, "+dirty" after it where files differ; None where there is none."""
     here = Path(__file__)
-    git = functools.partial(subprocess.run, check=True, capture_output=True, text=True, cwd=here.parent)
+    git = partial(subprocess.run, check=True, capture_output=True, text=True, cwd=here.parent)
     try:  # an installed copy may lie inside somebody else's repository: ours is the one that tracks this file
         git(["git", "ls-files", "--error-unmatch", here.name])
         commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
@@ -69,10 +67,8 @@ def commit() -> str | None:
 
 def machine_peaks(seconds: float = 0.15, device: str = "cpu") -> dict:
     """Matrix peaks "fp32", "bf16", "int8" in GFLOP/s and memory "bandwidth" in GB/s, measured here in about a second.
-
-    Each peak is the best of what fits into `seconds`: square matrices of 128, doubling up to 1,024 (8,192 on a GPU) while
-    one size more fits, as bf16 without bf16 instructions is slow. "int8_kernel" names the faster of the int8 kernels that
-    work here; "bandwidth" counts the bytes read by the sum of 256 MB of float32.
+    Each peak is the best of what fits into `seconds`: square matrices of 128, doubling up to 1,024 (8,192 on a GPU) while one
+    size more fits. "int8_kernel" names the fastest int8 kernel here; "bandwidth" counts bytes read by the sum of 256 MB.
     >>> machine_peaks(0.01)["fp32"] > 0
     True
     """
@@ -90,7 +86,7 @@ def machine_peaks(seconds: float = 0.15, device: str = "cpu") -> dict:
                 return round(top, 2)
 
     def floats(dtype: torch.dtype, n: int) -> Callable:
-        return functools.partial(torch.matmul, *(torch.randn(n, n, device=device).to(dtype) for _ in range(2)))
+        return partial(torch.matmul, *(torch.randn(n, n, device=device).to(dtype) for _ in range(2)))
 
     def bytes_(n: int, low: int = -127) -> Tensor:
         return torch.randint(low, 128, (n, n), dtype=torch.int8, device=device)
@@ -98,22 +94,17 @@ def machine_peaks(seconds: float = 0.15, device: str = "cpu") -> dict:
     def onednn(n: int) -> Callable:  # what a compiled int8 linear layer calls on a CPU
         weight = torch.ops.onednn.qlinear_prepack(bytes_(n), [n, n])
         rest = (weight, torch.ones(n), torch.zeros(n, dtype=torch.int32), None, 1.0, 0, torch.float32, "none", [], "")
-        return functools.partial(torch.ops.onednn.qlinear_pointwise, bytes_(n, 0).to(torch.uint8), 1.0, 0, *rest)
+        return partial(torch.ops.onednn.qlinear_pointwise, bytes_(n, 0).to(torch.uint8), 1.0, 0, *rest)
 
-    int8, kernels = (
-        {},
-        {"torch._int_mm": lambda n: functools.partial(torch._int_mm, bytes_(n), bytes_(n)), "onednn.qlinear": onednn},
-    )
+    int8, kernels = {}, {"torch._int_mm": lambda n: partial(torch._int_mm, bytes_(n), bytes_(n)), "onednn.qlinear": onednn}
     for name, make in kernels.items():
-        try:
+        with contextlib.suppress(AttributeError, NotImplementedError, RuntimeError):  # not built for this machine
             int8[name] = best(make)
-        except (AttributeError, NotImplementedError, RuntimeError):  # not built for this machine
-            continue
     # parts of a buffer larger than the cache, each read in about a millisecond: the best one was not interrupted
     slices = torch.ones(64 * 2**20, device=device).view(16 if device == "cpu" else 1, -1)
     return {
-        "fp32": best(functools.partial(floats, torch.float32)),
-        "bf16": best(functools.partial(floats, torch.bfloat16)),
+        "fp32": best(partial(floats, torch.float32)),
+        "bf16": best(partial(floats, torch.bfloat16)),
         "int8": max(int8.values(), default=0.0),
         "int8_kernel": max(int8, key=int8.get, default=None),
         "bandwidth": round(slices[0].nbytes / min(timed(part.sum) for _ in range(4) for part in slices) / 1e9, 2),

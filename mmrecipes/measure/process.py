@@ -1,7 +1,5 @@
 """Peak memory and generation time of a process, without PyTorch: usable where only a runtime is installed."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -11,14 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from mmrecipes.errors import UserError
 
 
 def peak_mb(pid: int | None = None) -> float:
     """Peak resident memory of this process, or of process `pid`, so far, in MB.
-
-    On Linux VmHWM, which starts anew at exec: of `ru_maxrss` a child inherits its parent's. Elsewhere of another process the
-    present size.
+    On Linux VmHWM, which starts anew at exec (a child inherits `ru_maxrss`). Elsewhere, of another process its present size.
     >>> peak_mb() > 10
     True
     """
@@ -26,8 +24,6 @@ def peak_mb(pid: int | None = None) -> float:
         status = Path(f"/proc/{pid or 'self'}/status").read_text()
         return next(int(line.split()[1]) * 1024 / 1e6 for line in status.splitlines() if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
-        import psutil
-
         if pid is not None or sys.platform == "win32":
             return psutil.Process(pid).memory_info().rss / 1e6
         import resource
@@ -37,9 +33,7 @@ def peak_mb(pid: int | None = None) -> float:
 
 def run_fresh(code: str) -> dict[str, Any]:
     """The JSON object on the last line that Python `code` prints, in a fresh process that finds the same packages as this one.
-
-    Raises UserError, with the last line of its stderr, where the process fails.
-    """
+    Raises UserError, with the last line of its stderr, where the process fails."""
     done = subprocess.run([sys.executable, "-c", code], env=same_packages(), capture_output=True, text=True)
     if done.returncode:
         why = last_line(done.stderr) or "out of memory?"
@@ -57,14 +51,10 @@ def last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
-def time_generation(
-    prefill: Callable[[], Any], step: Callable[[int], Any], new_tokens: int, forced: Sequence[int] | None = None
-) -> tuple[float, float, list]:
+def time_generation(prefill: Callable, step: Callable, new_tokens: int, forced: Sequence[int] | None = None) -> tuple:
     """Milliseconds of the prefill and of each of `new_tokens` decode steps (mean), and all logits; batch 1.
-
     `prefill()` and `step(token)` return the logits of the next token. Greedy, or along the token ids `forced`.
-    >>> import numpy as np
-    >>> len(time_generation(lambda: np.eye(3)[1], lambda token: np.eye(3)[token], 2)[2])
+    >>> len(time_generation(lambda: torch.eye(3)[1], lambda token: torch.eye(3)[token], 2)[2])
     3
     """
     start = time.perf_counter()

@@ -1,12 +1,12 @@
 """Bytes: what a model holds in memory, and what its weights take as files."""
 
-from __future__ import annotations
-
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from mmrecipes.errors import UserError
@@ -17,7 +17,6 @@ WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".onnx", ".onnx_data", ".
 
 def parameters(model: nn.Module) -> list[dict]:
     """Rows of part, dtype, parameters, bytes: what the model holds in memory, quantized modules and buffers included.
-
     Tied weights count once, where they are met first. Scales, zero points and code books count as bytes, not as parameters;
     buffers have rows of their own, with 0 parameters.
     >>> [row["part"] for row in parameters(model) if row["parameters"]]
@@ -28,9 +27,8 @@ def parameters(model: nn.Module) -> list[dict]:
         for key, dtype, count, size in held_tensors(module):
             if key not in seen:
                 seen.add(key)
-                row = rows.setdefault((owner.get(module, "other"), dtype), {"parameters": 0, "bytes": 0})
-                row["parameters"] += count
-                row["bytes"] += size
+                row = rows.setdefault((owner.get(module, "other"), dtype), Counter(parameters=0, bytes=0))
+                row.update(parameters=count, bytes=size)
     order = [*modules.parts(model), "connector", "other"]
     keys = sorted(rows, key=lambda k: (order.index(k[0]), k[1]))
     return [{"part": part, "dtype": dtype, **rows[part, dtype]} for part, dtype in keys]
@@ -46,7 +44,6 @@ def model_bytes(model: nn.Module) -> int:
 
 def disk_bytes(model_or_dir: nn.Module | str | Path) -> int:
     """Bytes that the weights take as files: of a directory its weight files, of a model what it really writes.
-
     A model is written to a temporary directory, as safetensors, or with torch.save where its state holds more than plain
     tensors. Raises UserError for a directory without weight files.
     >>> disk_bytes(data_dir() / "models" / "mini-vlm") < 1e8
@@ -57,16 +54,13 @@ def disk_bytes(model_or_dir: nn.Module | str | Path) -> int:
         found = [f for f in root.rglob("*") if f.suffix in WEIGHT_FILES and f.is_file()]
         sizes = [f.stat().st_size for f in found if not any(p.startswith(".") for p in f.relative_to(root).parts)]
         if not sizes:
-            raise UserError(
-                f"disk_bytes: {root} holds no weight files ({', '.join(sorted(WEIGHT_FILES))}); give a model directory"
-            )
+            kinds = ", ".join(sorted(WEIGHT_FILES))
+            raise UserError(f"disk_bytes: {root} holds no weight files ({kinds}); give a model directory")
         return sum(sizes)
     state = model_or_dir.state_dict()
     with tempfile.TemporaryDirectory(prefix="mmrecipes-") as folder:
         file = Path(folder) / "weights"
         if all(type(v) in (Tensor, nn.Parameter) and not v.is_quantized for v in state.values()):
-            from safetensors.torch import save_model
-
             save_model(model_or_dir, str(file))  # writes tied weights once
         else:
             torch.save(state, file)

@@ -1,11 +1,8 @@
 """How long a model takes, stage by stage, interleaved with others (notebook 01). Times are milliseconds unless said otherwise."""
 
-from __future__ import annotations
-
 import functools
 import gc
 import inspect
-import statistics
 import time
 from collections.abc import Callable, Mapping
 
@@ -21,7 +18,6 @@ STAGES = ("vision", "connector", "prefill", "decode")
 
 def wall(fns: dict[str, Callable], repeats: int = 7, warmup: int = 2) -> dict[str, dict]:
     """Milliseconds of each function: "median", "low" and "high" (the quartiles).
-
     Interleaved: each round calls every function once, in rotating order, so that a change in the machine's load hits all.
     >>> sorted(wall({"sum": lambda: sum(range(99))}, repeats=3)["sum"])
     ['high', 'low', 'median']
@@ -34,10 +30,9 @@ def latency(
     models: dict[str, nn.Module], inputs: Mapping, new_tokens: int = 8, repeats: int = 7, warmup: int = 2
 ) -> dict[str, dict]:
     """Milliseconds of each stage of each variant: "median", "low" and "high" (the quartiles), interleaved as in `wall`.
-
-    "vision" and "connector" are exclusive of each other; "prefill" is the rest of the first forward pass; "ttft" is all
-    three (the image processor and tokenizer not included); "decode" is one further token with the KV cache, the mean of
-    `new_tokens`. "tokens_per_s" is the rate of the decode stage, over the whole batch. Inputs are cast to each variant's dtype.
+    "vision" and "connector" exclude each other; "prefill" is the rest of the first forward pass; "ttft" is all three (without
+    image processor and tokenizer); "decode" is one further token with the KV cache, the mean of `new_tokens`; "tokens_per_s"
+    is the decode stage's rate, over the whole batch. Inputs are cast to each variant's dtype. UserError for no models or tokens.
     >>> list(latency({"fp32": model}, inputs, new_tokens=1, repeats=1, warmup=0)["fp32"])
     ['vision', 'connector', 'prefill', 'decode', 'ttft', 'tokens_per_s']
     """
@@ -46,8 +41,7 @@ def latency(
 
     def once(model: nn.Module, own: dict) -> dict[str, float]:
         spent = walk_stages(model, own, new_tokens, clock)
-        decode = spent["decode"] / new_tokens
-        ttft = sum(spent[stage] for stage in ("vision", "connector", "prefill"))
+        decode, ttft = spent["decode"] / new_tokens, sum(spent[stage] for stage in STAGES[:3])
         return spent | {"decode": decode, "ttft": ttft, "tokens_per_s": 1e3 * len(own["input_ids"]) / decode}
 
     return interleaved({name: functools.partial(once, m, cast(m, inputs)) for name, m in models.items()}, repeats, warmup)
@@ -59,36 +53,31 @@ def cast(model: nn.Module, inputs: Mapping) -> dict:
     torch.bfloat16
     """
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-
-    def to(v: object) -> object:
-        return v.to(first.device, first.dtype if v.is_floating_point() else v.dtype) if isinstance(v, Tensor) else v
-
-    return {k: to(v) for k, v in inputs.items()}
+    moved = {k: v.to(first.device) for k, v in inputs.items() if isinstance(v, Tensor)}
+    return {**inputs, **{k: v.to(first.dtype) if v.is_floating_point() else v for k, v in moved.items()}}
 
 
 def interleaved(runs: dict[str, Callable[[], dict[str, float]]], repeats: int, warmup: int) -> dict[str, dict[str, dict]]:
-    """ "median", "low" and "high" (the quartiles) of each number that each run returns; rounds in rotating order, no garbage
-    collection. Raises UserError for no repeats.
-    """
+    """{"median", "low", "high"} (the quartiles) of each number that each run returns; rounds in rotating order, without garbage
+    collection. Raises UserError for no repeats."""
     if repeats < 1 or warmup < 0:
         raise UserError(f"timing: repeats={repeats}, warmup={warmup}: give at least 1 repeat and 0 warm-ups")
-    names, samples, was_on = list(runs), {name: [] for name in runs}, gc.isenabled()
+    order, samples, was_on = list(runs), {name: [] for name in runs}, gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        for i in range(warmup + repeats):
-            turn = i % max(len(names), 1)
-            for name in names[turn:] + names[:turn]:
+        for _ in range(warmup + repeats):
+            for name in order:
                 samples[name].append(runs[name]())
+            order = order[1:] + order[:1]
     finally:
         if was_on:
             gc.enable()
-    return {name: {key: _spread([s[key] for s in drawn[warmup:]]) for key in drawn[0]} for name, drawn in samples.items()}
 
+    def spread(values: list[float]) -> dict[str, float]:
+        return dict(zip(("median", "low", "high"), np.quantile(values, (0.5, 0.25, 0.75)).tolist(), strict=True))
 
-def _spread(values: list[float]) -> dict[str, float]:
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"median": statistics.median(values), "low": low, "high": high}
+    return {name: {key: spread([s[key] for s in drawn[warmup:]]) for key in drawn[0]} for name, drawn in samples.items()}
 
 
 def clock() -> float:
@@ -112,9 +101,8 @@ def generation_steps(model: nn.Module, inputs: Mapping) -> tuple[Callable[[], Te
     """`prefill()` and `step(token ids (B, 1))`, each giving the logits (B, V) of the next token, with the KV cache in between."""
     keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}  # as generate()
     state = {"mask": inputs.get("attention_mask")}
-    if (
-        state["mask"] is not None and state["mask"].all()
-    ):  # a Qwen-VL makes of a mask the positions of all tokens, not of the new one
+    # a Qwen-VL makes of a mask the positions of all tokens, not of the new one
+    if state["mask"] is not None and state["mask"].all():
         state["mask"] = None
 
     def forward(**given: object) -> Tensor:
@@ -133,36 +121,27 @@ def generation_steps(model: nn.Module, inputs: Mapping) -> tuple[Callable[[], Te
 
 def walk_stages(model: nn.Module, inputs: dict, new_tokens: int, read: Callable[[], float | np.ndarray]) -> dict:
     """Greedy generation at any batch size: how far `read()`, a clock or a counter, went on in each of the STAGES.
-
-    Raises UserError where the model does not generate.
-    """
+    Raises UserError where the model does not generate."""
     if not getattr(model, "can_generate", bool)():
         raise UserError(f"measure: {type(model).__name__} does not generate text; time its parts with measure.wall instead")
     stack, spent = ["prefill"], dict.fromkeys(STAGES, 0.0)
 
-    def charge() -> None:
+    def charge(*_: object, then: str | None = None) -> None:
+        """Charge what was spent to the running stage; `then` enter another within it or, None, leave it."""
         nonlocal last
         now = read()
         spent[stack[-1]] += now - last
         last = now
+        stack[:] = [*stack, then] if then else stack[:-1]
 
-    def enter(stage: str, *_: object) -> None:
-        charge()
-        stack.append(stage)
-
-    def leave(*_: object) -> None:
-        charge()
-        stack.pop()
-
-    inside = [(module, functools.partial(enter, part)) for part, module in nested_parts(model) if part in STAGES]
-    hooks = [h for m, go in inside for h in (m.register_forward_pre_hook(go), m.register_forward_hook(leave))]
+    inside = [(module, functools.partial(charge, then=part)) for part, module in nested_parts(model) if part in STAGES]
+    hooks = [h for m, enter in inside for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(charge))]
     prefill, step = generation_steps(model, inputs)
     try:
         with torch.no_grad():
             last = read()
             token = prefill().argmax(-1)
-            charge()
-            stack[0] = "decode"
+            charge(then="decode")
             for _ in range(new_tokens):
                 token = step(token).argmax(-1)
             charge()

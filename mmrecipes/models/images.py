@@ -1,14 +1,11 @@
 """Users' images in: any format PIL knows, refused in one line when it is broken, not one, or too large to decode."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageOps
 
 from mmrecipes.errors import UserError, one_line
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 MAX_PIXELS = 100_000_000
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -16,13 +13,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 def load_image(source: str | Path | Image.Image) -> Image.Image:
     """A user's image as PIL RGB: upright (EXIF), without palette or alpha (laid on white), 8 bits, from any PIL format.
-
     Raises UserError when it is missing, a directory, not an image, cut off, or over 100 megapixels (told from its header).
     >>> load_image(rows[0]["image"]).mode
     'RGB'
     """
-    from PIL import Image, ImageOps
-
     if isinstance(source, Image.Image):
         image, path = source, "the image"
     else:
@@ -39,23 +33,17 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise UserError(f"{path}: {image.width} x {image.height} px is more than 100 megapixels; scale it down first")
     try:
-        return _to_rgb(ImageOps.exif_transpose(image))
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):  # 16 or 32 bits: PIL's own conversion would clip them to white
+            values = np.asarray(image, dtype=np.float32)
+            top = 65535 if image.mode.startswith("I;16") else max(float(values.max(initial=0)), 1.0)
+            image = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
     except Exception as e:  # decoders raise OSError, SyntaxError, EOFError, struct.error, ... on broken data
         raise UserError(f"{path}: truncated or corrupted ({one_line(e, 80)}); get a fresh copy") from e
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    import numpy as np
-    from PIL import Image
-
-    if image.mode.startswith(("I", "F")):  # 16 or 32 bits: PIL's own conversion would clip them to white
-        values = np.asarray(image, dtype=np.float32)
-        top = 65535 if image.mode.startswith("I;16") else max(float(values.max(initial=0)), 1.0)
-        return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB") if image.mode != "RGB" else image.copy()
 
 
 def load_images(folder: str | Path) -> list[tuple[str, Image.Image]]:

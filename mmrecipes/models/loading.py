@@ -1,24 +1,16 @@
-"""Models in: a house model, a directory or a hub id, checked before anything large happens.
-
-Each refusal is one line that names the thing and the cure. Weights are read from safetensors files, which cannot run code.
-"""
-
-from __future__ import annotations
+"""Models in, checked before anything large happens: each refusal is one line that names the thing and the cure."""
 
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from mmrecipes import quiet
 from mmrecipes.errors import UserError, one_line
 from mmrecipes.models.modules import parts
 from mmrecipes.models.preflight import check_memory, read_json, weight_bytes
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
 
 HOUSE = ("mini-vlm", "mini-siglip")  # the models that come with this package, in data_dir()/models
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -47,47 +39,43 @@ def load(
     dtype: torch.dtype | str = torch.float32,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
-) -> PreTrainedModel:
+) -> nn.Module:
     """The Hugging Face model itself, in eval mode, its processor attached as `model.processor`.
-
     `name` is a house model (see HOUSE), a local directory or a hub id; `revision` is for hub ids; `dtype` "auto" takes
     the one the weights were saved in. Code from the model's own directory runs only with `trust_remote_code`.
-    Raises UserError for anything missing, broken, misfitting, not multimodal, or too large for the memory that is free.
+    Weights come from safetensors files, which cannot run code. Raises UserError for anything missing, broken, misfitting, not
+    multimodal, or too large for the memory that is free.
     >>> load("mini-vlm", dtype="bfloat16").dtype
     torch.bfloat16
     """
-    dtype, device = as_dtype(dtype), _device(device)
+    dtype = as_dtype(dtype)
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as e:  # torch built without it, no such device, no such word
+        raise UserError(f"device {str(device)!r} cannot be used here ({one_line(e, 80)}): use cpu") from e
     path = _directory(name, revision)
     config = read_json(path / "config.json")
     auto = _auto_class(path, config, trust_remote_code)
     check_memory(name, weight_bytes(path, None if dtype == "auto" else dtype), dtype, device)
-    with quiet.library_logs():  # warnings about SigLIP's own default token ids
+    with quiet.library_logs():  # warnings about SigLIP's own token ids, and many lines on misfits, which are refused below
         processor = _processor(path, trust_remote_code)
-    try:
-        with quiet.library_logs():  # the library's many-line report on misfitting weights, which are refused below
-            model, info = auto.from_pretrained(
-                path,
-                dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported below, with the other misfits
-                trust_remote_code=trust_remote_code,
-            )
-    except Exception as e:  # whatever a broken directory makes the library raise
-        raise UserError(f"{path}: cannot be loaded ({one_line(e)}); check config.json, or get a complete copy") from e
+        options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+        try:
+            model, info = auto.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+        except Exception as e:  # whatever a broken directory makes the library raise
+            raise UserError(f"{path}: cannot be loaded ({one_line(e)}); check config.json, or get a complete copy") from e
     # from_pretrained only warns about these, and fills the gaps with random numbers
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info[kind]:
-            first = sorted(k if isinstance(k, str) else k[0] for k in info[kind])[0]
+            first = min(k if isinstance(k, str) else k[0] for k in info[kind])
             what = f"{len(info[kind])} {kind.removesuffix('_keys')}, such as {first}"
             raise UserError(f"{path}: the weights do not fit config.json ({what}); get the config.json that belongs to them")
     for key, p in model.named_parameters():
         if p.is_floating_point() and p.element_size() > 1 and not torch.isfinite(p.sum(dtype=torch.float32)):
             raise UserError(f"{path}: the weights are damaged ({key} is not finite); get a fresh copy")
     parts(model)  # refuses what is not multimodal
-    model = model.to(device).eval()
     model.processor = processor
-    return model
+    return model.to(device).eval()
 
 
 def as_dtype(given: torch.dtype | str) -> torch.dtype | str:
@@ -98,13 +86,6 @@ def as_dtype(given: torch.dtype | str) -> torch.dtype | str:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise UserError(f"unknown dtype {given!r}: use float32, bfloat16, float16 or auto")
     return found
-
-
-def _device(given: str | torch.device) -> torch.device:
-    try:
-        return torch.empty(0, device=given).device
-    except (RuntimeError, AssertionError, TypeError) as e:  # torch built without it, no such device, no such word
-        raise UserError(f"device {str(given)!r} cannot be used here ({one_line(e, 80)}): use cpu") from e
 
 
 def _directory(name: str | Path, revision: str | None) -> Path:
@@ -133,9 +114,9 @@ def _directory(name: str | Path, revision: str | None) -> Path:
 def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
+    patterns = {"allow_patterns": HUB_FILES, "ignore_patterns": ["*/*", "consolidated*"]}
     try:
-        given = {"allow_patterns": HUB_FILES, "ignore_patterns": ["*/*", "consolidated*"]}
-        return Path(snapshot_download(name, revision=revision, **given))
+        return Path(snapshot_download(name, revision=revision, **patterns))
     except errors.GatedRepoError as e:
         raise UserError(f"{name}: accept its terms on its hub page, then `hf auth login`") from e
     except errors.RepositoryNotFoundError as e:
@@ -143,10 +124,8 @@ def _from_hub(name: str, revision: str | None) -> Path:
     except errors.RevisionNotFoundError as e:
         raise UserError(f"{name}: the hub has no revision {revision!r} of it; leave revision out for the newest") from e
     except Exception as e:  # offline by choice or by accident: requests, httpx and the hub each have their own errors for it
-        raise UserError(
-            f"{name}: no such directory here, and the hub cannot be reached: run `hf download {name} --local-dir DIR` on a "
-            "connected machine and pass DIR, or unset HF_HUB_OFFLINE"
-        ) from e
+        how = f"run `hf download {name} --local-dir DIR` on a connected machine and pass DIR, or unset HF_HUB_OFFLINE"
+        raise UserError(f"{name}: no such directory here, and the hub cannot be reached: {how}") from e
 
 
 def _auto_class(path: Path, config: dict, trust_remote_code: bool):
@@ -167,11 +146,11 @@ def _auto_class(path: Path, config: dict, trust_remote_code: bool):
         raise UserError(f"{path}: {at} does not know the architecture {kind!r}; upgrade transformers, or correct config.json")
     if not trust_remote_code:
         raise UserError(f"{path}: {kind!r} needs code from its own directory; read it, then pass trust_remote_code=True")
-    names = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
+    names = ("AutoModelForImageTextToText", "AutoModelForCausalLM")
     return getattr(transformers, next((n for n in names if n in own_code), "AutoModel"))
 
 
-def _processor(path: Path, trust_remote_code: bool) -> ProcessorMixin:
+def _processor(path: Path, trust_remote_code: bool):  # -> transformers.ProcessorMixin
     from transformers import AutoProcessor
 
     if not any(any(path.glob(p)) for p in ("tokenizer.json", "*.model", "vocab.*", "tekken.json")):
@@ -195,7 +174,7 @@ def _processor(path: Path, trust_remote_code: bool) -> ProcessorMixin:
     return processor
 
 
-def _without_video(path: Path) -> ProcessorMixin:
+def _without_video(path: Path):  # -> transformers.ProcessorMixin
     """The processor of `path` without its video half, which alone needs torchvision (Qwen-VL, SmolVLM2, MiniCPM-V)."""
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Idefics3Processor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING

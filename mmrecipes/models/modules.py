@@ -1,7 +1,5 @@
 """The only place that knows the parts of a model: vision encoder, connector, language model, head; layers, FFNs, attention."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Sequence
 
@@ -21,7 +19,6 @@ OUT = ("o_proj", "out_proj")
 
 def parts(model: nn.Module) -> dict[str, nn.Module]:
     """The modules called "vision", "connector", "language" and "head" of a multimodal model; UserError for any other.
-
     The connector may sit inside the vision encoder (Qwen's merger). A dual encoder (CLIP, SigLIP) has neither connector nor head.
     >>> list(parts(model))
     ['vision', 'connector', 'language', 'head']
@@ -45,7 +42,7 @@ def nested_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(part, module), largest first, so that the innermost wins: a Qwen-VL's connector lies inside its vision encoder."""
     found = parts(model)
     within = (getattr(model, "model", model), found["vision"])
-    helpers = [m for w in within for n in HELPERS if (m := getattr(w, n, None)) is not None]
+    helpers = [getattr(module, name) for module in within for name in HELPERS if getattr(module, name, None) is not None]
     helpers = [m for h in helpers for m in (h if isinstance(h, nn.ModuleList) else [h])]  # a list is never called itself
     return sorted([*found.items(), *(("connector", h) for h in helpers)], key=lambda p: -len(list(p[1].modules())))
 
@@ -163,7 +160,6 @@ def head_dim(model: nn.Module, part: str) -> int:
 
 def checkpoint_with_config(model: nn.Module, config: object) -> nn.Module:
     """A new model of `config` with the weights of `model`, whose modules were cut: what `from_pretrained` would build.
-
     Raises UserError where a weight does not fit: then the config cannot say what was cut, and no checkpoint could be loaded.
     >>> checkpoint_with_config(model, model.config) is model
     False

@@ -1,13 +1,12 @@
 """What is looked at before a model is read or written: weight files, free memory, the place to write to."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
 import re
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -27,18 +26,16 @@ def read_json(path: Path) -> dict:
 
 def weight_bytes(path: Path, dtype: torch.dtype | None) -> int:
     """Bytes of the weights once loaded as `dtype` (None: as saved), from the files' headers; UserError if one is broken."""
-    index = path / "model.safetensors.index.json"
-    files = [path / "model.safetensors"]
+    index, files = path / "model.safetensors.index.json", [path / "model.safetensors"]
     if index.is_file():
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise UserError(f"{index}: names no weights; download it again")
         files = [path / str(f) for f in sorted(set(shards.values()))]
     elif not files[0].is_file():
+        cure = "model.safetensors was expected: download it again"
         if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
             cure = "convert the pickled weights on a machine that trusts them: from_pretrained(DIR).save_pretrained(NEW_DIR)"
-        else:
-            cure = "model.safetensors was expected: download it again"
         raise UserError(f"{path}: no *.safetensors weights; {cure}")
     bits = {"BOOL": 8} | {kind: 8 * dtype.itemsize for kind in ("F64", "F32", "F16", "BF16") if dtype}
     tensors = [t for file in files for t in _header(file)]
@@ -66,15 +63,11 @@ def free_memory(device: torch.device | str = "cpu", cgroup: Path = Path("/sys/fs
     >>> free_memory() > 0
     True
     """
-    import psutil
-
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
-    for limit, used, stat in (
-        ("memory.max", "memory.current", "memory.stat"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-    ):
+    old_names = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat")
+    for limit, used, stat in (("memory.max", "memory.current", "memory.stat"), old_names):
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit
             left = int((cgroup / limit).read_text()) - int((cgroup / used).read_text())
             # `used` counts the page cache, which the kernel gives back when asked

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+from PIL import Image
+from torch import Tensor, nn
 
 from mmrecipes.errors import UserError
 from mmrecipes.models.images import load_image
@@ -14,15 +16,13 @@ from mmrecipes.models.modules import parts
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from PIL import Image
-    from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+    from transformers import ProcessorMixin
 
 Rows: TypeAlias = "Dataset"  # with columns image, question and answer
 
 
 def chat_prompts(processor: ProcessorMixin, questions: Sequence[str], with_image: bool = True) -> list[str]:
     """The text of one chat turn for each question, after a place for one image, up to where the answer begins.
-
     Raises UserError for a question that contains the processor's image token, which would be taken for a second image.
     >>> chat_prompts(model.processor, ["What is {}?"])[0].endswith("What is {}?<end_of_utterance>\\nAssistant:")
     True
@@ -35,7 +35,7 @@ def chat_prompts(processor: ProcessorMixin, questions: Sequence[str], with_image
     return [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
 
 
-def batch_inputs(model: torch.nn.Module, images: Sequence[Image.Image] | None, texts: Sequence[str]) -> BatchFeature:
+def batch_inputs(model: nn.Module, images: Sequence[Image.Image] | None, texts: Sequence[str]) -> Mapping[str, Tensor]:
     """`texts` (B) with one image each, padded on the left to input_ids (B, T), on the model's device, pixels in its dtype."""
     model.processor.tokenizer.padding_side = "left"  # generation continues at the right end
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -43,12 +43,11 @@ def batch_inputs(model: torch.nn.Module, images: Sequence[Image.Image] | None, t
     return model.processor(**pixels, text=list(texts), padding=True, return_tensors="pt").to(model.device, dtype)
 
 
-def teacher_forced(model: torch.nn.Module, rows: Dataset, batch_size: int = 50) -> Iterator[tuple[BatchFeature, list[int]]]:
+def teacher_forced(model: nn.Module, rows: Dataset, batch_size: int = 50) -> Iterator[tuple[Mapping[str, Tensor], list[int]]]:
     """Batches of `rows` (image, question, answer) as inputs, each prompt followed by its answer; with each batch, how many
     tokens each answer has: with the end of sequence, they are the last of their row. Without a column `image`: text alone.
-    >>> inputs, lengths = next(teacher_forced(model, rows))
-    >>> len(lengths) == len(inputs["input_ids"]) == len(rows)
-    True
+    >>> [len(lengths) for _, lengths in teacher_forced(model, rows, 2)]
+    [2, 2]
     """
     tokenizer, seen = model.processor.tokenizer, "image" in rows.column_names
     for i in range(0, len(rows), batch_size):
@@ -59,9 +58,8 @@ def teacher_forced(model: torch.nn.Module, rows: Dataset, batch_size: int = 50) 
         yield inputs, [len(tokenizer(a, add_special_tokens=False)["input_ids"]) for a in answers]
 
 
-def chat(model: PreTrainedModel, images: Image.Image | str | Path | list, question: str) -> BatchFeature:
+def chat(model: nn.Module, images: Image.Image | str | Path | list, question: str) -> Mapping[str, Tensor]:
     """Inputs of one turn, images first, then the question, on the model's device, pixels in its dtype.
-
     Raises UserError when the model does not chat (CLIP, SigLIP) or its processor has no chat template.
     >>> sorted(chat(model, rows[0]["image"], "What is there?"))
     ['attention_mask', 'input_ids', 'pixel_attention_mask', 'pixel_values']
@@ -73,16 +71,14 @@ def chat(model: PreTrainedModel, images: Image.Image | str | Path | list, questi
         raise UserError(f"{name}: the processor has no chat template; add chat_template.jinja")
     images = images if isinstance(images, list | tuple) else [images]
     content = [{"type": "image", "image": load_image(i)} for i in images] + [{"type": "text", "text": question}]
-    turn = [{"role": "user", "content": content}]
-    inputs = model.processor.apply_chat_template(
-        turn, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = model.processor.apply_chat_template([{"role": "user", "content": content}], **options)
     dtypes = (p.dtype for p in parts(model)["vision"].parameters() if p.is_floating_point())
     return inputs.to(model.device, next(dtypes, torch.float32))  # the vision encoder's: a model may mix them
 
 
 @torch.inference_mode()
-def ask(model: PreTrainedModel, image: Image.Image | str | Path | list, question: str, max_new_tokens: int = 16) -> str:
+def ask(model: nn.Module, image: Image.Image | str | Path | list, question: str, max_new_tokens: int = 16) -> str:
     """The model's answer to `question` about `image`, decoded greedily, without special tokens, stripped.
     >>> ask(model, rows[0]["image"], rows[0]["question"]) == rows[0]["answer"]
     True

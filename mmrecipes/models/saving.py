@@ -1,7 +1,5 @@
 """Written aside, then renamed: models, JSON files and single files, all or nothing."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import json
@@ -10,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,9 +17,6 @@ from torch import nn
 from mmrecipes.errors import UserError, one_line
 from mmrecipes.models.loading import as_dtype
 from mmrecipes.models.preflight import read_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
 
 
 @contextlib.contextmanager
@@ -51,14 +46,9 @@ def write_json(path: Path, content: dict[str, Any]) -> Path:
 
 
 def save(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    out: str | Path,
-    dtype: torch.dtype | str = torch.bfloat16,
-    extra: dict[str, str] | None = None,
+    model: nn.Module, processor: Any, out: str | Path, dtype: torch.dtype | str = torch.bfloat16, extra: dict | None = None
 ) -> Path:
     """Write model, processor and the text files of `extra` {name: text} to directory `out`, all or nothing. Returns `out`.
-
     Everything goes to `out`.part first, which then takes the place of an older model. Floating weights are cast to `dtype`
     on the way ("auto": as they are), and config.json says so; `model` itself stays as it is. Raises UserError.
     >>> save(model, model.processor, folder / "half", "bfloat16") == folder / "half"
@@ -82,9 +72,10 @@ def save(
     return given
 
 
-def _cast_copy(model: PreTrainedModel, dtype: torch.dtype | str) -> PreTrainedModel:
+def _cast_copy(model: nn.Module, dtype: torch.dtype | str) -> nn.Module:
     """A copy whose floating parameters are `dtype`; nothing is ever held twice in the old one."""
-    memo: dict[int, object] = {id(p): p for p in (getattr(model, "processor", None),) if p is not None}
+    processor = getattr(model, "processor", None)
+    memo = {id(processor): processor}
     for p in model.parameters():
         same = dtype == "auto" or not p.is_floating_point() or p.element_size() == 1
         memo[id(p)] = p if same else nn.Parameter(p.detach().to(dtype), requires_grad=p.requires_grad)
@@ -98,8 +89,12 @@ def check_replaceable(out: str | Path) -> None:
     out = Path(out).expanduser().resolve()
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give a directory that is new, empty or holds an older model")
-    if out.is_dir() and any(out.iterdir()) and not holds_only_a_model(out):
-        raise UserError(f"{out}: holds something else than a model, and is left alone; give a new or an empty directory")
+    if out.is_dir() and any(out.iterdir()):
+        is_model = False
+        with contextlib.suppress(UserError):  # config.json is a common name: ours says what model it is
+            is_model = "model_type" in read_json(out / "config.json") and not (out / ".git").exists()  # no repository with one
+        if not is_model:
+            raise UserError(f"{out}: holds something else than a model, and is left alone; give a new or an empty directory")
     parent = next(p for p in out.parents if p.exists())
     try:  # asking is not enough: a read-only disk refuses even those who may write
         tempfile.TemporaryDirectory(dir=parent).cleanup()
@@ -117,10 +112,3 @@ def take_place(part: Path, out: Path) -> None:
             if old:
                 old.rename(out)
             raise
-
-
-def holds_only_a_model(path: Path) -> bool:
-    """Whether a directory is a model's, and no repository with a model in it."""
-    with contextlib.suppress(UserError):  # config.json is a common name: ours says what model it is
-        return "model_type" in read_json(path / "config.json") and not (path / ".git").exists()
-    return False

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmrecipes import quiet
 from mmrecipes.errors import UserError
-from mmrecipes.evaluate import likelihood
+from mmrecipes.evaluate.generation import answer_logits, divergence
 from mmrecipes.models.modules import clone, linears, part_of
 from mmrecipes.models.prompts import Rows
 from mmrecipes.quantize.calibration import calibrate, input_hessians
@@ -67,14 +67,14 @@ def sensitivity(
     from tqdm.auto import tqdm
 
     small, parts, per, costs = clone(model), part_of(model), "group" if group_size else "channel", []
-    reference, _ = likelihood.answer_logits(small, rows)
+    reference, _ = answer_logits(small, rows)
     for unit, names in tqdm(units(small).items(), disable=quiet.progress_hidden(), desc="sensitivity", leave=False):
         weights = {n: small.get_submodule(n).weight.detach() for n in names}
         originals = {n: w.clone() for n, w in weights.items()}
         for b in bits:
             for n, w in originals.items():
                 weights[n].copy_(rounding(n, w, b, group_size) if rounding else search_round(w, b, group_size))
-            loss = likelihood.divergence(reference, likelihood.answer_logits(small, rows)[0])
+            loss = divergence(reference, answer_logits(small, rows)[0])
             size = sum(packed_weight_bytes(w, b, per, group_size or 0) for w in weights.values())
             costs.append(Cost(unit, parts[f"{names[0]}.weight"], b, size, loss))
         for n, w in originals.items():

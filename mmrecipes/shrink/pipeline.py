@@ -20,7 +20,7 @@ from torch import nn
 
 from mmrecipes import quiet
 from mmrecipes.errors import UserError, one_line
-from mmrecipes.evaluate import likelihood
+from mmrecipes.evaluate import generation
 from mmrecipes.export import pipeline
 from mmrecipes.models import loading, prompts
 from mmrecipes.models.modules import parts
@@ -144,7 +144,7 @@ def _answered(source: Source, rows: folders.Rows, request: Request) -> tuple[fol
     own = not labelled or "answer" not in rows.calibrate.column_names  # calibrate on the model's own answers
     few = _head(rows.calibrate, 0, 4)
     few = fidelity.with_answers(base, few) if own else few
-    pace = _seconds(lambda: likelihood.answer_logits(base, few)) / len(few)
+    pace = _seconds(lambda: generation.answer_logits(base, few)) / len(few)
     calibrate = _head(rows.calibrate, seconds / pace / source.blocks, 4)  # GPTQ runs all rows once for each block
     tried = min(32, len(calibrate), max(2, int(seconds / pace / len(source.units))))
     calibrate = fidelity.with_answers(base, calibrate) if own else calibrate
