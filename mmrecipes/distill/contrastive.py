@@ -3,8 +3,6 @@
 For SigLIP and CLIP alike. Built by hand in notebook 32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +14,8 @@ from torch import Tensor, nn
 from mmrecipes.distill.losses import affinity_loss, embed, embedding_loss, interactive_loss, pair_loss
 from mmrecipes.distill.students import PROJECTION
 from mmrecipes.errors import UserError
-from mmrecipes.models import modules
-from mmrecipes.models.modules import clone
+from mmrecipes.models.modules import clone, parts
 from mmrecipes.train.loop import Loss, TrainConfig, fit
-
-TRAINABLE = ("all", "small", "nothing")
 
 
 @dataclass(frozen=True)
@@ -54,10 +49,9 @@ def set_trainable(model: nn.Module, trainable: Mapping[str, str]) -> nn.Module:
     """
     model = clone(model).requires_grad_(True)
     for part, share in trainable.items():
-        if share not in TRAINABLE or part not in PROJECTION:
-            expected = f"{', '.join(TRAINABLE)} of {' or '.join(PROJECTION)}"
-            raise UserError(f"set_trainable: {share!r} of {part!r}; expected {expected}")
-        for module in (modules.parts(model)[part], getattr(model, PROJECTION[part], None)):
+        if share not in ("all", "small", "nothing") or part not in PROJECTION:
+            raise UserError(f"set_trainable: {share!r} of {part!r}; expected all, small, nothing of vision or language")
+        for module in (parts(model)[part], getattr(model, PROJECTION[part], None)):
             for p in module.parameters() if module is not None else ():
                 p.requires_grad_(share == "all" or (share == "small" and p.ndim < 2))
     return model

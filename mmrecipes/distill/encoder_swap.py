@@ -4,8 +4,6 @@ First its features through a linear map, which is folded into the connector; the
 (`distill.distill`). Built by hand in notebook 31. `encoders.swapped` holds the class of the model that comes out.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,8 +16,7 @@ from torch import Tensor, nn
 from mmrecipes.distill.kd import LossWeights, StudentWithProjections, distillation_loss, fit_outputs
 from mmrecipes.distill.losses import ridge
 from mmrecipes.errors import UserError, one_line
-from mmrecipes.models import modules
-from mmrecipes.models.modules import VisionWithConnector, clone
+from mmrecipes.models.modules import VisionWithConnector, clone, config_of, parts
 from mmrecipes.train.loop import TrainConfig, fit
 
 ENCODERS = {  # name -> config of the backbone; MobileNetV2 keeps 8 x 8 positions to its end, as for segmentation
@@ -32,14 +29,12 @@ ENCODERS = {  # name -> config of the backbone; MobileNetV2 keeps 8 x 8 position
 }
 
 
-def swap_vision_encoder(
-    model: nn.Module, backbone: dict, start: nn.Module | None = None, seed: int = 0
-) -> nn.Module:  # -> encoders.swapped.SwappedForConditionalGeneration
+def swap_vision_encoder(model: nn.Module, backbone: dict, start: nn.Module | None = None, seed: int = 0) -> nn.Module:
     """A copy of an Idefics3 with another vision encoder and a connector that fits it, both with random weights.
 
     `backbone` is one of ENCODERS or a dict like those; with `start`, a trained backbone of that kind, it has its weights. The
-    language model is copied. Raises UserError for a model of another class, a connector that shuffles pixels, a backbone that
-    does not exist or gives no map of the model's grid, or weights that do not fit it.
+    class is `encoders.swapped.SwappedForConditionalGeneration`. Raises UserError for a model of another class, a connector that
+    shuffles pixels, a backbone that does not exist or gives no map of the model's grid, or weights that do not fit it.
     """
     from mmrecipes.distill.encoders import swapped
 
@@ -79,7 +74,7 @@ def least_squares_map(student: nn.Module, teacher: nn.Module, images: Tensor, ba
     """
     if not len(images):
         raise UserError("least_squares_map: no images; give some hundred like those to come")
-    encoders = [modules.parts(m)["vision"] for m in (student, teacher)]
+    encoders = [parts(m)["vision"] for m in (student, teacher)]
     gram = cross = 0.0
     for part in images.split(batch):
         x, y = (encoder(part).last_hidden_state.flatten(0, 1).double() for encoder in encoders)
@@ -90,7 +85,7 @@ def least_squares_map(student: nn.Module, teacher: nn.Module, images: Tensor, ba
 @torch.no_grad()
 def fold_map_(student: nn.Module, teacher: nn.Module, linear: Tensor) -> None:
     """Make `linear` (D, C), a map to `teacher`'s features, part of `student`'s connector: two matrices in a row are one."""
-    old, new = (modules.parts(m)["connector"].modality_projection.proj.weight for m in (teacher, student))
+    old, new = (parts(m)["connector"].modality_projection.proj.weight for m in (teacher, student))
     new.copy_(old @ linear.to(old))
 
 
@@ -110,7 +105,7 @@ def match_features(
     device, student, teacher = student.device, clone(student).requires_grad_(True), clone(teacher)
     torch.manual_seed(0)
     # without a bias: the connector has none to fold it into
-    linear = nn.Linear(*(modules.config_of(m, "vision").hidden_size for m in (student, teacher)), bias=False)
+    linear = nn.Linear(*(config_of(m, "vision").hidden_size for m in (student, teacher)), bias=False)
     linear.use_adamw = True
     if images is not None:
         linear.weight.data.copy_(least_squares_map(student, teacher, images))
@@ -133,7 +128,7 @@ def align_connector(
     """
     device, weights = student.device, LossWeights(hidden=0, vision=0)
     student, teacher = (clone(m).requires_grad_(False) for m in (student, teacher))
-    modules.parts(student)["connector"].requires_grad_(True)
+    parts(student)["connector"].requires_grad_(True)
     projected = StudentWithProjections(student, teacher, learned=False)
     fit(projected, batches, distillation_loss(teacher, weights, batches.answer_loss), replace(config, about=repr(weights)), work)
     return student.to(device).eval()

@@ -1,10 +1,9 @@
 """Knowledge distillation of a VLM: a small model, the student, learns to do what a large one, its teacher, does.
 
-The student may be asked to match right answers, the teacher's logits, hidden states, visual features and attention relations.
-`recover` is the same after a cut, with features compared as they are, and zeros that stay. Built by hand in notebook 30.
+The student may be asked to match right answers, the teacher's logits (Hinton et al. 2015, arXiv:1503.02531), hidden states,
+visual features (FitNets, arXiv:1412.6550) and attention relations. Built by hand in notebook 30. `recover` is the same after a
+cut (Minitron, arXiv:2407.14679), with features compared as they are, and zeros that stay: notebooks 20 and 21.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 
 from mmrecipes.distill.losses import feature_loss, kl_loss, relation_loss, ridge
 from mmrecipes.errors import UserError
-from mmrecipes.models import modules
-from mmrecipes.models.modules import VisionWithConnector, clone
+from mmrecipes.models.modules import VisionWithConnector, clone, config_of, layers, linears
 from mmrecipes.train.hooks import captured, layer_pairs
 from mmrecipes.train.loop import Loss, TrainConfig, fit, mean_over_processes, shard
 
@@ -49,17 +47,14 @@ LABELS_ONLY = LossWeights(logits=0, hidden=0, vision=0)
 
 
 class StudentWithProjections(nn.Module):
-    """A student with linear projections of its features to its teacher's width; only the student outlives the training.
-
-    Without `learned` projections features are compared as they are.
-    """
+    """A student with linear projections of its features to its teacher's width, or, unless `learned`, with none."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, learned: bool = True):
         super().__init__()
         self.student = student
-        depth = len(modules.layers(student, ("language",))["language"])
+        depth = len(layers(student, ("language",))["language"])
         if learned:
-            sizes = {p: [modules.config_of(m, p).hidden_size for m in (student, teacher)] for p in ("vision", "language")}
+            sizes = {p: [config_of(m, p).hidden_size for m in (student, teacher)] for p in ("vision", "language")}
             self.vision_projection = nn.Linear(*sizes["vision"])
             self.hidden_projections = nn.ModuleList(nn.Linear(*sizes["language"]) for _ in range(depth))
             self.vision_projection.use_adamw = self.hidden_projections.use_adamw = True
@@ -67,8 +62,11 @@ class StudentWithProjections(nn.Module):
             self.vision_projection, self.hidden_projections = nn.Identity(), nn.ModuleList(nn.Identity() for _ in range(depth))
 
     @torch.no_grad()
-    def fit_projections_(self, own: dict[str, Any], wanted: dict[str, Any]) -> None:
-        """The least-squares projections for one batch (`captured` of both models), so that training need not begin with them."""
+    def fit_projections_(self, teacher: nn.Module, answer_loss: Callable[[nn.Module, Any], tuple], batch: Any) -> None:
+        """Make them the least-squares projections for one batch, so that training need not begin with that."""
+        with captured(self.student) as own, captured(teacher) as wanted:
+            answer_loss(self.student, batch)
+            answer_loss(teacher, batch)
         hidden = zip(self.hidden_projections, layer_pairs(own["hidden"], wanted["hidden"]), strict=True)
         vision = [(self.vision_projection, (own["vision"], wanted["vision"]))] if "vision" in own else []
         for projection, features in (*hidden, *vision):
@@ -98,8 +96,7 @@ def distillation_loss(teacher: nn.Module | None, weights: LossWeights, answer_lo
             terms["vision"] = feature_loss(projected.vision_projection(own["vision"]), wanted["vision"])
         if weights.attention:
             shared = [k for k in wanted["attention"] if k in own["attention"]]  # a convolutional encoder has none
-            distances = [relation_loss(own["attention"][k], wanted["attention"][k]) for k in shared]
-            terms["attention"] = torch.stack(distances).mean()
+            terms["attention"] = torch.stack([relation_loss(own["attention"][k], wanted["attention"][k]) for k in shared]).mean()
         share = tokens / mean_over_processes(tokens)  # a mean over all processes' tokens, not a mean of their means
         scaled = {k: v * share if k in ("answers", "logits") else v for k, v in terms.items()}
         return sum(getattr(weights, k) * v for k, v in scaled.items()), logs | {k: v.item() for k, v in terms.items()}
@@ -129,14 +126,38 @@ def distill(
     if teacher is not None:  # frozen, or its vision encoder would compute gradients that nobody wants
         teacher = clone(teacher).requires_grad_(False).to(device)
     if weights.hidden or weights.vision:
-        first = shard(batches[0], 0, 1, device)
-        with torch.no_grad(), captured(projected.student) as own, captured(teacher) as wanted:
-            for model in (projected.student, teacher):
-                batches.answer_loss(model, first)
-        projected.fit_projections_(own, wanted)
-    loss = distillation_loss(teacher, weights, batches.answer_loss)
-    fit(projected, batches, loss, replace(config, about=repr(weights)), work)
+        projected.fit_projections_(teacher, batches.answer_loss, shard(batches[0], 0, 1, device))
+    fit(projected, batches, distillation_loss(teacher, weights, batches.answer_loss), replace(config, about=repr(weights)), work)
     return projected.student.to(device).eval()
+
+
+def recover(
+    model: nn.Module, batches: Sequence[Any], config: TrainConfig, teacher: nn.Module | None = None, work: Path | None = None
+) -> nn.Module:
+    """A trained copy of `model`, which was cut from `teacher`; without one it learns from the right answers alone.
+
+    Zeros of linear layers stay zeros, so that a pruned model stays pruned. Features are compared where no width was cut.
+    `batches` and `work` are as for `distill`. Raises UserError as `train.fit` does.
+    """
+    student, weights = clone(model).requires_grad_(True), LABELS_ONLY
+    if teacher is not None:  # frozen: it only shows, and computes no gradients
+        teacher = clone(teacher).requires_grad_(False)
+        same = {p: config_of(student, p).hidden_size == config_of(teacher, p).hidden_size for p in ("vision", "language")}
+        weights = LossWeights(hidden=float(same["language"]), vision=float(same["vision"]))
+    masks = {layer.weight: layer.weight != 0 for _, layer in linears(student) if (layer.weight == 0).any()}
+    hooks = [weight.register_hook(lambda grad, weight=weight: grad * masks[weight].to(grad.device)) for weight in masks]
+
+    @torch.no_grad()
+    def keep_zeros() -> None:  # masked gradients are not enough: Muon's orthogonal updates would bring the weights back
+        for weight, mask in masks.items():
+            weight.mul_(mask.to(weight.device))
+
+    projected = StudentWithProjections(student, teacher or student, learned=False)
+    loss = distillation_loss(teacher, weights, batches.answer_loss)
+    fit(projected, batches, loss, replace(config, about=repr(weights)), work, after_step=keep_zeros)
+    for hook in hooks:
+        hook.remove()
+    return student.to(model.device).eval()
 
 
 def match_vision_encoder(
@@ -147,7 +168,7 @@ def match_vision_encoder(
     On images alone: `batches[i][0]` are pixels (B, 3, H, W). Raises UserError unless both language models read tokens of the
     same width (slice the teacher's as the student's was), and as `train.fit` does.
     """
-    sizes = [modules.config_of(m, "language").hidden_size for m in (student, teacher)]
+    sizes = [config_of(m, "language").hidden_size for m in (student, teacher)]
     if sizes[0] != sizes[1]:
         raise UserError(f"match_vision_encoder: visual tokens of {sizes[0]} and {sizes[1]} channels; slice the teacher as well")
     device, student = student.device, clone(student).requires_grad_(True)
@@ -160,10 +181,9 @@ def fit_outputs(student: nn.Module, teacher: nn.Module, batches: Sequence[Any], 
     teacher.requires_grad_(False)
 
     def loss(part: nn.Module, batch: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
-        images = batch[0]
         with torch.no_grad():
-            wanted = teacher.to(images.device)(images)
-        distance = feature_loss(part(images), wanted)
+            wanted = teacher.to(batch[0].device)(batch[0])
+        distance = feature_loss(part(batch[0]), wanted)
         return distance, {"features": distance.item()}
 
     fit(student, batches, loss, config, work)

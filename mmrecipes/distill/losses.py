@@ -1,15 +1,14 @@
-"""What a student may be asked to match: logits, features and relations of a VLM; embeddings and the contrast of pairs."""
+"""What a student may be asked to match: logits, features and relations of a VLM; embeddings and the contrast of pairs.
 
-from __future__ import annotations
+Embeddings are a pair: images (B, D), and texts (M, D), the first B of which belong to the images.
+"""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 RELATION_HEADS = 2  # the heads that vectors are split into for attention relations, whatever the heads of either model
-
-
-# ---- a VLM
 
 
 def kl_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, reverse: bool = False) -> Tensor:
@@ -46,9 +45,6 @@ def ridge(gram: Tensor, cross: Tensor) -> Tensor:
     return torch.linalg.solve(gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), cross).T
 
 
-# ---- a dual encoder; embeddings are a pair: images (B, D), and texts (M, D), the first B of which belong to the images
-
-
 def embed(model: nn.Module, images: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
     """Embeddings of images (B, 3, H, W), or of token ids (B, T): (B, D), not normalised. SigLIP and CLIP alike."""
     out = model.get_image_features(pixel_values=images) if ids is None else model.get_text_features(input_ids=ids)
@@ -63,25 +59,14 @@ def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Ten
     """
     with torch.autocast(image.device.type, enabled=False):  # a scale of 100 is too much for 16 bits
         image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
-        texts, is_own = _gather_texts(text)
-        logits = scale.exp() * image @ texts.T + bias
-        sign = 2 * is_own[: len(image)].to(logits) - 1  # +1 for pairs, -1 elsewhere
+        first = 0  # the column of this process's first text
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            from torch.distributed.nn.functional import all_gather
+
+            first, text = dist.get_rank() * len(text), torch.cat(all_gather(text))
+        logits = scale.exp() * image @ text.T + bias
+        sign = 2 * torch.eye(*logits.shape, device=logits.device).roll(first, 1) - 1  # +1 for pairs, -1 elsewhere
         return -F.logsigmoid(sign * logits).sum() / len(image)
-
-
-def _gather_texts(text: Tensor) -> tuple[Tensor, Tensor]:
-    """The texts of all P processes (P * M, D), and which of them is this one's i-th: (M, P * M)."""
-    import torch.distributed as dist
-
-    identity = torch.eye(len(text), device=text.device)
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return text, identity
-    from torch.distributed.nn.functional import all_gather
-
-    first = dist.get_rank() * len(text)
-    is_own = torch.zeros(len(text), len(text) * dist.get_world_size(), device=text.device)
-    is_own[:, first : first + len(text)] = identity
-    return torch.cat(all_gather(text)), is_own
 
 
 def pair_loss(model: nn.Module, image: Tensor, text: Tensor) -> Tensor:

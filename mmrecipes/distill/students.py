@@ -1,9 +1,7 @@
 """A student cut from its teacher, or made from nothing in the same shape."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +9,7 @@ import torch
 from torch import nn
 
 from mmrecipes.errors import UserError
-from mmrecipes.models import modules
-from mmrecipes.models.modules import clone
+from mmrecipes.models.modules import checkpoint_with_config, clone, config_of, parts
 from mmrecipes.prune import importance, slicing, structured
 
 PROJECTION = {"vision": "visual_projection", "language": "text_projection"}  # CLIP's last matrices stand beside its encoders
@@ -28,9 +25,7 @@ class StudentSize:
     intermediate_size: int
 
 
-def make_student(
-    teacher: nn.Module, sizes: Mapping[str, StudentSize], rows: Any, inherit: bool = True, seed: int = 0
-) -> nn.Module:
+def make_student(teacher: nn.Module, sizes: dict[str, StudentSize], rows: Any, inherit: bool = True, seed: int = 0) -> nn.Module:
     """A student of the teacher's class, with `sizes` of "vision" and "language".
 
     With `inherit` it takes from the teacher what matters most: principal directions of the hidden states (SliceGPT, fitted on
@@ -39,7 +34,7 @@ def make_student(
     """
     student = teacher
     for part, size in sizes.items():
-        own = modules.config_of(student, part)
+        own = config_of(student, part)
         _check_intermediate_size(part, size.intermediate_size, own)
         if size.hidden_size != own.hidden_size:
             student = SLICE[part](student, size.hidden_size, rows)
@@ -57,9 +52,7 @@ def make_student(
     return blank.to(student.device, student.dtype)
 
 
-def make_dual_student(
-    teacher: nn.Module, layers: Mapping[str, Sequence[int]], intermediate_sizes: Mapping[str, int]
-) -> nn.Module:
+def make_dual_student(teacher: nn.Module, layers: dict[str, Sequence[int]], intermediate_sizes: dict[str, int]) -> nn.Module:
     """A student of the teacher's class with only its `layers` of "vision" and "language", and so many neurons in their FFNs.
 
     Weights are inherited (TinyCLIP, arXiv:2309.12314): the layers as they are, of the neurons those with the largest weights.
@@ -70,13 +63,13 @@ def make_dual_student(
         student = structured.keep_layers(student, part, keep)
     student, config = clone(student), copy.deepcopy(student.config)
     for part, count in intermediate_sizes.items():
-        own = modules.config_of(config, part)
+        own = config_of(config, part)
         _check_intermediate_size(part, count, own)
-        for mlp in [m for m in modules.parts(student)[part].modules() if hasattr(m, "fc1") and hasattr(m, "fc2")]:
+        for mlp in [m for m in parts(student)[part].modules() if hasattr(m, "fc1") and hasattr(m, "fc2")]:
             strength = mlp.fc1.weight.square().sum(1) + mlp.fc2.weight.square().sum(0)  # the pooling head has an FFN, too
             structured.keep_channels_([mlp.fc1], [mlp.fc2], strength.topk(count).indices.sort().values.tolist())
         own.intermediate_size = count
-    return modules.checkpoint_with_config(student, config)
+    return checkpoint_with_config(student, config)
 
 
 def _check_intermediate_size(part: str, count: int, config: Any) -> None:

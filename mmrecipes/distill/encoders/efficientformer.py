@@ -1,10 +1,8 @@
 """EfficientFormer-L1 (Li et al. 2022, arXiv:2206.01191), the published design in one page: 12.3 million parameters.
 
 Convolutions where maps are large, with average pooling for the mixing of places, and attention only in the last block, where
-49 tokens are left. transformers does not have it. `swapped.py` puts it in the place of a VLM's vision encoder.
+49 tokens are left.
 """
-
-from __future__ import annotations
 
 import itertools
 
@@ -12,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-DEPTHS, WIDTHS, ATTENTION_BLOCKS = (3, 2, 6, 4), (48, 96, 224, 448), 1  # L1; the attention blocks are the last ones
+DEPTHS, WIDTHS, ATTENTION_BLOCKS = (3, 2, 6, 3), (48, 96, 224, 448), 1  # L1; the blocks with attention end the last stage
 HEADS, KEY, VALUE = 8, 32, 128  # attention: heads, and the width of each one's keys and values
 STRIDE = 32  # px of an image's side for each place of the last stage
 
@@ -41,19 +39,6 @@ class Pooling(nn.Module):
         return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) - x
 
 
-class Block4D(nn.Module):
-    """On maps (B, C, H, W): pooling, then a two-layer perceptron at every place."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.mix = nn.Sequential(Pooling(), Scale(width, True))
-        self.mlp = nn.Sequential(conv(width, 4 * width, 1, act=nn.GELU), conv(4 * width, width, 1), Scale(width, True))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.mix(x)
-        return x + self.mlp(x)
-
-
 class Attention(nn.Module):
     """Self-attention of `side` x `side` tokens (B, N, C), with a learned bias for every distance (LeViT, 2104.01136)."""
 
@@ -73,18 +58,29 @@ class Attention(nn.Module):
         return self.out(x.transpose(1, 2).flatten(2))
 
 
-class Block3D(nn.Module):
-    """On tokens (B, N, C): attention, then a two-layer perceptron."""
+class Block(nn.Module):
+    """`mix` mixes places, then the two-layer perceptron `mlp` works at every one; both are added to what comes in."""
 
-    def __init__(self, width: int, side: int):
+    def __init__(self, mix: nn.Module, mlp: nn.Module):
         super().__init__()
-        self.mix = nn.Sequential(nn.LayerNorm(width), Attention(width, side), Scale(width, False))
-        layers = [nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)]
-        self.mlp = nn.Sequential(*layers, Scale(width, False))
+        self.mix, self.mlp = mix, mlp
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.mix(x)
         return x + self.mlp(x)
+
+
+def pooling_block(width: int) -> Block:
+    """Block4D of the paper, on maps (B, C, H, W)."""
+    mlp = nn.Sequential(conv(width, 4 * width, 1, act=nn.GELU), conv(4 * width, width, 1), Scale(width, True))
+    return Block(nn.Sequential(Pooling(), Scale(width, True)), mlp)
+
+
+def attention_block(width: int, side: int) -> Block:
+    """Block3D of the paper, on `side` x `side` tokens (B, N, C)."""
+    mix = nn.Sequential(nn.LayerNorm(width), Attention(width, side), Scale(width, False))
+    layers = [nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)]
+    return Block(mix, nn.Sequential(*layers, Scale(width, False)))
 
 
 class EfficientFormer(nn.Module):
@@ -99,20 +95,18 @@ class EfficientFormer(nn.Module):
             raise ValueError(f"EfficientFormer: size is {size} px; it must be a multiple of {STRIDE}")
         self.stem = nn.Sequential(conv(3, WIDTHS[0] // 2, 3, 2, nn.ReLU), conv(WIDTHS[0] // 2, WIDTHS[0], 3, 2, nn.ReLU))
         self.down = nn.ModuleList([nn.Identity(), *(conv(a, b, 3, 2) for a, b in itertools.pairwise(WIDTHS))])
-        plain = [depth - ATTENTION_BLOCKS * (i == len(DEPTHS) - 1) for i, depth in enumerate(DEPTHS)]
-        self.stages = nn.ModuleList(nn.Sequential(*(Block4D(w) for _ in range(n))) for n, w in zip(plain, WIDTHS, strict=True))
-        self.attention = nn.Sequential(*(Block3D(WIDTHS[-1], size // STRIDE) for _ in range(ATTENTION_BLOCKS)))
+        self.stages = nn.ModuleList(nn.Sequential(*map(pooling_block, [w] * n)) for n, w in zip(DEPTHS, WIDTHS, strict=True))
+        self.attention = nn.Sequential(*(attention_block(WIDTHS[-1], size // STRIDE) for _ in range(ATTENTION_BLOCKS)))
         self.norm = nn.LayerNorm(WIDTHS[-1])
         self.classes, self.distilled = nn.Linear(WIDTHS[-1], classes), nn.Linear(WIDTHS[-1], classes)
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Maps of (B, 48, H/4, W/4), (B, 96, H/8, W/8), (B, 224, H/16, W/16) and (B, 448, H/32, W/32)."""
-        x, maps = self.stem(x), []
+        maps = [self.stem(x)]
         for down, stage in zip(self.down, self.stages, strict=True):
-            x = stage(down(x))
-            maps.append(x)
-        tokens = self.norm(self.attention(x.flatten(2).transpose(1, 2)))
-        return [*maps[:-1], tokens.transpose(1, 2).unflatten(2, x.shape[2:])]
+            maps.append(stage(down(maps[-1])))
+        tokens = self.norm(self.attention(maps[-1].flatten(2).transpose(1, 2)))
+        return [*maps[1:-1], tokens.transpose(1, 2).unflatten(2, maps[-1].shape[2:])]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(x)[-1].mean((2, 3))

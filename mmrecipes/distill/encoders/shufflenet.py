@@ -1,10 +1,7 @@
 """ShuffleNet V2 1.0x (Ma et al. 2018, arXiv:1807.11164), the published design in one page: 2.3 million parameters.
 
 Half of a block's channels pass by untouched, the other half is convolved, and a shuffle mixes the two for the next block.
-transformers does not have it. `swapped.py` puts it in the place of a VLM's vision encoder.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +24,10 @@ class Block(nn.Module):
         half = out // 2
         begin = half if stride == 1 else into
         self.stride = stride
-        self.right = nn.Sequential(
-            conv(begin, half, 1), conv(half, half, 3, stride, groups=half, relu=False), conv(half, half, 1)
-        )
-        self.left = (
-            nn.Identity() if stride == 1 else nn.Sequential(conv(into, into, 3, 2, groups=into, relu=False), conv(into, half, 1))
-        )
+        self.right = nn.Sequential(conv(begin, half, 1), conv(half, half, 3, stride, half, relu=False), conv(half, half, 1))
+        self.left = nn.Identity()
+        if stride == 2:
+            self.left = nn.Sequential(conv(into, into, 3, 2, into, relu=False), conv(into, half, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = x.chunk(2, 1) if self.stride == 1 else (x, x)
@@ -46,21 +41,19 @@ class ShuffleNetV2(nn.Module):
     def __init__(self, classes: int = 1000):
         super().__init__()
         self.stem = nn.Sequential(conv(3, STEM, 3, 2), nn.MaxPool2d(3, 2, 1))
-        widths = [STEM, *(width for _, width in STAGES)]
-        self.stages = nn.ModuleList(
-            nn.Sequential(Block(into, out, 2), *(Block(out, out, 1) for _ in range(blocks - 1)))
-            for into, (blocks, out) in zip(widths, STAGES, strict=False)
-        )
-        self.top = conv(widths[-1], TOP, 1)
+        self.stages, into = nn.ModuleList(), STEM
+        for blocks, out in STAGES:
+            self.stages.append(nn.Sequential(Block(into, out, 2), *(Block(out, out, 1) for _ in range(blocks - 1))))
+            into = out
+        self.top = conv(into, TOP, 1)
         self.classes = nn.Linear(TOP, classes)
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Maps of (B, 116, H/8, W/8), (B, 232, H/16, W/16), (B, 464, H/32, W/32) and (B, 1024, H/32, W/32)."""
-        x, maps = self.stem(x), []
+        maps = [self.stem(x)]
         for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return [*maps, self.top(x)]
+            maps.append(stage(maps[-1]))
+        return [*maps[1:], self.top(maps[-1])]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classes(self.features(x)[-1].mean((2, 3)))

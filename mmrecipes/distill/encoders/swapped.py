@@ -4,8 +4,6 @@ This file is saved beside the weights (transformers' custom code), so that a swa
 `AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)`.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,10 +13,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from .efficientformer import EfficientFormer
 from .shufflenet import ShuffleNetV2
 
-OWN = {  # kind -> a backbone that transformers lacks, by the side of its images in px
-    "shufflenet_v2": lambda size: ShuffleNetV2(),
-    "efficientformer": lambda size: EfficientFormer(size=size),
-}
+# kind -> a backbone that transformers lacks, by the side of its images in px
+OWN = {"shufflenet_v2": lambda size: ShuffleNetV2(), "efficientformer": lambda size: EfficientFormer(size=size)}
 
 
 class BackboneEncoder(nn.Module):
@@ -31,10 +27,7 @@ class BackboneEncoder(nn.Module):
     def __init__(self, backbone: dict, size: int, grid: int):
         super().__init__()
         kind, self.grid = backbone["model_type"], grid
-        if kind in OWN:
-            self.backbone = OWN[kind](size)
-        else:
-            self.backbone = AutoModel.from_config(AutoConfig.for_model(**backbone))
+        self.backbone = OWN[kind](size) if kind in OWN else AutoModel.from_config(AutoConfig.for_model(**backbone))
         for head in ("classes", "distilled"):  # nobody asks for ImageNet's classes here
             if hasattr(self.backbone, head):
                 setattr(self.backbone, head, nn.Identity())
