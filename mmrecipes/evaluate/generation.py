@@ -1,10 +1,7 @@
 """Generated answers and how many of them are right; logits of the right answers, finer than accuracy."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +12,7 @@ from mmrecipes.data.datasets import majority_floor
 from mmrecipes.errors import ParityError
 from mmrecipes.evaluate.statistics import Share, wilson
 from mmrecipes.inference.exported import Exported
-from mmrecipes.models.prompts import batch_inputs, chat_prompts, teacher_forced
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from mmrecipes.models.prompts import Rows, batch_inputs, chat_prompts, teacher_forced
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,7 @@ def answers(
     return [model.generate(image, question, max_new_tokens) for image, question in asked]
 
 
-def vqa(model: nn.Module | Exported, rows: Dataset, batch_size: int = 50, progress: bool = True) -> Result:
+def vqa(model: nn.Module | Exported, rows: Rows, batch_size: int = 50, progress: bool = True) -> Result:
     """Accuracy on `rows` (image, question, answer, family), exact match of the generated answer, case ignored.
     >>> vqa(model, rows).overall.n
     4
@@ -98,7 +92,7 @@ def score(predictions: Sequence[str], wanted: Sequence[str], families: Sequence[
 
 
 @torch.inference_mode()
-def answer_logits(model: nn.Module, rows: Dataset, batch_size: int = 50) -> tuple[Tensor, Tensor]:
+def answer_logits(model: nn.Module, rows: Rows, batch_size: int = 50) -> tuple[Tensor, Tensor]:
     """Logits (T, V), float32, before each token of the right answers, teacher-forced; and those tokens (T,).
     >>> answer_logits(model, rows)[0].dtype
     torch.float32
