@@ -1,10 +1,7 @@
 """`export.export` for ExecuTorch (XNNPACK): vision.pte and language.pte, for phones and other small devices.
 
-A program of ExecuTorch plans all its memory ahead. So the KV cache has a fixed length and lives inside the program, and the text
-may have at most MAX_LENGTH tokens.
+A program plans all its memory ahead, so the KV cache lives inside it and has a fixed length, at most MAX_LENGTH tokens.
 """
-
-from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,9 +38,8 @@ class ExecutorchLanguage(wrappers.LanguageWithCache):
         self.config, self.length = model.config.get_text_config(), max_length(model)
         head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
         shape = (1, self.length, self.config.num_key_value_heads, head_dim)  # as the kernels take it
-        for i in range(self.config.num_hidden_layers):
-            self.register_buffer(f"keys_{i}", torch.zeros(shape), persistent=False)
-            self.register_buffer(f"values_{i}", torch.zeros(shape), persistent=False)
+        for name in (f"{kind}_{i}" for i in range(self.config.num_hidden_layers) for kind in ("keys", "values")):
+            self.register_buffer(name, torch.zeros(shape), persistent=False)
 
     def forward(self, input_ids: Tensor, image_features: Tensor, cache_length: Tensor) -> Tensor:
         cache = StaticCache(self, cache_length.item(), input_ids.shape[1])
@@ -91,7 +87,6 @@ def write_executorch(model: nn.Module, folder: Path, precisions: Mapping[str, st
             for name, part in modules.parts(model).items():
                 _quantize(part, precisions["language" if name in ("language", "head") else "vision"])
         encoder, image = wrappers.vision_wrapper(model)
-        # named, because a program's inputs have no names and come in this order
         _write(encoder, {"pixel_values": image}, {"pixel_values": None}, folder / "vision.pte")
         decoder = ExecutorchLanguage(model)
         some = decoder.length // 4  # the exporter plans memory for four times the example, at most
@@ -118,6 +113,7 @@ def _attention(model: nn.Module) -> Iterator[None]:
 
 
 def _write(module: nn.Module, example: dict[str, Tensor], axes: dict[str, object], path: Path) -> None:
+    """Write `module` as a program, whose inputs come in the order of `example`, without names."""
     from transformers.exporters.exporter_executorch import ExecutorchConfig, ExecutorchExporter
 
     module.eval().requires_grad_(False)
@@ -127,10 +123,7 @@ def _write(module: nn.Module, example: dict[str, Tensor], axes: dict[str, object
 
 
 def _quantize(module: nn.Module, precision: str) -> None:
-    """Linear layers of `module` itself with weights of 8 bits, a scale a channel, or 4, in groups of 32; activations on the fly.
-
-    Embeddings stay as they are.
-    """
+    """`module`'s linear layers in place: weights of 8 bits, a scale a channel, or 4, in groups of 32; activations on the fly."""
     from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import IntxUnpackedToInt8Tensor
     from torchao.utils import unwrap_tensor_subclass
 

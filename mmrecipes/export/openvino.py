@@ -1,7 +1,5 @@
 """`export.export` for OpenVINO: vision.xml and language.xml, the KV cache inside the graph as its state."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,10 +14,7 @@ from mmrecipes.quantize.groups import GROUP, on_grid, pack
 
 
 def write_openvino(model: nn.Module, folder: Path, precisions: Mapping[str, str], pixels: Sequence[np.ndarray]) -> None:
-    """Write both graphs to `folder`, each in its precision; "static" looks at `pixels` (1, 3, H, W); loading chooses "bf16".
-
-    Raises as `export.export`.
-    """
+    """Write both graphs to `folder`, each in its precision; "static" looks at `pixels` (1, 3, H, W). Raises as `export`."""
     require("openvino", "nncf")
     import openvino as ov
     from transformers.exporters.exporter_openvino import OpenVINOConfig, OpenVINOExporter
@@ -37,10 +32,9 @@ def write_openvino(model: nn.Module, folder: Path, precisions: Mapping[str, str]
 
 
 def shared_heads(graph):
-    """`graph` with keys and values copied to the heads that share them (GQA) in the form that OpenVINO knows.
+    """`graph` with keys and values copied to the heads that share them (GQA) by a Broadcast of kind "bidirectional".
 
-    torch.export's `expand` becomes a Broadcast of kind "numpy", and with it the CPU plugin takes attention apart: into products
-    that it computes one by one. It keeps attention whole, and reads the cache in place, behind a "bidirectional" one.
+    Behind it the CPU plugin keeps attention whole and reads the cache in place; behind torch.export's "numpy" it does not.
     """
     from openvino import opset13 as op
 
@@ -55,16 +49,15 @@ def shared_heads(graph):
         heads, head_dim = shape[1].get_length(), shape[3].get_length()
         times = op.constant(np.array([1, 1, heads // kv_heads, 1, 1]))
         copied = op.broadcast(held, times, broadcast_spec="BIDIRECTIONAL")
-        target = op.constant(np.array([0, heads, -1, head_dim]))
-        node.input(port).replace_source_output(op.reshape(copied, target, special_zero=True).output(0))
+        merged = op.reshape(copied, op.constant(np.array([0, heads, -1, head_dim])), special_zero=True)
+        node.input(port).replace_source_output(merged.output(0))
     graph.validate_nodes_and_infer_types()
     return graph
 
 
 def _quantized(graph, precision: str, pixels: Sequence[np.ndarray]):
-    """int8: weights, embeddings too, one scale a channel; int4 and mixed: as `_four_bits`; static: activations, too, attention's
-    products included, with ranges fixed on `pixels`."""
-    if precision in ("fp32", "bf16"):
+    """int8: weights and embeddings, a scale a channel; int4, mixed: `_four_bits`; static: activations, too, fixed on `pixels`."""
+    if precision in ("fp32", "bf16"):  # loading chooses between these
         return graph
     import nncf
 
@@ -78,7 +71,7 @@ def _quantized(graph, precision: str, pixels: Sequence[np.ndarray]):
 
 
 def _four_bits(graph, rounded: bool) -> None:
-    """Give products with a constant matrix, and look-ups in one, weights of 4 bits (`quantize.pack`) in `graph` itself.
+    """Products with a constant matrix, and look-ups in one, get weights of 4 bits (`quantize.pack`) in `graph` itself.
 
     With `rounded`, only where the weights lie on a grid of 4 bits already, which NNCF's own rounding would not keep.
     """

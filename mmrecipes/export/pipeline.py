@@ -5,18 +5,16 @@ the logits of the next token). One graph does prefill and decode, so its weights
 no mask, and the cache can stay in the runtime. `inference.load_exported` reads it back.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from mmrecipes.errors import ParityError, UserError, one_line
@@ -25,20 +23,16 @@ from mmrecipes.export.onnx.backend import write_onnx
 from mmrecipes.export.openvino import write_openvino
 from mmrecipes.export.wrappers import calibration_pixels, check_float32, vision_wrapper
 from mmrecipes.inference import exported
-from mmrecipes.inference.backends import PARTS
+from mmrecipes.inference.backends import PACKAGES, PARTS
 from mmrecipes.models import modules
 from mmrecipes.models.saving import check_replaceable, take_place
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What writes both graphs for one runtime, what each part can be there, and the package that runs them."""
+    """What writes both graphs for one runtime, and what each part can be there."""
 
     name: str
-    package: str
     write: Callable[[nn.Module, Path, Mapping[str, str], Sequence[np.ndarray]], None]
     vision: tuple[str, ...]
     language: tuple[str, ...]
@@ -49,12 +43,9 @@ class Backend:
 # before (quantize.apply_plan with groups of 32) in 4 bits as they are, the rest as in int8
 _LANGUAGE = ("fp32", "int8", "int4", "mixed")
 BACKENDS = {
-    backend.name: backend
-    for backend in (
-        Backend("onnx", "onnxruntime", write_onnx, ("fp32", "int8", "static", "mixed"), _LANGUAGE),
-        Backend("openvino", "openvino", write_openvino, ("fp32", "bf16", "int8", "static", "mixed"), ("bf16", *_LANGUAGE)),
-        Backend("executorch", "executorch", write_executorch, ("fp32", "int8", "mixed"), _LANGUAGE),
-    )
+    "onnx": Backend("onnx", write_onnx, ("fp32", "int8", "static", "mixed"), _LANGUAGE),
+    "openvino": Backend("openvino", write_openvino, ("fp32", "bf16", "int8", "static", "mixed"), ("bf16", *_LANGUAGE)),
+    "executorch": Backend("executorch", write_executorch, ("fp32", "int8", "mixed"), _LANGUAGE),
 }
 # relative error of the first tokens' logits that each precision may have, in every runtime; beyond it is broken, not lossy
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.25, "static": 0.25, "mixed": 0.25, "int4": 0.6}
@@ -79,38 +70,32 @@ def export(
     if runtime not in BACKENDS:
         raise UserError(f"export: runtime={runtime!r}; expected one of {', '.join(BACKENDS)}")
     backend = BACKENDS[runtime]
-    precisions = _precisions(backend, precision)
+    precisions = dict(precision) if isinstance(precision, Mapping) else dict.fromkeys(PARTS, precision)
+    if precision == "int4":
+        precisions["vision"] = "int8"  # 4-bit weights do not pay where hundreds of patches share them
+    for part, known in (("vision", backend.vision), ("language", backend.language)):
+        if precisions.get(part) not in known:
+            raise UserError(f"precision of {part} for {runtime}: {precisions.get(part)!r}; expected one of {', '.join(known)}")
     supported(model)
     if (precisions["vision"] == "static") != bool(len(images)):
         given = f"{len(images)} images for vision in {precisions['vision']}"
         raise UserError(f"export: {given}; precision 'static' takes some, others none")
     out = Path(out).expanduser().resolve()
     check_replaceable(out)
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # left by a killed run
+    partial = out.with_name(f".{out.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
     try:
-        part.mkdir(parents=True)
-        backend.write(model, part, precisions, calibration_pixels(model, images))
-        write_manifest(model, part, backend, precisions)
+        partial.mkdir(parents=True)
+        backend.write(model, partial, precisions, calibration_pixels(model, images))
+        write_manifest(model, partial, backend, precisions)
         if check:
-            parity(model, exported.load_exported(part), max(TOLERANCE[p] for p in precisions.values()))
-        take_place(part, out)
+            parity(model, exported.load_exported(partial), max(TOLERANCE[p] for p in precisions.values()))
+        take_place(partial, out)
     except OSError as e:
         raise UserError(f"{out}: could not be written ({one_line(e)}); nothing was changed: give another directory") from e
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return out
-
-
-def _precisions(backend: Backend, precision: str | Mapping[str, str]) -> dict[str, str]:
-    given = dict(precision) if isinstance(precision, Mapping) else dict.fromkeys(PARTS, precision)
-    if precision == "int4":
-        given["vision"] = "int8"  # 4-bit weights do not pay where hundreds of patches share them
-    for part in PARTS:
-        known = getattr(backend, part)
-        if given.get(part) not in known:
-            raise UserError(f"precision of {part} for {backend.name}: {given.get(part)!r}; expected one of {', '.join(known)}")
-    return given
 
 
 def supported(model: nn.Module) -> None:
@@ -149,7 +134,7 @@ def write_manifest(model: nn.Module, folder: Path, backend: Backend, precisions:
         "image_token_id": model.config.image_token_id,
         "eos_token_ids": [eos] if isinstance(eos, int) else list(eos or ()),
         "max_length": max_length(model) if backend.name == "executorch" else text_config.max_position_embeddings,
-        "versions": {n: metadata.version(n) for n in ("torch", "transformers", backend.package)},
+        "versions": {n: metadata.version(n) for n in ("torch", "transformers", PACKAGES[backend.name])},
         "bytes": {p.name: p.stat().st_size for p in graphs},
         "sha256": {p.name: exported.sha256(p) for p in sorted(folder.iterdir()) if p.is_file()},
     }
@@ -157,15 +142,14 @@ def write_manifest(model: nn.Module, folder: Path, backend: Backend, precisions:
 
 
 def parity(model: nn.Module, loaded: exported.Exported, tolerance: float) -> dict[str, float]:
-    """Relative error of the logits of `loaded` to those of `model` on drawn images and on text alone.
+    """Relative error of the logits of `loaded` to those of `model`, the largest on drawn images and on text alone.
 
-    {"prefill": ..., "decode": ...}, the largest of each: after the prompt, and one token further, from the cache.
-    Raises ParityError beyond `tolerance` or for logits that are not finite.
+    {"prefill": after the prompt, "decode": one token further}. Raises ParityError beyond `tolerance` or where it is not finite.
     """
     from mmrecipes.data import scenes
 
     errors: dict[str, list[float]] = {"prefill": [], "decode": []}
-    for image in (scenes.render(scenes.make_scene(1), 256), scenes.render(scenes.make_scene(2), 256), None):
+    for image in (*(scenes.render(scenes.make_scene(seed), 256) for seed in (1, 2)), None):
         inputs = loaded.inputs(image, "What is in this picture?")
         logits = loaded.prefill(inputs)
         token = int(logits.argmax())
@@ -179,6 +163,6 @@ def parity(model: nn.Module, loaded: exported.Exported, tolerance: float) -> dic
     worst = {stage: float(np.max(values)) for stage, values in errors.items()}  # np.max keeps a NaN
     largest = np.max(list(worst.values()))
     if not largest <= tolerance:  # also where it is NaN
-        error = f"the exported model's logits are {largest:.2g} (relative) away from the source's, more than {tolerance}"
-        raise ParityError(f"{error}: it is broken, and was not kept")
+        away = f"{largest:.2g} (relative) away from the source's, more than {tolerance}"
+        raise ParityError(f"the exported model's logits are {away}: it is broken, and was not kept")
     return worst

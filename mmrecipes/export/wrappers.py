@@ -1,21 +1,16 @@
 """The modules that are exported: what makes visual tokens, and a decoder with its KV cache, with example inputs and free axes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from mmrecipes.errors import UserError
 from mmrecipes.models import modules
 from mmrecipes.models.images import load_image
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 
 def check_float32(module: nn.Module) -> None:
@@ -23,9 +18,6 @@ def check_float32(module: nn.Module) -> None:
     wrong = next((p.dtype for p in module.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
     if wrong:
         raise UserError(f"export: the weights are {wrong}; it starts from float32, so load the model with dtype=torch.float32")
-
-
-# ---- vision
 
 
 def vision_wrapper(model: nn.Module) -> tuple[nn.Module, Tensor]:
@@ -84,32 +76,26 @@ def calibration_pixels(model: nn.Module, images: Sequence[Image.Image | str | Pa
     return [tile[None] for each in pixels for tile in each.reshape(-1, *each.shape[-3:]).astype(np.float32)]
 
 
-# ---- language
-
-
 def language_wrapper(model: nn.Module) -> tuple[nn.Module, dict[str, object], dict[str, object]]:
     """The module that computes the next token's logits, an example of what it takes, and which of its axes are free."""
     from transformers import DynamicCache
 
-    config = model.config.get_text_config()
-    module = LanguageWithCache(model).eval()
+    config, module = model.config.get_text_config(), LanguageWithCache(model).eval()
     cache = DynamicCache(config=config)
     with torch.no_grad():  # a cache as the decoder itself makes it
         embeds = module.embed_tokens(torch.zeros(1, 5, dtype=torch.int64))
         module.decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
     ids, features = torch.full((1, 3), module.image_token_id), torch.randn(4, config.hidden_size)
-    least = {"tokens": 1, "features": 1, "cache_length": 0}
-    dims = {name: torch.export.Dim(name, min=n) for name, n in least.items()}
-    axes = {"input_ids": {1: dims["tokens"]}, "image_features": {0: dims["features"]}}
-    axes["past_key_values"] = [{2: dims["cache_length"]}] * (2 * config.num_hidden_layers)
+    dim = torch.export.Dim
+    axes = {"input_ids": {1: dim("tokens", min=1)}, "image_features": {0: dim("features", min=1)}}
+    axes["past_key_values"] = [{2: dim("cache_length", min=0)}] * (2 * config.num_hidden_layers)
     return module, {"input_ids": ids, "image_features": features, "past_key_values": cache}, axes
 
 
 class LanguageWithCache(nn.Module):
     """input_ids (1, T), image_features (N, D), a cache -> {"logits": (1, 1, V) of the next token, "past_key_values": the cache}.
 
-    Token embeddings, with the visual tokens in their places, go through the library's own decoder after what the cache holds:
-    the same graph reads a prompt and computes each further token. Without images N is 1 and its row is not read.
+    The same graph reads a prompt and computes each further token. Without images N is 1 and its row is not read.
     """
 
     def __init__(self, model: nn.Module):
@@ -127,10 +113,7 @@ class LanguageWithCache(nn.Module):
 
 
 class LanguageWithoutCache(nn.Module):
-    """inputs_embeds (B, T, D) and attention_mask (B, T), 1 for real tokens -> last hidden states (B, T, D) after the norm.
-
-    What a batch of padded texts needs, without a KV cache (notebook 11).
-    """
+    """inputs_embeds (B, T, D), attention_mask (B, T), 1 for real tokens -> last hidden states (B, T, D), normed (notebook 11)."""
 
     def __init__(self, model: nn.Module):
         super().__init__()

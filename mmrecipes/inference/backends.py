@@ -1,7 +1,5 @@
 """The graphs of an exported model in each runtime: `encode` an image, then `step` through tokens with the KV cache."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +9,16 @@ from mmrecipes.errors import UserError, one_line, require
 from mmrecipes.quiet import native_stderr
 
 PARTS = ("vision", "language")
+PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino", "executorch": "executorch"}  # that run the files
 
 
 def onnx_session(path: str | Path, threads: int = 0, as_written: bool = False):  # -> onnxruntime.InferenceSession
     """The graph at `path` ready to run on the CPU, with so many `threads` (0: one for each physical core).
 
-    Threads rest once a run is done. By default they spin on for tens of milliseconds, ready for the next run, and take the cores
-    from whatever else computes in the process: eager PyTorch between two runs, or the variant that is timed next.
-    With `as_written`, without this CPU's int8 kernels: each quantize and dequantize as the file says, products in float. Slow,
-    and what the file means; kernels that saturate (`quantize.saturates`) may give something else.
-    Raises UserError for a file that is missing or that ONNX Runtime cannot load, ImportError where ONNX Runtime is missing.
+    Threads rest once a run is done: else they spin on for tens of milliseconds, and take the cores from what is timed next.
+    With `as_written`, each quantize and dequantize is computed as the file says, products in float: slow, and what the file
+    means, where this CPU's int8 kernels may saturate (`quantize.saturates`).
+    Raises UserError for a file that is missing or cannot be loaded, ImportError where ONNX Runtime is missing.
     """
     require("onnxruntime")
     import onnxruntime as ort
@@ -41,8 +39,6 @@ def onnx_session(path: str | Path, threads: int = 0, as_written: bool = False): 
 
 class OnnxGraphs:
     """vision.onnx and language.onnx in ONNX Runtime. The KV cache stays in the runtime's memory from step to step."""
-
-    package = "onnxruntime"
 
     def __init__(self, folder: Path, precision: dict[str, str], threads: int | None):
         from onnxruntime import OrtValue
@@ -76,21 +72,19 @@ class OnnxGraphs:
 class OpenVinoGraphs:
     """As `OnnxGraphs`, with vision.xml and language.xml in OpenVINO. The KV cache is the language graph's own state."""
 
-    package = "openvino"
-
     def __init__(self, folder: Path, precision: dict[str, str], threads: int | None):
         import openvino as ov
 
         core, requests = ov.Core(), {}
         for part in PARTS:
-            # else it computes in bf16 wherever the CPU has instructions for it, whatever the file says
+            # a hint, too, where it is f32: else it computes in bf16 wherever the CPU can, whatever the file says
             hint = "bf16" if precision[part] == "bf16" else "f32"
             settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint}
             settings |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
             requests[part] = core.compile_model(folder / f"{part}.xml", "CPU", settings).create_infer_request()
         self.vision, self.language = requests["vision"], requests["language"]
-        shape = self.language.get_compiled_model().input("image_features").get_partial_shape()
-        self.no_image = np.zeros((1, shape[1].get_length() if shape[1].is_static else 1), np.float32)
+        width = self.language.get_compiled_model().input("image_features").get_partial_shape()[1]
+        self.no_image = np.zeros((1, width.get_length() if width.is_static else 1), np.float32)
         self.reset()
 
     def reset(self) -> None:
@@ -105,12 +99,7 @@ class OpenVinoGraphs:
 
 
 class ExecutorchGraphs:
-    """As `OnnxGraphs`, with vision.pte and language.pte in ExecuTorch, whose Python API takes PyTorch's tensors.
-
-    The KV cache is the language program's own memory.
-    """
-
-    package = "executorch"
+    """As `OnnxGraphs`, with vision.pte and language.pte in ExecuTorch (its API takes tensors); the program holds the KV cache."""
 
     def __init__(self, folder: Path, precision: dict[str, str], threads: int | None):
         with native_stderr():  # it reports on the CPU of a phone that it does not find

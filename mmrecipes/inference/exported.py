@@ -1,9 +1,4 @@
-"""An exported vision-language model, answering from its runtime: no PyTorch model, no code of the source.
-
-`export.export` writes such a directory.
-"""
-
-from __future__ import annotations
+"""A directory that `export.export` wrote, answering from its runtime: no PyTorch model, no code of the source."""
 
 import hashlib
 import json
@@ -14,28 +9,13 @@ from typing import Any
 import numpy as np
 
 from mmrecipes.errors import ParityError, UserError, one_line, require
-from mmrecipes.inference.backends import GRAPHS, PARTS
+from mmrecipes.inference.backends import GRAPHS, PACKAGES, PARTS
 from mmrecipes.models.images import load_image
 
 MANIFEST = "mmrecipes_export.json"
 FORMAT = 2  # of the manifest; a newer one is refused
 # format 1 was called like transformers' own manifest, and had other names for these
 OLD_MANIFEST, OLD_KEYS = "export.json", {"stop": "eos_token_ids", "longest": "max_length"}
-
-
-def load_exported(folder: str | Path, threads: int | None = None, check: bool = True) -> Exported:
-    """The model that `export` wrote to `folder`, ready to answer. `threads` of the runtime: by default all physical cores.
-
-    With `check`, the files must be those that were exported (SHA-256). Raises UserError for anything else.
-    """
-    folder = Path(folder).expanduser()
-    manifest = read_manifest(folder)
-    for name, digest in manifest["sha256"].items() if check else ():
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: missing, though the manifest names it; export the model again")
-        if sha256(folder / name) != digest:
-            raise UserError(f"{folder / name}: not the file that was exported (truncated or changed); export the model again")
-    return Exported(folder, manifest, threads)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -48,14 +28,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if "export_format" in manifest:
-            raise UserError(
-                f"{path}: written by transformers' own exporter, which reads it; for ours use mmrecipes.export.export"
-            )
+            raise UserError(f"{path}: written by transformers' own exporter; for ours use mmrecipes.export.export")
         if manifest["format"] > FORMAT:
             raise UserError(f"{folder}: exported by a newer mmrecipes (format {manifest['format']}); upgrade, or export it again")
         manifest = {OLD_KEYS.get(key, key): value for key, value in manifest.items()}
-        _ = [manifest[key] for key in ("image_token_id", "eos_token_ids", "max_length")]
-        _ = [manifest["precision"][part] for part in PARTS], manifest["sha256"].items()
+        _ = [manifest[key] for key in ("image_token_id", "eos_token_ids", "max_length")], manifest["sha256"].items()
+        _ = [manifest["precision"][part] for part in PARTS]
         if manifest["runtime"] not in GRAPHS:
             raise UserError(f"{folder}: exported for {manifest['runtime']!r}; expected one of {', '.join(GRAPHS)}")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -72,49 +50,47 @@ class Exported:
     """Answers like the model it came from, greedily. `generate` and `stream` take images and a text or messages."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None):
-        graphs = GRAPHS[manifest["runtime"]]
-        require(graphs.package)
+        package = PACKAGES[manifest["runtime"]]
+        require(package)
         from transformers import AutoProcessor
 
         self.folder, self.manifest = folder, manifest
         self.processor = AutoProcessor.from_pretrained(folder)
         try:
-            self.graphs = graphs(folder, manifest["precision"], threads)
+            self.graphs = GRAPHS[manifest["runtime"]](folder, manifest["precision"], threads)
         except UserError:
             raise
         except Exception as e:  # the runtimes' own kinds, without a common parent
-            raise UserError(f"{folder}: {graphs.package} cannot load it ({one_line(e)}); export the model again") from e
+            raise UserError(f"{folder}: {package} cannot load it ({one_line(e)}); export the model again") from e
 
     def generate(self, images: Any, text: str | Sequence[dict], max_new_tokens: int = 64) -> str:
-        """The answer. `images`: None, an image (PIL, path) or a list; `text`: a question, or messages as a chat template
-        takes them, with an {"type": "image"} for each image."""
+        """The answer. `images`: None, an image (PIL, path) or a list; `text`: a question, or messages for a chat template."""
         return "".join(self.stream(images, text, max_new_tokens)).strip()
 
     def stream(self, images: Any, text: str | Sequence[dict], max_new_tokens: int = 64) -> Iterator[str]:
         """The answer, piece by piece as its tokens are generated."""
-        tokenizer, ids, sent = self.processor.tokenizer, [], ""
+        ids, answer, sent = [], "", 0
         for token in self.tokens(self.inputs(images, text), max_new_tokens):
             ids.append(token)
-            answer = tokenizer.decode(ids, skip_special_tokens=True)
+            answer = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
             if not answer.endswith("\ufffd"):  # a character may need more than one token
-                yield answer[len(sent) :]
-                sent = answer
-        if ids and len(answer) > len(sent):  # it stopped in the middle of a character
-            yield answer[len(sent) :]
+                yield answer[sent:]
+                sent = len(answer)
+        if len(answer) > sent:  # it stopped in the middle of a character
+            yield answer[sent:]
 
     def tokens(self, inputs: dict[str, np.ndarray], max_new_tokens: int) -> Iterator[int]:
         """Token ids, the likeliest each time, until the model stops, `max_new_tokens` are generated or the cache is full."""
         logits = self.prefill(inputs)
         room = self.manifest["max_length"] - inputs["input_ids"].shape[1] + 1  # the last token generated needs no place
-        max_new_tokens = min(max_new_tokens, room)
-        for i in range(max_new_tokens):
+        for remaining in reversed(range(min(max_new_tokens, room))):
             if not np.isfinite(logits).all():
                 raise ParityError("the model's logits are not finite: it is broken, not lossy; export it again")
             token = int(logits.argmax())
             if token in self.manifest["eos_token_ids"]:
                 return
             yield token
-            if i + 1 < max_new_tokens:
+            if remaining:
                 logits = self.graphs.step(np.array([[token]]))
 
     def prefill(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -122,11 +98,9 @@ class Exported:
         ids, pixels = inputs["input_ids"], inputs.get("pixel_values")
         self.graphs.reset()
         features = None if pixels is None else self.encode_images(pixels)
-        expected, given = int((ids == self.manifest["image_token_id"]).sum()), 0 if features is None else len(features)
-        if expected != given:
-            raise UserError(
-                f"{expected} places for visual tokens in the text, {given} visual tokens: an image is missing or too many"
-            )
+        places, given = int((ids == self.manifest["image_token_id"]).sum()), 0 if features is None else len(features)
+        if places != given:
+            raise UserError(f"{places} places for visual tokens in the text, {given} given: an image is missing or too many")
         return self.graphs.step(ids, features)
 
     def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
@@ -139,8 +113,7 @@ class Exported:
         """What the processor makes of one conversation: input_ids (1, T), pixel_values; UserError where it does not fit."""
         images = [] if images is None else [load_image(i) for i in (images if isinstance(images, list | tuple) else [images])]
         if isinstance(text, str):
-            content = [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]
-            text = [{"role": "user", "content": content}]
+            text = [{"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]}]
         if not isinstance(text, list | tuple) or not all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in text):
             raise UserError(f"text: {text!r:.80}; expected a question, or a list of messages with a role and a content each")
         places = sum(part["type"] == "image" for turn in text for part in turn["content"] if isinstance(part, dict))
@@ -154,3 +127,18 @@ class Exported:
         if length >= most:
             raise UserError(f"the prompt has {length} tokens, and the model takes {most}: shorten it")
         return dict(inputs)
+
+
+def load_exported(folder: str | Path, threads: int | None = None, check: bool = True) -> Exported:
+    """The model that `export` wrote to `folder`, ready to answer. `threads` of the runtime: by default all physical cores.
+
+    With `check`, the files must be those that were exported (SHA-256). Raises UserError for anything else.
+    """
+    folder = Path(folder).expanduser()
+    manifest = read_manifest(folder)
+    for name, digest in manifest["sha256"].items() if check else ():
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: missing, though the manifest names it; export the model again")
+        if sha256(folder / name) != digest:
+            raise UserError(f"{folder / name}: not the file that was exported (truncated or changed); export the model again")
+    return Exported(folder, manifest, threads)

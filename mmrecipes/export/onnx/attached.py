@@ -1,7 +1,5 @@
 """Two ONNX graphs put back into a PyTorch model, so that `generate` and every evaluation work on them (notebook 11)."""
 
-from __future__ import annotations
-
 import copy
 import tempfile
 from collections.abc import Callable, Mapping
@@ -17,9 +15,9 @@ from mmrecipes.inference.backends import PARTS, onnx_session
 
 
 def tensor_session(path: str | Path, threads: int | None = None, as_written: bool = False) -> Callable[..., Tensor]:
-    """A function that runs the graph at `path` on tensors, its inputs in their order, and returns its first output.
+    """A function from tensors, the inputs of the graph at `path` in their order, to its first output; `threads`: as PyTorch's.
 
-    With as many `threads` as PyTorch uses, unless it is told otherwise. Otherwise as `inference.onnx_session`.
+    Otherwise as `inference.onnx_session`.
     """
     session = onnx_session(path, threads or torch.get_num_threads(), as_written)
     names = [i.name for i in session.get_inputs()]
@@ -38,7 +36,7 @@ def export_parts(model: nn.Module, folder: str | Path) -> dict[str, Path]:
     """
     core = getattr(model, "model", None)
     alike = all(hasattr(core, name) for name in ("vision_model", "connector", "text_model"))
-    if not alike or not hasattr(core.vision_model, "post_layernorm"):
+    if not (alike and hasattr(core.vision_model, "post_layernorm")):
         raise UserError(f"export: {type(model).__name__} is not built like Idefics3; export its parts with onnx.graphs.to_onnx")
     check_float32(model)
     modules = {"vision": Idefics3Vision(model), "language": LanguageWithoutCache(model)}

@@ -1,7 +1,5 @@
 """`export.export` for ONNX Runtime: vision.onnx and language.onnx, in fp32, int8 or with weights of 4 bits."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,9 +20,18 @@ OUTLIER_LAYERS = ("down_proj", "fc2", "w2")
 def write_onnx(model: nn.Module, folder: Path, precisions: Mapping[str, str], pixels: Sequence[np.ndarray]) -> None:
     """Write both graphs to `folder`, each in its precision; "static" looks at `pixels` (1, 3, H, W). Raises as `export`."""
     require("onnx", "onnxscript", "onnxruntime")
+    import onnx_ir
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
     encoder, image = wrappers.vision_wrapper(model)
     vision = graphs.to_onnx(encoder, {"pixel_values": image}, folder / "vision.onnx", {})
-    for path in (vision, _language(model, folder / "language.onnx")):
+    language, (decoder, example, axes) = folder / "language.onnx", wrappers.language_wrapper(model)
+    with quiet.library_logs():
+        # for the CPU: attention with its cache and rotary embedding in one node (GroupQueryAttention), norms with their sums,
+        # and products of one input together
+        config = OnnxConfig(dynamic_shapes=axes, ort_fusions="cpu", prefer_deferred_runtime_asserts_over_guards=True)
+        onnx_ir.save(OnnxExporter().export(decoder, example, config).program, str(language), external_data="language.onnx.data")
+    for path in (vision, language):
         precision = precisions[path.stem]
         if precision in ("int4", "mixed"):
             nbits.to_nbits(path, path, 4, rounded=precision == "mixed")
@@ -39,17 +46,3 @@ def write_onnx(model: nn.Module, folder: Path, precisions: Mapping[str, str], pi
             config = quantize.StaticConfig(layers="all") if cnn else quantize.StaticConfig(reduce_range=True)
             quantize.static_int8(path, [torch.from_numpy(each) for each in pixels], path, config)
         graphs.strip_metadata(path)
-
-
-def _language(model: nn.Module, path: Path) -> Path:
-    import onnx_ir
-    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
-
-    module, example, axes = wrappers.language_wrapper(model)
-    with quiet.library_logs():
-        # for the CPU: attention with its cache and rotary embedding in one node (GroupQueryAttention), norms with their sums,
-        # and products of one input together
-        config = OnnxConfig(dynamic_shapes=axes, ort_fusions="cpu", prefer_deferred_runtime_asserts_over_guards=True)
-        program = OnnxExporter().export(module, example, config).program
-        onnx_ir.save(program, str(path), external_data=path.name + ".data")
-    return path

@@ -1,11 +1,8 @@
 """A module as an ONNX graph, which module each of its nodes came from, and how graphs are saved."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +11,6 @@ from mmrecipes.errors import UserError, require
 from mmrecipes.export.wrappers import check_float32
 from mmrecipes.models.saving import written_aside
 from mmrecipes.quiet import library_logs
-
-if TYPE_CHECKING:
-    import onnx
 
 MAX_BYTES = 1_900_000_000  # bytes of weights: one ONNX file holds at most 2 GB
 
@@ -33,27 +27,18 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, Tensor], path: str | Path, f
         raise UserError(f"export: {size / 1e9:.1f} GB of weights do not fit in one ONNX file of 2 GB; export a smaller part")
     dims = {name: torch.export.Dim(name, min=1) for axes in free.values() for name in axes.values()}
     shapes = {k: {axis: dims[name] for axis, name in free.get(k, {}).items()} for k in inputs}
+    options = {"input_names": list(inputs), "output_names": ["output"]}
+    options["custom_translation_table"] = {torch.ops.aten.scaled_dot_product_attention.default: _attention()}
     with library_logs(), written_aside(path) as aside, torch.no_grad():
         program = torch.onnx.export(
-            module.eval(),
-            kwargs=dict(inputs),
-            dynamic_shapes=shapes,
-            input_names=list(inputs),
-            output_names=["output"],
-            dynamo=True,
-            verbose=False,
-            opset_version=20,
-            custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: _attention()},
+            module.eval(), kwargs=dict(inputs), dynamic_shapes=shapes, dynamo=True, verbose=False, opset_version=20, **options
         )
         program.save(aside, external_data=False)
     return Path(path)
 
 
 def _attention() -> Callable:
-    """How scaled_dot_product_attention is written in ONNX: one MultiHeadAttention node of ONNX Runtime's own.
-
-    Written out in MatMul and Softmax it would store all scores of an image, and take half as long again.
-    """
+    """How scaled_dot_product_attention is written in ONNX: one node of ONNX Runtime's own, which does not store all scores."""
     from onnx.defs import OpSchema
     from onnxscript import opset20 as op
     from onnxscript.values import Op, Opset
@@ -111,8 +96,8 @@ def strip_metadata(graph: str | Path) -> None:
     save_onnx(model, graph)
 
 
-def save_onnx(model: onnx.ModelProto, path: str | Path) -> Path:
-    """Write `model` to `path`, its weights to `path` + ".data", from where a runtime maps them instead of copying them."""
+def save_onnx(model, path: str | Path) -> Path:
+    """Write `model` (ModelProto) to `path`, its weights to `path` + ".data", which a runtime maps instead of copying."""
     import onnx
 
     path = Path(path)

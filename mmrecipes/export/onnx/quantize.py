@@ -1,7 +1,5 @@
 """Int8 ONNX graphs by ONNX Runtime's own quantizers, with ranges of activations found on the fly or fixed on calibration data."""
 
-from __future__ import annotations
-
 import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,15 +43,8 @@ def dynamic_int8(
     if weights not in kinds:
         raise UserError(f"dynamic_int8: weights={weights!r}; expected one of {', '.join(kinds)}")
     with prepared(graph) as ready, library_logs(), written_aside(out) as aside:
-        quantize_dynamic(
-            ready,
-            aside,
-            op_types_to_quantize=PRODUCTS,
-            per_channel=True,
-            reduce_range=reduce_range,
-            weight_type=kinds[weights],
-            nodes_to_exclude=nodes_of_modules(graph, keep),
-        )
+        options = {"per_channel": True, "reduce_range": reduce_range, "weight_type": kinds[weights]}
+        quantize_dynamic(ready, aside, PRODUCTS, nodes_to_exclude=nodes_of_modules(graph, keep), **options)
     return Path(out)
 
 
@@ -82,6 +73,7 @@ def static_int8(
     `feeds` are batches, all of one shape except for MinMax: tensors for the first input, or arrays by the inputs' names.
     """
     require("onnxruntime", "onnx")
+    import onnx
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     config = config or StaticConfig()
@@ -93,37 +85,19 @@ def static_int8(
     if config.layers == "products":
         extra |= {"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": PRODUCTS}
     with prepared(graph) as ready, library_logs(), written_aside(out) as aside:
+        name = onnx.load(ready, load_external_data=False).graph.input[0].name
+        batches = iter(feed if isinstance(feed, Mapping) else {name: feed.numpy()} for feed in feeds)
 
         class Reader(CalibrationDataReader):
-            def __init__(self):
-                name = _first_input(ready)
-                self.rest = iter(feed if isinstance(feed, Mapping) else {name: feed.numpy()} for feed in feeds)
-
             def get_next(self):
-                return next(self.rest, None)
+                return next(batches, None)
 
+        types = {"activation_type": QuantType.QInt8 if config.explicit else QuantType.QUInt8, "weight_type": QuantType.QInt8}
+        nodes = {"op_types_to_quantize": LAYERS[config.layers], "nodes_to_exclude": nodes_of_modules(graph, config.keep)}
         reduce_range = saturates() if config.reduce_range is None else config.reduce_range
-        quantize_static(
-            ready,
-            aside,
-            Reader(),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=LAYERS[config.layers],
-            per_channel=True,
-            reduce_range=reduce_range and not config.explicit,
-            activation_type=QuantType.QInt8 if config.explicit else QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            calibrate_method=CalibrationMethod[config.method],
-            nodes_to_exclude=nodes_of_modules(graph, config.keep),
-            extra_options=extra,
-        )
+        how = {"calibrate_method": CalibrationMethod[config.method], "reduce_range": reduce_range and not config.explicit}
+        quantize_static(ready, aside, Reader(), QuantFormat.QDQ, per_channel=True, extra_options=extra, **types, **nodes, **how)
     return Path(out)
-
-
-def _first_input(graph: str) -> str:
-    import onnx
-
-    return onnx.load(graph, load_external_data=False).graph.input[0].name
 
 
 @contextlib.contextmanager

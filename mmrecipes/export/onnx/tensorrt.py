@@ -1,15 +1,9 @@
 """The rules that TensorRT has for int8 models ("Explicit quantization" in its documentation), checked on the graph alone."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mmrecipes.errors import UserError, one_line
-
-if TYPE_CHECKING:
-    import onnx
 
 
 def check_explicit_int8(path: str | Path) -> dict[str, int]:
@@ -49,8 +43,8 @@ def check_explicit_int8(path: str | Path) -> dict[str, int]:
     return count
 
 
-def _broken_pair(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> str:
-    """Which rule this QuantizeLinear or DequantizeLinear breaks, and the way out; empty where it breaks none."""
+def _broken_pair(node, constants: Mapping[str, object]) -> str:
+    """Which rule this QuantizeLinear or DequantizeLinear (NodeProto) breaks, and the way out; empty where it breaks none."""
     from onnx import TensorProto, numpy_helper
 
     source, scale, zero = (constants.get(name) for name in (*node.input, "")[:3])
@@ -67,7 +61,7 @@ def _broken_pair(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]
     return ""
 
 
-def _scale_a_channel(layer: onnx.NodeProto, weight_source: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> bool:
+def _scale_a_channel(layer, weight_source, constants: Mapping[str, object]) -> bool:
     weight, scale = (constants.get(name) for name in weight_source.input[:2])
     if weight is None or scale is None:
         return True  # a product of two activations
