@@ -3,12 +3,5 @@
 from mmrecipes.lazy import lazy_exports
 
 __getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "executorch": "",
-        "openvino": "",
-        "pipeline": "BACKENDS PARTS TOLERANCE Backend export parity supported write_manifest",
-        "wrappers": "",
-        "onnx": "",
-    },
+    __name__, {"pipeline": "BACKENDS PARTS TOLERANCE export parity supported write_manifest", "wrappers": "", "onnx": ""}
 )

@@ -42,8 +42,7 @@ class ExecutorchLanguage(wrappers.LanguageWithCache):
             self.register_buffer(name, torch.zeros(shape), persistent=False)
 
     def forward(self, input_ids: Tensor, image_features: Tensor, cache_length: Tensor) -> Tensor:
-        cache = StaticCache(self, cache_length.item(), input_ids.shape[1])
-        return super().forward(input_ids, image_features, cache)["logits"]
+        return super().forward(input_ids, image_features, StaticCache(self, cache_length.item(), input_ids.shape[1]))["logits"]
 
 
 class StaticCache:
@@ -127,9 +126,7 @@ def _quantize(module: nn.Module, precision: str) -> None:
     from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import IntxUnpackedToInt8Tensor
     from torchao.utils import unwrap_tensor_subclass
 
-    for layer in module.modules():
-        if precision == "fp32" or not isinstance(layer, nn.Linear):
-            continue
+    for layer in (m for m in module.modules() if precision != "fp32" and isinstance(m, nn.Linear)):
         weight = layer.weight.detach()
         options = {"target_dtype": torch.int8, "block_size": (1, weight.shape[1])}
         four_bits = precision == "int4" or (precision == "mixed" and groups.on_grid(weight))

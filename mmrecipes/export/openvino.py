@@ -65,9 +65,7 @@ def _quantized(graph, precision: str, pixels: Sequence[np.ndarray]):
         return nncf.quantize(graph, nncf.Dataset(pixels), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(pixels))
     if precision in ("int4", "mixed"):
         _four_bits(graph, rounded=precision == "mixed")
-    if precision in ("int8", "mixed"):
-        return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
-    return graph
+    return graph if precision == "int4" else nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
 
 
 def _four_bits(graph, rounded: bool) -> None:

@@ -59,8 +59,7 @@ def export(
     check: bool = True,
     images: Sequence[Image.Image | str | Path] = (),
 ) -> Path:
-    """Write `model` (float32, as `models.load` gives it) to directory `out`, for a `runtime` of BACKENDS: "onnx" (ONNX Runtime),
-    "openvino" or "executorch". Returns `out`.
+    """Write `model` (float32, as `models.load` gives it) to directory `out`, for a `runtime` of BACKENDS. Returns `out`.
 
     `precision` is one for both parts or {"vision": ..., "language": ...}, of those that the backend has; "static" fixes ranges on
     `images`, a dozen like those to come. All or nothing: `out` appears, or takes an older export's place, once the graphs answer
@@ -78,8 +77,7 @@ def export(
             raise UserError(f"precision of {part} for {runtime}: {precisions.get(part)!r}; expected one of {', '.join(known)}")
     supported(model)
     if (precisions["vision"] == "static") != bool(len(images)):
-        given = f"{len(images)} images for vision in {precisions['vision']}"
-        raise UserError(f"export: {given}; precision 'static' takes some, others none")
+        raise UserError(f"export: {len(images)} images for vision in {precisions['vision']}; 'static' takes some, others none")
     out = Path(out).expanduser().resolve()
     check_replaceable(out)
     partial = out.with_name(f".{out.name}.part")
@@ -122,8 +120,7 @@ def write_manifest(model: nn.Module, folder: Path, backend: Backend, precisions:
     else:
         model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    text_config = model.config.get_text_config()
-    eos = model.generation_config.eos_token_id
+    text_config, eos = model.config.get_text_config(), model.generation_config.eos_token_id
     eos = text_config.eos_token_id if eos is None else eos
     manifest = {
         "format": exported.FORMAT,

@@ -3,9 +3,5 @@
 from mmrecipes.lazy import lazy_exports
 
 __getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "backends": "GRAPHS ExecutorchGraphs OnnxGraphs OpenVinoGraphs onnx_session",
-        "exported": "FORMAT MANIFEST Exported load_exported read_manifest sha256",
-    },
+    __name__, {"backends": "onnx_session", "exported": "MANIFEST Exported load_exported read_manifest"}
 )

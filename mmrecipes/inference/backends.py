@@ -16,8 +16,7 @@ def onnx_session(path: str | Path, threads: int = 0, as_written: bool = False): 
     """The graph at `path` ready to run on the CPU, with so many `threads` (0: one for each physical core).
 
     Threads rest once a run is done: else they spin on for tens of milliseconds, and take the cores from what is timed next.
-    With `as_written`, each quantize and dequantize is computed as the file says, products in float: slow, and what the file
-    means, where this CPU's int8 kernels may saturate (`quantize.saturates`).
+    With `as_written`, it computes what the file says, products in float: slow, but no int8 kernel saturates (`quantize.saturates`).
     Raises UserError for a file that is missing or cannot be loaded, ImportError where ONNX Runtime is missing.
     """
     require("onnxruntime")
@@ -48,8 +47,7 @@ class OnnxGraphs:
         _, features, *past = self.language.get_inputs()
         self.past_names = [i.name for i in past]
         self.outputs = ["logits", *(name.replace("input.", "output.", 1) for name in self.past_names)]
-        heads, head_dim = (int(past[0].shape[axis]) for axis in (1, 3))
-        self.empty = np.zeros((1, heads, 0, head_dim), np.float32)
+        self.empty = np.zeros((1, int(past[0].shape[1]), 0, int(past[0].shape[3])), np.float32)  # (1, heads, T, head_dim)
         self.no_image = np.zeros((1, int(features.shape[1])), np.float32)
         self.reset()
 
@@ -62,9 +60,8 @@ class OnnxGraphs:
 
     def step(self, ids: np.ndarray, features: np.ndarray | None = None) -> np.ndarray:
         """Logits (V) after `ids` (1, T), which the cache then holds, too."""
-        values = {"input_ids": ids.astype(np.int64), "image_features": self.no_image if features is None else features}
-        feeds = {name: self.value(value) for name, value in values.items()}
-        feeds |= dict(zip(self.past_names, self.past, strict=True))
+        given = self.value(ids.astype(np.int64)), self.value(self.no_image if features is None else features)
+        feeds = dict(zip(("input_ids", "image_features", *self.past_names), (*given, *self.past), strict=True))
         logits, *self.past = self.language.run_with_ort_values(self.outputs, feeds)
         return logits.numpy()[0, -1]
 
@@ -78,14 +75,12 @@ class OpenVinoGraphs:
         core, requests = ov.Core(), {}
         for part in PARTS:
             # a hint, too, where it is f32: else it computes in bf16 wherever the CPU can, whatever the file says
-            hint = "bf16" if precision[part] == "bf16" else "f32"
-            settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint}
+            settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if precision[part] == "bf16" else "f32"}
             settings |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
             requests[part] = core.compile_model(folder / f"{part}.xml", "CPU", settings).create_infer_request()
         self.vision, self.language = requests["vision"], requests["language"]
         width = self.language.get_compiled_model().input("image_features").get_partial_shape()[1]
         self.no_image = np.zeros((1, width.get_length() if width.is_static else 1), np.float32)
-        self.reset()
 
     def reset(self) -> None:
         self.language.reset_state()

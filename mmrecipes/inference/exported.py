@@ -32,8 +32,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if manifest["format"] > FORMAT:
             raise UserError(f"{folder}: exported by a newer mmrecipes (format {manifest['format']}); upgrade, or export it again")
         manifest = {OLD_KEYS.get(key, key): value for key, value in manifest.items()}
-        _ = [manifest[key] for key in ("image_token_id", "eos_token_ids", "max_length")], manifest["sha256"].items()
-        _ = [manifest["precision"][part] for part in PARTS]
+        _ = [manifest["precision"][part] for part in PARTS], manifest["sha256"].items()
+        _ = [manifest[key] for key in ("image_token_id", "eos_token_ids", "max_length")]
         if manifest["runtime"] not in GRAPHS:
             raise UserError(f"{folder}: exported for {manifest['runtime']!r}; expected one of {', '.join(GRAPHS)}")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -106,8 +106,8 @@ class Exported:
     def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
         """Visual tokens (T, D) of all images or tiles (..., 3, H, W), one after the other."""
         images = pixel_values.reshape(-1, 1, *pixel_values.shape[-3:]).astype(np.float32)
-        encoded = [self.graphs.encode(image) for image in images]
-        return np.concatenate([tokens.reshape(-1, tokens.shape[-1]) for tokens in encoded])
+        tokens = np.stack([self.graphs.encode(image) for image in images])
+        return tokens.reshape(-1, tokens.shape[-1])
 
     def inputs(self, images: Any, text: str | Sequence[dict]) -> dict[str, np.ndarray]:
         """What the processor makes of one conversation: input_ids (1, T), pixel_values; UserError where it does not fit."""

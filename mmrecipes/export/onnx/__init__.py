@@ -6,9 +6,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "attached": "attach export_parts tensor_session",
-        "backend": "OUTLIER_LAYERS write_onnx",
+        "backend": "OUTLIER_LAYERS to_dynamic_int8 to_nbits write_onnx",
         "graphs": "MAX_BYTES module_scopes nodes_of_modules save_onnx strip_metadata to_onnx",
-        "nbits": "to_dynamic_int8 to_nbits",
         "quantize": "LAYERS StaticConfig dynamic_int8 prepared static_int8 vision_to_onnx",
         "tensorrt": "check_explicit_int8",
     },

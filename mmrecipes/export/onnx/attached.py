@@ -21,11 +21,9 @@ def tensor_session(path: str | Path, threads: int | None = None, as_written: boo
     """
     session = onnx_session(path, threads or torch.get_num_threads(), as_written)
     names = [i.name for i in session.get_inputs()]
-
-    def run(*inputs: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {n: x.detach().numpy() for n, x in zip(names, inputs, strict=True)})[0])
-
-    return run
+    return lambda *inputs: torch.from_numpy(
+        session.run(None, {name: x.detach().numpy() for name, x in zip(names, inputs, strict=True)})[0]
+    )
 
 
 def export_parts(model: nn.Module, folder: str | Path) -> dict[str, Path]:
@@ -40,13 +38,10 @@ def export_parts(model: nn.Module, folder: str | Path) -> dict[str, Path]:
         raise UserError(f"export: {type(model).__name__} is not built like Idefics3; export its parts with onnx.graphs.to_onnx")
     check_float32(model)
     modules = {"vision": Idefics3Vision(model), "language": LanguageWithoutCache(model)}
-    size, hidden_size = core.vision_model.config.image_size, core.text_model.config.hidden_size
-    mask = torch.ones(2, 12, dtype=torch.int64)
-    mask[1, :3] = 0
-    examples = {
-        "vision": {"pixel_values": torch.randn(2, 3, size, size)},
-        "language": {"inputs_embeds": torch.randn(2, 12, hidden_size), "attention_mask": mask},
-    }
+    size = core.vision_model.config.image_size
+    images, embeds = torch.randn(2, 3, size, size), torch.randn(2, 12, core.text_model.config.hidden_size)
+    mask = torch.arange(12) >= torch.tensor([[0], [3]])  # the second text is padded
+    examples = {"vision": {"pixel_values": images}, "language": {"inputs_embeds": embeds, "attention_mask": mask.long()}}
     free = {"pixel_values": {0: "batch"}} | {k: {0: "batch", 1: "tokens"} for k in examples["language"]}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,8 +87,7 @@ class _AttachedLanguage(nn.Module):
 def attach(model: nn.Module, graphs: Mapping[str, str | Path]) -> nn.Module:
     """A copy of `model` that computes in ONNX Runtime where `graphs` has a "vision" or a "language" file, else as before.
 
-    `mmr.ask`, `evaluate.vqa` and `generate` work on it. Without a KV cache each new token reads the whole text again; the image
-    is still encoded once an answer.
+    `generate` works on it. Without a KV cache each new token reads the whole text again; the image is encoded once an answer.
     """
     if unknown := set(graphs) - set(PARTS):
         raise UserError(f"attach: graphs for {', '.join(sorted(unknown))}; expected {' and '.join(PARTS)}, as export gives them")

@@ -1,16 +1,17 @@
 """`export.export` for ONNX Runtime: vision.onnx and language.onnx, in fp32, int8 or with weights of 4 bits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmrecipes import quiet
 from mmrecipes.errors import require
 from mmrecipes.export import wrappers
-from mmrecipes.export.onnx import graphs, nbits, quantize
+from mmrecipes.export.onnx import graphs, quantize
+from mmrecipes.quantize.groups import GROUP, on_grid, pack
 
 # the last layer of a decoder's MLP, by its usual names: a few of its inputs are far larger than the rest (notebook 11), too far
 # for one scale a tensor
@@ -34,15 +35,98 @@ def write_onnx(model: nn.Module, folder: Path, precisions: Mapping[str, str], pi
     for path in (vision, language):
         precision = precisions[path.stem]
         if precision in ("int4", "mixed"):
-            nbits.to_nbits(path, path, 4, rounded=precision == "mixed")
+            to_nbits(path, 4, rounded=precision == "mixed")
         if precision in ("int8", "mixed"):
             if path.stem == "language":  # one scale for all inputs is too coarse for OUTLIER_LAYERS; embeddings and the head
                 scopes = graphs.module_scopes(path)
                 coarse = {name for name, scope in scopes.items() if any(layer in scope for layer in OUTLIER_LAYERS)}
-                nbits.to_nbits(path, path, 8, only=lambda node, names=coarse: node.op_type != "MatMul" or node.name in names)
-            nbits.to_dynamic_int8(path, path)
+                to_nbits(path, 8, only=lambda node, names=coarse: node.op_type != "MatMul" or node.name in names)
+            to_dynamic_int8(path)
         if precision == "static":  # of a ViT, whose one convolution cuts the patches, the matrix products
             cnn = sum(isinstance(m, nn.Conv2d) for m in encoder.modules()) > 1
             config = quantize.StaticConfig(layers="all") if cnn else quantize.StaticConfig(reduce_range=True)
             quantize.static_int8(path, [torch.from_numpy(each) for each in pixels], path, config)
         graphs.strip_metadata(path)
+
+
+def to_nbits(path: Path, bits: int, only: Callable[..., bool] | None = None, rounded: bool = False) -> None:
+    """Products with a constant matrix, and look-ups in one, get weights of `bits` bits in the graph at `path` (notebook 14).
+
+    Groups of 32 weights along the inputs share a scale, zero is in the middle; MatMulNBits rounds activations to int8 by the same
+    groups (`accuracy_level` 4, the fast one). `only` says of a node (NodeProto) whether it may; with `rounded`, only weights that
+    lie on a grid of so many bits already.
+    """
+
+    def replacement(node, weight: Tensor) -> tuple | None:
+        if (only and not only(node)) or (rounded and not on_grid(weight, bits)):
+            return None
+        stored, options = pack(weight, bits), {"bits": bits, "block_size": GROUP}
+        if node.op_type == "Gather":
+            options |= {"gather_axis": 0, "quantize_axis": 1}
+            return "GatherBlockQuantized", f"{bits}_rows", [t.reshape(len(weight), -1) for t in stored], options
+        options |= {"K": weight.shape[1], "N": weight.shape[0], "accuracy_level": 4}
+        return "MatMulNBits", f"{bits}_groups", stored, options
+
+    _replace_nodes(path, replacement)
+
+
+def to_dynamic_int8(path: Path) -> None:
+    """Products with a constant matrix get dynamic int8, one scale a channel, in the graph at `path`.
+
+    As by `dynamic_int8`, with one weight in memory at a time instead of several copies of all. Weights have 7 bits: without VNNI,
+    sums of two products of 8 bits saturate (notebook 11).
+    """
+
+    def replacement(node, weight: Tensor) -> tuple | None:
+        if node.op_type == "Gather":
+            return None
+        scale = weight.abs().amax(1).clamp(min=1e-12) / 63
+        numbers = (weight / scale[:, None]).round().to(torch.int8).T.contiguous()
+        return "DynamicQuantizeMatMul", "channels", (numbers.numpy(), scale.numpy()), {}
+
+    _replace_nodes(path, replacement)
+
+
+def _replace_nodes(path: Path, replacement: Callable[..., tuple | None]) -> None:
+    """Let kernels of ONNX Runtime's own read what is a constant matrix in the graph at `path`.
+
+    `replacement` gets a node and its weight, (out, in) or (rows, width), and gives None, or the kernel's name, an ending for the
+    names of what it reads, (numbers, scales) and the kernel's attributes. One weight is in memory at a time.
+    """
+    import onnx
+    from onnx import helper, numpy_helper
+
+    model = onnx.load(str(path), load_external_data=False)
+    constants, added = {t.name: t for t in model.graph.initializer}, {}
+    for node in model.graph.node:
+        port = 0 if node.op_type == "Gather" else 1
+        if node.op_type not in ("MatMul", "FusedMatMul", "Gather") or node.input[port] not in constants:
+            continue
+        constant = constants[node.input[port]]
+        attributes = {a.name: a.f if a.name == "alpha" else a.i for a in node.attribute}
+        transposed = bool(attributes.pop("transB", 0))
+        # a factor, or an input turned round: these kernels have neither
+        plain = port == 0 or (attributes.pop("alpha", 1) == 1 and not any(attributes.values()))
+        if len(constant.dims) != 2 or constant.data_type != onnx.TensorProto.FLOAT or not plain:
+            continue
+        weight = torch.from_numpy(numpy_helper.to_array(constant, str(path.parent)).copy())
+        new = replacement(node, weight.T.contiguous() if port and not transposed else weight)
+        if new is None:
+            continue
+        kernel, ending, stored, options = new
+        names = [f"{constant.name}_{ending}", f"{constant.name}_{ending}_scales"]
+        added |= {name: numpy_helper.from_array(value, name) for name, value in zip(names, stored, strict=True)}
+        inputs = [node.input[0], *names] if port else [names[0], node.input[1], names[1]]
+        new = helper.make_node(kernel, inputs, [*node.output], node.name, domain="com.microsoft", **options)
+        new.metadata_props.extend(node.metadata_props)
+        node.CopyFrom(new)
+    model.graph.initializer.extend(added.values())
+    used = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
+    for values in (model.graph.initializer, model.graph.value_info):
+        kept = [value for value in values if value.name in used]
+        del values[:]
+        values.extend(kept)
+    if not any(o.domain == "com.microsoft" for o in model.opset_import):
+        model.opset_import.add(domain="com.microsoft", version=1)
+    onnx.load_external_data_for_model(model, str(path.parent))
+    graphs.save_onnx(model, path)

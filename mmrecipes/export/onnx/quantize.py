@@ -32,9 +32,8 @@ def dynamic_int8(
     """A copy of `graph` at `out` with int8 matrix products: weights ahead, one scale a channel, activations on the fly.
 
     Activations are 8 bits unsigned, one scale a tensor. Weights: "uint8" is exact everywhere; "int8" is quicker with VNNI, but
-    without it (AVX2) its products saturate, unless `reduce_range` leaves the weights 7 bits. After ONNX Runtime's page
-    "Quantize ONNX models". Products of two activations (attention) stay in float32, and so do the layers of which a name in
-    `keep` is part, say ("down_proj",): the way out where a few activations are far larger than the rest.
+    without it (AVX2) its products saturate, unless `reduce_range` leaves the weights 7 bits (ONNX Runtime, "Quantize ONNX
+    models"). Products of two activations stay in float32, and layers of which a name in `keep` is part, say ("down_proj",).
     """
     require("onnxruntime", "onnx")
     from onnxruntime.quantization import QuantType, quantize_dynamic

@@ -50,8 +50,7 @@ def _broken_pair(node, constants: Mapping[str, object]) -> str:
     source, scale, zero = (constants.get(name) for name in (*node.input, "")[:3])
     to_int8 = node.op_type == "QuantizeLinear"
     if source is not None and not to_int8 and source.data_type != TensorProto.INT8:
-        kind = TensorProto.DataType.Name(source.data_type)
-        return f"reads {kind}; quantize weights to int8 and leave biases in float"
+        return f"reads {TensorProto.DataType.Name(source.data_type)}; quantize weights to int8 and leave biases in float"
     if source is None and to_int8 and scale is not None and numpy_helper.to_array(scale).size > 1:
         return "has several scales for an activation; give it one"
     if zero is None and to_int8:
