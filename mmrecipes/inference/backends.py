@@ -1,7 +1,6 @@
 """The graphs of an exported model in each runtime: `encode` an image, then `step` through tokens with the KV cache."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -121,7 +120,7 @@ class ExecutorchGraphs:
         self.cache_length += ids.shape[1]
         return logits[0, -1]
 
-    def _run(self, method: Any, *inputs: np.ndarray) -> np.ndarray:
+    def _run(self, method, *inputs: np.ndarray) -> np.ndarray:
         import torch
 
         with native_stderr():

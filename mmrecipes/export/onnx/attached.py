@@ -15,9 +15,9 @@ from mmrecipes.inference.backends import PARTS, onnx_session
 
 
 def tensor_session(path: str | Path, threads: int | None = None, as_written: bool = False) -> Callable[..., Tensor]:
-    """A function from tensors, the inputs of the graph at `path` in their order, to its first output; `threads`: as PyTorch's.
+    """A function that runs the graph at `path` on tensors, in its inputs' order, and returns its first output.
 
-    Otherwise as `inference.onnx_session`.
+    With as many `threads` as PyTorch uses, unless told otherwise; else as `inference.onnx_session`.
     """
     session = onnx_session(path, threads or torch.get_num_threads(), as_written)
     names = [i.name for i in session.get_inputs()]
@@ -33,12 +33,12 @@ def export_parts(model: nn.Module, folder: str | Path) -> dict[str, Path]:
     another dtype, or weights that one file cannot hold; ImportError where onnx or onnxscript is missing.
     """
     core = getattr(model, "model", None)
-    alike = all(hasattr(core, name) for name in ("vision_model", "connector", "text_model"))
-    if not (alike and hasattr(core.vision_model, "post_layernorm")):
+    vision = getattr(core, "vision_model", None)
+    if not (hasattr(vision, "post_layernorm") and hasattr(core, "connector") and hasattr(core, "text_model")):
         raise UserError(f"export: {type(model).__name__} is not built like Idefics3; export its parts with onnx.graphs.to_onnx")
     check_float32(model)
     modules = {"vision": Idefics3Vision(model), "language": LanguageWithoutCache(model)}
-    size = core.vision_model.config.image_size
+    size = vision.config.image_size
     images, embeds = torch.randn(2, 3, size, size), torch.randn(2, 12, core.text_model.config.hidden_size)
     mask = torch.arange(12) >= torch.tensor([[0], [3]])  # the second text is padded
     examples = {"vision": {"pixel_values": images}, "language": {"inputs_embeds": embeds, "attention_mask": mask.long()}}
