@@ -28,8 +28,7 @@ def write_onnx(model: nn.Module, folder: Path, precisions: Mapping[str, str], pi
     vision = graphs.to_onnx(encoder, {"pixel_values": image}, folder / "vision.onnx", {})
     language, (decoder, example, axes) = folder / "language.onnx", wrappers.language_wrapper(model)
     with quiet.library_logs():
-        # for the CPU: attention with its cache and rotary embedding in one node (GroupQueryAttention), norms with their sums,
-        # and products of one input together
+        # fused: attention with cache and rotary embedding (GroupQueryAttention), norms with sums, products of one input
         config = OnnxConfig(dynamic_shapes=axes, ort_fusions="cpu", prefer_deferred_runtime_asserts_over_guards=True)
         onnx_ir.save(OnnxExporter().export(decoder, example, config).program, str(language), external_data="language.onnx.data")
     for path in (vision, language):
