@@ -8,22 +8,18 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from mmrecipes.errors import ParityError, UserError
 from mmrecipes.evaluate import generation
 from mmrecipes.evaluate.statistics import Paired, Share, agreement, paired
+from mmrecipes.inference.exported import Exported
 from mmrecipes.measure import exported, machine, memory, timing
 from mmrecipes.measure import size as measure_size
-from mmrecipes.models.prompts import chat
+from mmrecipes.models.prompts import Rows, chat
 from mmrecipes.models.saving import write_json
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from mmrecipes.inference.exported import Exported
 
 COLUMNS = {  # key of a row -> (heading, how a value is printed)
     "name": ("variant", "{}"),
@@ -135,7 +131,7 @@ def check_parity(
 
 
 def compare(
-    rows: Dataset | None = None,
+    rows: Rows | None = None,
     *,
     n: int = 600,
     seconds: float = 60,
@@ -188,7 +184,7 @@ def _costs(variants: Mapping[str, Any], inputs: Mapping, first: Mapping, timed: 
     return found
 
 
-def _scored(predictions: list[str], rows: Dataset, reference: list | None) -> tuple[dict[str, Any], list]:
+def _scored(predictions: list[str], rows: Rows, reference: list | None) -> tuple[dict[str, Any], list]:
     """Accuracy with what changed against the baseline's `reference`, or agreement with it; and the baseline's, if this is it."""
     from mmrecipes.data import datasets
 
@@ -204,7 +200,7 @@ def _scored(predictions: list[str], rows: Dataset, reference: list | None) -> tu
     return row, result.right if reference is None else reference
 
 
-def _predict(model: torch.nn.Module | Exported, rows: Dataset, seconds: float) -> list[str]:
+def _predict(model: torch.nn.Module | Exported, rows: Rows, seconds: float) -> list[str]:
     """Answers to as many of `rows`, from the top, as fit in about `seconds`."""
     found: list[str] = []
     started, size = time.perf_counter(), 10

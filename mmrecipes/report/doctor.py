@@ -4,8 +4,6 @@ Nothing is guessed from names: the model answers one question about one image wh
 technique is timed on a layer of the shape that costs most.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping

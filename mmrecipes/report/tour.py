@@ -1,15 +1,14 @@
 """The tour: load a vision-language model, see where its time goes, compress it four ways, and read what that cost."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from mmrecipes.data import datasets
 from mmrecipes.errors import UserError
@@ -17,13 +16,10 @@ from mmrecipes.export import pipeline
 from mmrecipes.inference.exported import load_exported
 from mmrecipes.measure import flops, machine, size
 from mmrecipes.models import images, loading, prompts
+from mmrecipes.models.prompts import Rows
 from mmrecipes.quantize import mixed_precision, rounding
 from mmrecipes.report import page
 from mmrecipes.report.comparison import Comparison, compare
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from torch import nn
 
 INT8, FOUR_BIT, TWO_BIT = "int8 dynamic", "4-bit exported", "2-bit simulated"
 GPTQ_PARAMETERS = 20e6  # of more GPTQ would take minutes
@@ -85,7 +81,7 @@ def _check_writable(out: Path) -> None:
         raise UserError(f"cannot write {out}: {e.strerror}; choose another place with --out") from e
 
 
-def _rows(folder: Path | None, question: str | None, n: int) -> Dataset:
+def _rows(folder: Path | None, question: str | None, n: int) -> Rows:
     if folder is None:
         if question is not None:
             raise UserError("--question needs --images, the folder of your images to ask it about")
@@ -146,7 +142,7 @@ def _stage_table(stages: list[dict]) -> Table:
     return table
 
 
-def _example_table(rows: Dataset, found: Comparison, count: int = 6) -> Table:
+def _example_table(rows: Rows, found: Comparison, count: int = 6) -> Table:
     """Questions, and every variant's answers; "=" where it is the first one's, so that the table fits 80 columns."""
     table = Table("question", *(name.replace(" ", "\n") for name in [r["name"] for r in found.rows]), box=None, pad_edge=False)
     for i in range(min(count, len(rows))):
@@ -159,7 +155,7 @@ def _answer(row: dict, i: int) -> str:
     return row["predictions"][i] if i < len(row["predictions"]) else "-"
 
 
-def _page(model_name: str, rows: Dataset, stages: list[dict], found: Comparison) -> str:
+def _page(model_name: str, rows: Rows, stages: list[dict], found: Comparison) -> str:
     examples = []
     for i, row in enumerate(rows.select(range(min(8, len(rows))))):
         truth = row.get("answer") or _answer(found.rows[0], i)

@@ -1,7 +1,5 @@
 """What `shrink` writes: the model, an example that runs it, and both models' time and memory side by side."""
 
-from __future__ import annotations
-
 import shutil
 import statistics
 import subprocess
@@ -9,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,17 +16,14 @@ from torch import nn
 from mmrecipes.errors import UserError
 from mmrecipes.evaluate.statistics import wilson
 from mmrecipes.export import pipeline
-from mmrecipes.inference.exported import load_exported
+from mmrecipes.inference.exported import Exported, load_exported
 from mmrecipes.measure import exported, machine, memory, process, size, timing
 from mmrecipes.models import prompts
 from mmrecipes.quantize import nf4
 from mmrecipes.report import comparison
 from mmrecipes.shrink.candidates import Candidate, mixed
+from mmrecipes.shrink.request import Evaluator
 from mmrecipes.shrink.source import Source
-
-if TYPE_CHECKING:
-    from mmrecipes.inference.exported import Exported
-    from mmrecipes.shrink.request import Evaluator
 
 EXAMPLE, IMAGE = "example.py", "example.png"
 NEW_TOKENS, ROUNDS = 8, 6

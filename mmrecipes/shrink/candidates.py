@@ -1,26 +1,20 @@
 """Candidate plans: which units get 4 bits, what that should take and lose, within a budget or step by step."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from mmrecipes.errors import UserError
 from mmrecipes.models import modules
+from mmrecipes.models.prompts import Rows
 from mmrecipes.quantize import mixed_precision, nf4, rounding
 from mmrecipes.quantize.groups import GROUP
 from mmrecipes.quantize.mixed_precision import Cost
+from mmrecipes.shrink.fidelity import Loss
 from mmrecipes.shrink.source import Source, predicted_bytes, unit_bytes
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from mmrecipes.shrink.fidelity import Loss
 
 STEPS = 4  # candidates that are tried without a budget, from 4 bits everywhere to 4 bits nowhere
 
@@ -45,7 +39,7 @@ def eligible_units(source: Source, blocked: set[str] = frozenset()) -> list[str]
     return [unit for unit, names in source.units.items() if able.issuperset(names)]
 
 
-def round_all(source: Source, four: list[str], rows: Dataset) -> nn.Module:
+def round_all(source: Source, four: list[str], rows: Rows) -> nn.Module:
     """A copy with all units of `four` in 4 bits: by GPTQ in groups of 32, or in NF4 as bitsandbytes does it."""
     plan = dict.fromkeys(four, 4)
     if source.runtime != "torch":
@@ -74,7 +68,7 @@ def mixed(source: Source, rounded: nn.Module, plan: Mapping[str, int], trial: bo
     return small
 
 
-def costs(source: Source, rounded: nn.Module, four: list[str], rows: Dataset) -> list[Cost]:
+def costs(source: Source, rounded: nn.Module, four: list[str], rows: Rows) -> list[Cost]:
     """What each unit of `four` loses alone in 4 bits, and its bytes; in `source.high` bits it loses nothing.
 
     At 8 bits in groups or a channel the loss is below what so few rows can tell.

@@ -1,12 +1,9 @@
 """How a compressed model's answers compare with the original's: accuracy on labels, or agreement token by token without."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,17 +13,13 @@ from mmrecipes import quiet
 from mmrecipes.evaluate import statistics
 from mmrecipes.evaluate.generation import answer_tokens
 from mmrecipes.evaluate.statistics import Share, clustered
-from mmrecipes.models.prompts import chat
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from mmrecipes.inference.exported import Exported
+from mmrecipes.inference.exported import Exported
+from mmrecipes.models.prompts import Rows, chat
 
 MAX_ANSWER_TOKENS = 12  # tokens of an answer, at most
 
 
-def with_answers(model: nn.Module, rows: Dataset) -> Dataset:
+def with_answers(model: nn.Module, rows: Rows) -> Rows:
     """`rows` with the model's own answers in the place of labels."""
     decode, found = model.processor.tokenizer.decode, greedy_tokens(model, rows)
     rows = rows.remove_columns([c for c in ("answer",) if c in rows.column_names])
@@ -49,12 +42,12 @@ class Loss:
         return f"{self.points:.1f} points of {self.measure} [{self.low:.1f}, {self.high:.1f}], n={self.n}"
 
 
-def greedy_tokens(model: nn.Module, rows: Dataset) -> list[list[int]]:
+def greedy_tokens(model: nn.Module, rows: Rows) -> list[list[int]]:
     """Token ids of the model's own greedy answers, at most MAX_ANSWER_TOKENS each, the end of sequence included."""
     return answer_tokens(model, rows["image"][:], rows["question"][:], 8, MAX_ANSWER_TOKENS)
 
 
-def token_agreement(model: nn.Module | Exported, rows: Dataset, wanted: Sequence[list[int]]) -> list[list[bool]]:
+def token_agreement(model: nn.Module | Exported, rows: Rows, wanted: Sequence[list[int]]) -> list[list[bool]]:
     """For each token of `wanted`, the original's answers: is it the model's likeliest, given the same tokens before?"""
     choose = _choices if isinstance(model, nn.Module) else _exported_choices
     asked = zip(rows["image"], rows["question"], wanted, strict=True)

@@ -1,19 +1,14 @@
 """A user's own folder of images, maybe with questions: rows to calibrate, choose and verify on, which share no image."""
 
-from __future__ import annotations
-
 import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mmrecipes.data import datasets
 from mmrecipes.errors import UserError, one_line
 from mmrecipes.models import images as models_images
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from mmrecipes.models.prompts import Rows
 
 QUESTIONS_FILE = "questions.jsonl"
 GENERAL_QUESTIONS = ("What is in this picture?", "Describe this picture in one sentence.", "Which colours are there?")
@@ -21,12 +16,12 @@ NEEDED = "give 2 images or more: some to calibrate on and others to verify on"
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowSets:
     """Three sets of rows (image, question, name, maybe answer). `notes` say where they come from."""
 
-    calibrate: Dataset
-    choose: Dataset
-    verify: Dataset
+    calibrate: Rows
+    choose: Rows
+    verify: Rows
     notes: list[str]
     tried: int = 0  # of those that calibrate, each unit's sensitivity is found on so many
 
@@ -36,8 +31,8 @@ class Rows:
         return found | {"verified on": len(self.verify), "images": len(set(self.verify["name"]))}
 
 
-def gather(side: int, calib: Path | None, images: Path | None, n: int) -> Rows:
-    """Rows from the user's folders; from drawn scenes, `side` px wide, where there is none. At most `n` to verify on.
+def gather(side: int, calib: Path | None, images: Path | None, n: int) -> RowSets:
+    """RowSets from the user's folders; from drawn scenes, `side` px wide, where there is none. At most `n` to verify on.
 
     `images` alone is halved, image by image. Raises UserError where an image would be on both sides.
     """
@@ -62,18 +57,18 @@ def gather(side: int, calib: Path | None, images: Path | None, n: int) -> Rows:
     if other is None:
         other = _drawn("test", n, side)
         notes.append("verified on drawn scenes: images of your own, with --images, say more about your use")
-    return Rows(calibrate, choose, other.select(range(min(n, len(other)))), notes)
+    return RowSets(calibrate, choose, other.select(range(min(n, len(other)))), notes)
 
 
-def _drawn(split: str, n: int, side: int) -> Dataset:
+def _drawn(split: str, n: int, side: int) -> Rows:
     rows = datasets.questions(split, n, size=side)
     if split == "test" and side == 128 and n <= 4200:
         rows = datasets.test_split(n)  # the committed one
     return rows.add_column("name", [f"scene {seed}" for seed in rows["seed"]])
 
 
-def read_folder(folder: Path) -> Dataset:
-    """Rows of a folder of images: those of its questions.jsonl, or three general questions about each image.
+def read_folder(folder: Path) -> Rows:
+    """RowSets of a folder of images: those of its questions.jsonl, or three general questions about each image.
 
     A line: {"image": "a.png", "question": "...", "answer": "..."}, the answer in all of them or in none. Raises UserError that
     names the line or the image.
@@ -124,7 +119,7 @@ def _lines(asked: Path) -> list[tuple[str, dict]]:
     return found
 
 
-def _cut(rows: Dataset, share: float) -> tuple[Dataset, Dataset]:
+def _cut(rows: Rows, share: float) -> tuple[Rows, Rows]:
     """The rows of the first `share` of the images, and the others; each has one image or more."""
     names = list(dict.fromkeys(rows["name"]))
     first = set(names[: max(1, min(len(names) - 1, round(share * len(names))))])
@@ -132,7 +127,7 @@ def _cut(rows: Dataset, share: float) -> tuple[Dataset, Dataset]:
     return rows.select(at[0]), rows.select(at[1])
 
 
-def _apart(own: Dataset, other: Dataset) -> None:
+def _apart(own: Rows, other: Rows) -> None:
     """UserError where two sets of rows share an image, whatever its file is called."""
     seen = {image.tobytes(): name for image, name in zip(own["image"], own["name"], strict=True)}
     for image, name in zip(other["image"], other["name"], strict=True):

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from torch import nn
@@ -24,6 +24,7 @@ from mmrecipes.evaluate import generation
 from mmrecipes.export import pipeline
 from mmrecipes.models import loading, prompts
 from mmrecipes.models.modules import parts
+from mmrecipes.models.prompts import Rows
 from mmrecipes.models.saving import take_place
 from mmrecipes.quantize.mixed_precision import Cost
 from mmrecipes.report import doctor
@@ -32,9 +33,6 @@ from mmrecipes.shrink.candidates import STEPS, Candidate, best, costs, eligible_
 from mmrecipes.shrink.fidelity import Loss
 from mmrecipes.shrink.request import MAX_LOSS, Evaluator, Request, check_request, make_evaluator
 from mmrecipes.shrink.source import Source, budget_bytes
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ class _Stages:
         self.console.print(f"{label} [dim]{time.perf_counter() - began:.0f} s[/]", highlight=False)
 
 
-def _answered(source: Source, rows: folders.Rows, request: Request) -> tuple[folders.Rows, Evaluator, Evaluator]:
+def _answered(source: Source, rows: folders.RowSets, request: Request) -> tuple[folders.RowSets, Evaluator, Evaluator]:
     """Rows with answers to all, as many as there is time for, and the evaluators that verify and choose."""
     base, seconds = source.model, request.stage_seconds
     few = _head(rows.verify, 0, 8)
@@ -151,7 +149,7 @@ def _answered(source: Source, rows: folders.Rows, request: Request) -> tuple[fol
     return dataclasses.replace(rows, calibrate=calibrate, choose=choose.rows, verify=verify.rows, tried=tried), verify, choose
 
 
-def _head(rows: Dataset, affordable: float, least: int) -> Dataset:
+def _head(rows: Rows, affordable: float, least: int) -> Rows:
     return rows.select(range(min(len(rows), max(least, int(affordable)))))
 
 

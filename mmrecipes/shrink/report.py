@@ -1,14 +1,12 @@
 """What `shrink` tells: the plan and the result in the terminal, report.json and report.html."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,11 +17,9 @@ from mmrecipes.models import saving
 from mmrecipes.report import doctor, page
 from mmrecipes.shrink import fidelity
 from mmrecipes.shrink.artifact import EXAMPLE, IMAGE, open_artifact
-
-if TYPE_CHECKING:
-    from mmrecipes.shrink.candidates import Candidate
-    from mmrecipes.shrink.request import Evaluator
-    from mmrecipes.shrink.source import Source
+from mmrecipes.shrink.candidates import Candidate
+from mmrecipes.shrink.request import Evaluator
+from mmrecipes.shrink.source import Source
 
 SHOWN = 4  # images with the same answer, and as many with another one
 PACKAGES = ("onnxruntime", "openvino", "nncf", "executorch", "bitsandbytes", "transformers", "torch")

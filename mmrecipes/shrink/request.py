@@ -1,25 +1,19 @@
 """What was asked of `shrink`, and the evaluator that says how much a candidate loses."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from mmrecipes.errors import UserError, require
 from mmrecipes.evaluate import generation
 from mmrecipes.export import pipeline
+from mmrecipes.inference.exported import Exported
+from mmrecipes.models.prompts import Rows
 from mmrecipes.models.saving import check_replaceable
 from mmrecipes.shrink import fidelity
 from mmrecipes.shrink.fidelity import Loss
 from mmrecipes.shrink.source import budget_bytes
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from mmrecipes.inference.exported import Exported
 
 RUNTIMES = (*pipeline.BACKENDS, "torch")
 MAX_LOSS = {"accuracy": 1.0, "agreement": 5.0}  # points; another token is often as good, so more of these may differ
@@ -60,7 +54,7 @@ def check_request(request: Request) -> None:
 class Evaluator:
     """Rows, and how the original answers them. With labels that it knows accuracy counts, else agreement of tokens."""
 
-    rows: Dataset
+    rows: Rows
     tokens: list[list[int]]
     answers: list[str]
     right: list[bool] | None  # None: without labels
@@ -80,7 +74,7 @@ class Evaluator:
         return fidelity.accuracy_loss(self.right, fidelity.right(answers, self.rows["answer"])), answers
 
 
-def make_evaluator(base: nn.Module, rows: Dataset, labelled: bool | None = None) -> Evaluator:
+def make_evaluator(base: nn.Module, rows: Rows, labelled: bool | None = None) -> Evaluator:
     """How `base` answers `rows`. Labels count if it knows them (`fidelity.knows`), or as `labelled` says."""
     tokens = fidelity.greedy_tokens(base, rows)
     answers = [base.processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens]

@@ -1,7 +1,5 @@
 """One view of the model that is shrunk, computed once and handed on; budgets, and the bytes that a plan should take."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Mapping
