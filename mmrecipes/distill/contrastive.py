@@ -1,7 +1,4 @@
-"""A smaller dual encoder that keeps images and texts aligned: what it may take from a teacher, and training after a cut.
-
-For SigLIP and CLIP alike. Built by hand in notebook 32.
-"""
+"""A smaller dual encoder, SigLIP or CLIP, that keeps images and texts aligned, by a teacher or by pairs alone (notebook 32)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,6 @@
 """Another vision encoder for a VLM: put in, then taught step by step to tell the language model what the old one told it.
 
-First its features through a linear map, which is folded into the connector; then the connector alone; then everything
-(`distill.distill`). Built by hand in notebook 31. `encoders.swapped` holds the class of the model that comes out.
+First its features by a linear map, folded into the connector; then the connector; then everything (`distill`). Notebook 31.
 """
 
 import copy

@@ -1,7 +1,6 @@
 """EfficientFormer-L1 (Li et al. 2022, arXiv:2206.01191), the published design in one page: 12.3 million parameters.
 
-Convolutions where maps are large, with average pooling for the mixing of places, and attention only in the last block, where
-49 tokens are left.
+Convolutions with average pooling, to mix places, where maps are large; attention only in the last block, with 49 tokens left.
 """
 
 import itertools

@@ -28,12 +28,10 @@ class BackboneEncoder(nn.Module):
         super().__init__()
         kind, self.grid = backbone["model_type"], grid
         self.backbone = OWN[kind](size) if kind in OWN else AutoModel.from_config(AutoConfig.for_model(**backbone))
-        for head in ("classes", "distilled"):  # nobody asks for ImageNet's classes here
-            if hasattr(self.backbone, head):
-                setattr(self.backbone, head, nn.Identity())
-        for norm in self.modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                norm.momentum = 0.1  # MobileNetV2 took TensorFlow's 0.997, which here means: the last batch alone
+        for head in {"classes", "distilled"} & set(dir(self.backbone)):  # nobody asks for ImageNet's classes here
+            setattr(self.backbone, head, nn.Identity())
+        for norm in [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]:
+            norm.momentum = 0.1  # MobileNetV2 took TensorFlow's 0.997, which here means: the last batch alone
 
     def maps(self, pixel_values: Tensor) -> list[Tensor]:
         """All maps (B, C, h, w) of the backbone, in their order."""
