@@ -126,7 +126,7 @@ def _conclusion(found: Comparison) -> str:
     if FOUR_BIT not in rows:
         return "The table says what each precision costs on this machine."
     small, whole = rows[FOUR_BIT], rows["fp32"]
-    text = f"{FOUR_BIT}: {whole['disk_mb'] / small['disk_mb']:.1f}x smaller than fp32, time to first token "
+    text = f"{FOUR_BIT}: {whole['disk_mb'] / small['disk_mb']:.1f}x smaller than eager fp32 (PyTorch), time to first token "
     text += f"{whole['ttft_ms'] / small['ttft_ms']:.1f}x shorter, "
     if change := small.get("change"):
         lossless = change.low <= 0 <= change.high
