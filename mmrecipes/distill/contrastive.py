@@ -17,21 +17,15 @@ from mmrecipes.train.loop import Loss, TrainConfig, fit
 
 @dataclass(frozen=True)
 class ContrastiveWeights:
-    """The weight of each loss; 0 leaves it out. All but `contrast` need a teacher.
+    """The weight of each loss; 0 leaves it out. All but `contrast` need a teacher."""
 
-    `contrast`: true pairs together, all others apart. `affinity`: every image resembles every text as much as it does for
-    the teacher (TinyCLIP, arXiv:2309.12314). `feature`: the teacher's embeddings. `interactive`: the student's images find the
-    teacher's texts, and the other way round (both CLIP-KD, arXiv:2307.12732).
-    """
-
-    contrast: float = 1.0
-    affinity: float = 1.0
-    feature: float = 10.0
-    interactive: float = 1.0
+    contrast: float = 1.0  # true pairs together, all others apart
+    affinity: float = 1.0  # every image resembles every text as much as it does for the teacher (TinyCLIP, arXiv:2309.12314)
+    feature: float = 10.0  # the teacher's embeddings (CLIP-KD, arXiv:2307.12732)
+    interactive: float = 1.0  # the student's images find the teacher's texts, and the other way round (CLIP-KD)
 
     @property
     def need_teacher(self) -> bool:
-        """Is anything asked for but the contrast of pairs?"""
         return bool(self.affinity or self.feature or self.interactive)
 
 
@@ -39,10 +33,9 @@ CONTRAST_ONLY = ContrastiveWeights(affinity=0, feature=0, interactive=0)
 
 
 def set_trainable(model: nn.Module, trainable: Mapping[str, str]) -> nn.Module:
-    """A copy of a dual encoder in which everything may be trained, but of "vision" and "language" only what `trainable` says.
+    """A copy of a dual encoder in which of "vision" and "language", with their projections, only what `trainable` says learns.
 
-    "all", "small" (norms and biases only, so that rounded or zeroed matrices stay as they are) or "nothing"; each with its
-    projection to the shared space. Raises UserError for other parts and other words.
+    "all", "small" (norms and biases, so that rounded or zeroed matrices stay) or "nothing". UserError for other parts or shares.
     """
     model = clone(model).requires_grad_(True)
     for part, share in trainable.items():
@@ -64,10 +57,9 @@ def distill_dual(
 ) -> nn.Module:
     """A trained copy of `student`, of which those parameters learn that require gradients; without a teacher from pairs alone.
 
-    `batches[i]` is a named tuple with `images` (B, 3, H, W), token ids `captions` (B, T) and `negatives` (B, T), false
-    captions: `mini.curriculum` makes the book's. On several processes SigLIP's loss compares with all texts, the other losses
-    with this process's own. With a folder `work` it is resumable. Raises UserError for weights that need a teacher where none
-    is given, for embeddings of another width than the teacher's, and as `train.fit` does.
+    `batches[i]` has `images` (B, 3, H, W), token ids `captions` (B, T) and `negatives` (B, T), false captions. On several
+    processes SigLIP's loss compares with all texts, the others with this process's own. With a folder `work` it is resumable.
+    Raises UserError for weights that need a teacher where there is none, for embeddings of another width, and as `train.fit`.
     """
     weights = weights or (CONTRAST_ONLY if teacher is None else ContrastiveWeights())
     if weights.need_teacher and teacher is None:

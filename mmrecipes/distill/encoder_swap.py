@@ -29,11 +29,10 @@ ENCODERS = {  # name -> config of the backbone; MobileNetV2 keeps 8 x 8 position
 
 
 def swap_vision_encoder(model: nn.Module, backbone: dict, start: nn.Module | None = None, seed: int = 0) -> nn.Module:
-    """A copy of an Idefics3 with another vision encoder and a connector that fits it, both with random weights.
+    """A copy of an Idefics3 with another vision encoder, and a connector that fits it, with random weights.
 
-    `backbone` is one of ENCODERS or a dict like those; with `start`, a trained backbone of that kind, it has its weights. The
-    class is `encoders.swapped.SwappedForConditionalGeneration`. Raises UserError for a model of another class, a connector that
-    shuffles pixels, a backbone that does not exist or gives no map of the model's grid, or weights that do not fit it.
+    `backbone` is one of ENCODERS or a dict like those; with `start`, a trained backbone of that kind, it has its weights. Raises
+    UserError for another class or pixel shuffle, a backbone that gives no map of the model's grid, or weights that do not fit.
     """
     from mmrecipes.distill.encoders import swapped
 
@@ -67,10 +66,7 @@ def swap_vision_encoder(model: nn.Module, backbone: dict, start: nn.Module | Non
 
 @torch.no_grad()
 def least_squares_map(student: nn.Module, teacher: nn.Module, images: Tensor, batch: int = 64) -> Tensor:
-    """The linear map (D, C) from the features of `student`'s encoder to `teacher`'s that errs least on `images` (N, 3, H, W).
-
-    Least squares in float64, with a ridge. Raises UserError without images.
-    """
+    """The `ridge` map (D, C) from `student`'s features to `teacher`'s on `images` (N, 3, H, W). UserError without images."""
     if not len(images):
         raise UserError("least_squares_map: no images; give some hundred like those to come")
     encoders = [parts(m)["vision"] for m in (student, teacher)]
@@ -98,8 +94,8 @@ def match_features(
 ) -> nn.Module:
     """Step one: a copy of `student` whose encoder gives `teacher`'s features through a linear map, now part of its connector.
 
-    On images alone: `batches[i][0]` are pixels (B, 3, H, W). An encoder that was trained before begins with the
-    `least_squares_map` on `images` (N, 3, H, W), others with a random one. Raises UserError as `train.fit` does.
+    `batches[i][0]` are pixels (B, 3, H, W). It begins with the `least_squares_map` on `images` (N, 3, H, W), for an encoder that
+    was trained before, or a random one. Raises UserError as `train.fit` does.
     """
     device, student, teacher = student.device, clone(student).requires_grad_(True), clone(teacher)
     torch.manual_seed(0)

@@ -1,8 +1,6 @@
-"""Knowledge distillation of a VLM: a small model, the student, learns to do what a large one, its teacher, does.
+"""Knowledge distillation of a VLM (Hinton et al. 2015, arXiv:1503.02531): a student learns what its teacher does.
 
-The student may be asked to match right answers, the teacher's logits (Hinton et al. 2015, arXiv:1503.02531), hidden states,
-visual features (FitNets, arXiv:1412.6550) and attention relations. Built by hand in notebook 30. `recover` is the same after a
-cut (Minitron, arXiv:2407.14679), with features compared as they are, and zeros that stay: notebooks 20 and 21.
+Built by hand in notebook 30. `recover` is the same after a cut (Minitron, arXiv:2407.14679): notebooks 20 and 21.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,24 +20,18 @@ from mmrecipes.train.loop import Loss, TrainConfig, fit, mean_over_processes, sh
 
 @dataclass(frozen=True)
 class LossWeights:
-    """The weight of each loss; 0 leaves it out. All but `answers` need a teacher.
+    """The weight of each loss; 0 leaves it out. All but `answers` need a teacher."""
 
-    `answers`: cross-entropy of the right ones. `logits`: KL divergence from the teacher's at `temperature`, or `reverse`.
-    `hidden`: its hidden states, layer by layer, and `vision`: its visual features, both through a linear projection that is
-    thrown away. `attention`: relations in the last layer of the vision encoder and of the language model.
-    """
-
-    answers: float = 1.0
-    logits: float = 1.0
-    hidden: float = 1.0
-    vision: float = 1.0
-    attention: float = 0.0
+    answers: float = 1.0  # cross-entropy of the right ones
+    logits: float = 1.0  # KL divergence from the teacher's at `temperature`, or `reverse`
+    hidden: float = 1.0  # hidden states, layer by layer, through linear projections that are thrown away
+    vision: float = 1.0  # visual features, in the same way (FitNets, arXiv:1412.6550)
+    attention: float = 0.0  # relations in the last layer of the vision encoder and of the language model
     temperature: float = 1.0
     reverse: bool = False
 
     @property
     def need_teacher(self) -> bool:
-        """Is anything asked for but right answers?"""
         return bool(self.logits or self.hidden or self.vision or self.attention)
 
 
@@ -114,9 +106,8 @@ def distill(
 ) -> nn.Module:
     """A trained copy of `student`; without a teacher it learns from the right answers alone.
 
-    `batches` bring their own `answer_loss`: `train.RowBatches` for any VLM (without a column `image` this is text-only
-    distillation), the book's own from `mini.curriculum`. With a folder `work` it is resumable. Raises UserError for weights
-    that need a teacher where none is given, and as `train.fit` does.
+    `batches` bring their own `answer_loss`, as `train.RowBatches` do for any VLM. With a folder `work` it is resumable. Raises
+    UserError for weights that need a teacher where none is given, and as `train.fit` does.
     """
     weights = weights or (LABELS_ONLY if teacher is None else LossWeights())
     if weights.need_teacher and teacher is None:
@@ -165,8 +156,7 @@ def match_vision_encoder(
 ) -> nn.Module:
     """A copy of `student` whose vision encoder and connector give the visual tokens that the teacher's give: before any text.
 
-    On images alone: `batches[i][0]` are pixels (B, 3, H, W). Raises UserError unless both language models read tokens of the
-    same width (slice the teacher's as the student's was), and as `train.fit` does.
+    `batches[i][0]` are pixels (B, 3, H, W). UserError unless both language models read tokens of one width, and as `train.fit`.
     """
     sizes = [config_of(m, "language").hidden_size for m in (student, teacher)]
     if sizes[0] != sizes[1]:

@@ -12,10 +12,9 @@ RELATION_HEADS = 2  # the heads that vectors are split into for attention relati
 
 
 def kl_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, reverse: bool = False) -> Tensor:
-    """Kullback-Leibler divergence of two sets of logits (..., V), mean over rows, times temperature squared, in nats.
+    """KL(teacher || student) of logits (..., V), mean over rows, times temperature squared, in nats (arXiv:1503.02531).
 
-    Forward, KL(teacher || student): the student must cover all that the teacher finds likely (Hinton et al. 2015,
-    arXiv:1503.02531). `reverse`, KL(student || teacher): it may leave some of it, and must invent nothing (MiniLLM, 2306.08543).
+    `reverse`: KL(student || teacher), which forgives what is left out, not what is invented (MiniLLM, arXiv:2306.08543).
     """
     log_probs = [logits.float().div(temperature).log_softmax(-1) for logits in (student, teacher)]
     approximate, target = reversed(log_probs) if reverse else log_probs
@@ -28,19 +27,13 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def relation_loss(student: Tensor, teacher: Tensor, heads: int = RELATION_HEADS) -> Tensor:
-    """How differently two sets of queries (or keys, or values), (B, T, D) each, relate tokens to one another, in nats.
-
-    Attention of the vectors to themselves, KL divergence, mean over tokens: MiniLMv2 (arXiv:2012.15828). D may differ.
-    """
+    """KL divergence of how queries (or keys, or values) (B, T, D) attend to themselves: MiniLMv2 (2012.15828). D may differ."""
     split = [x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (student, teacher)]  # (B, heads, T, D / heads)
     return kl_loss(*(x @ x.transpose(-1, -2) / x.shape[-1] ** 0.5 for x in split))
 
 
 def ridge(gram: Tensor, cross: Tensor) -> Tensor:
-    """The linear map (D, C) of least squares, from x'x (C, C) and x'y (C, D), in their dtype.
-
-    A thousandth of the mean of the diagonal is added to it, since samples may not fill all directions.
-    """
+    """The linear map (D, C) of least squares, from x'x (C, C) and x'y (C, D), in their dtype."""
     damping = 1e-3 * gram.diagonal().mean() + 1e-8
     return torch.linalg.solve(gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), cross).T
 
@@ -52,10 +45,9 @@ def embed(model: nn.Module, images: Tensor | None = None, ids: Tensor | None = N
 
 
 def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """SigLIP's loss (Zhai et al. 2023, arXiv:2303.15343) of embeddings image (B, D) and text (M, D), M >= B; row i is a pair.
+    """SigLIP's loss (arXiv:2303.15343) of embeddings image (B, D) and text (M, D), M >= B; row i is a pair.
 
-    Every combination is a question of its own, yes or no; the sum over all is divided by B. On several processes every image
-    is compared with the texts of all of them.
+    The sum over all combinations is divided by B. On several processes every image is compared with the texts of all of them.
     """
     with torch.autocast(image.device.type, enabled=False):  # a scale of 100 is too much for 16 bits
         image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
@@ -70,11 +62,8 @@ def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Ten
 
 
 def pair_loss(model: nn.Module, image: Tensor, text: Tensor) -> Tensor:
-    """The model's own contrastive loss of embeddings image (B, D) and text (M, D), M >= B; row i is a pair.
-
-    SigLIP has a bias and asks of every combination yes or no; CLIP (arXiv:2103.00020) has none: texts, and images, compete.
-    """
-    if hasattr(model, "logit_bias"):
+    """The contrastive loss of SigLIP or CLIP (arXiv:2103.00020), of image (B, D) and text (M, D), M >= B; row i is a pair."""
+    if hasattr(model, "logit_bias"):  # CLIP has none
         return siglip_loss(image, text, model.logit_scale, model.logit_bias)
     logits = _similarity((image, text), model.logit_scale.exp())
     target = torch.arange(len(image), device=image.device)

@@ -26,11 +26,10 @@ class StudentSize:
 
 
 def make_student(teacher: nn.Module, sizes: dict[str, StudentSize], rows: Any, inherit: bool = True, seed: int = 0) -> nn.Module:
-    """A student of the teacher's class, with `sizes` of "vision" and "language".
+    """A student of the teacher's class, with `sizes` of "vision" and "language"; UserError where they do not fit the teacher.
 
-    With `inherit` it takes from the teacher what matters most: principal directions of the hidden states (SliceGPT, fitted on
-    calibration `rows`), and the FFN neurons with the largest weights. Without, it has the same shape and random weights.
-    Raises UserError for sizes that do not fit the teacher.
+    With `inherit` it gets the principal directions of the hidden states (SliceGPT, fitted on calibration `rows`) and the FFN
+    neurons with the largest weights; without, random weights of the same shapes.
     """
     student = teacher
     for part, size in sizes.items():
@@ -53,10 +52,10 @@ def make_student(teacher: nn.Module, sizes: dict[str, StudentSize], rows: Any, i
 
 
 def make_dual_student(teacher: nn.Module, layers: dict[str, Sequence[int]], intermediate_sizes: dict[str, int]) -> nn.Module:
-    """A student of the teacher's class with only its `layers` of "vision" and "language", and so many neurons in their FFNs.
+    """A student with only the teacher's `layers` of "vision" and "language", and so many neurons in their FFNs.
 
-    Weights are inherited (TinyCLIP, arXiv:2309.12314): the layers as they are, of the neurons those with the largest weights.
-    The width stays, so both embed into the same space from the first step. Raises UserError for what the teacher lacks.
+    Weights are inherited (TinyCLIP, arXiv:2309.12314), of the neurons those with the largest; the width stays. UserError for
+    what the teacher lacks.
     """
     student = teacher
     for part, keep in layers.items():
@@ -66,8 +65,7 @@ def make_dual_student(teacher: nn.Module, layers: dict[str, Sequence[int]], inte
         own = config_of(config, part)
         _check_intermediate_size(part, count, own)
         for mlp in [m for m in parts(student)[part].modules() if hasattr(m, "fc1") and hasattr(m, "fc2")]:
-            strength = mlp.fc1.weight.square().sum(1) + mlp.fc2.weight.square().sum(0)  # the pooling head has an FFN, too
-            structured.keep_channels_([mlp.fc1], [mlp.fc2], strength.topk(count).indices.sort().values.tolist())
+            structured.keep_largest_([mlp.fc1, mlp.fc2], count)  # the pooling head has an FFN, too
         own.intermediate_size = count
     return checkpoint_with_config(student, config)
 

@@ -70,11 +70,10 @@ def _images(drawn: list[Scene]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class ChatBatches(SceneBatches):
-    """Batch `i`: one sequence an image, the image followed by many independent questions, with its objective `answer_loss`.
+    """Batch `i`: one sequence an image, the image followed by thirteen independent questions, with its objective `answer_loss`.
 
-    Every question sees the image and itself, never the other questions (a block mask), and has the positions it has when asked
-    alone. So thirteen questions cost one image, and training looks like use. Every other batch holds images with MANY printed
-    characters: reading is learned last, and a quarter of all images has nothing to read.
+    Every question sees the image and itself (a block mask), at the positions it has when asked alone. Every other batch holds
+    images with MANY printed characters, since reading is learned last.
     """
 
     def __init__(self, seeds: range, steps: int, batch: int, tokenizer):
@@ -131,10 +130,9 @@ class ChatBatches(SceneBatches):
     def _places(self, scene: Scene, ids: Tensor, asks: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
         """What the words of the questions `ids` (T,) refer to: points (T, 4) and marks (T, 64).
 
-        Points, at the last token of "red circle" or "large object": is it there (1 or 0, where `asks` (T,), else -1); its
-        centre's x and y, -1 where no single object is meant; how many words of the name come before. At that of "red objects" or
-        "stars" -2, -1, -1 and the words before; at a word of RELATIONS -3, -1, -1, -1. Marks, at names: the patches of the one
-        object, or the middle patch of each of the several.
+        Points, at the last token of "red circle": is it there (1 or 0, where `asks` (T,), else -1); its centre's x and y, -1
+        where no single object is meant; how many words of the name come before. At that of "red objects" -2, -1, -1 and the
+        words before; at a word of RELATIONS -3, -1, -1, -1. Marks, at names: the patches of one object, the middles of several.
         """
         points, marks = torch.full((len(ids), 4), -1.0), torch.zeros(len(ids), GRID * GRID, dtype=torch.bool)
         phrase: dict[str, str] = {}

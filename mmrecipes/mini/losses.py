@@ -131,12 +131,7 @@ def name_positions(batch: ChatBatch) -> tuple[Tensor, Tensor, Tensor]:
 def attention_supervision(run: LanguagePass, is_image: Tensor, batch: ChatBatch) -> tuple[Tensor, dict[str, float]]:
     """Seven attention heads are told where to look (attention supervision, as in Qiao et al. 2018, arXiv:1709.06308).
 
-    In layer 1 one `gathers`: from a name's last word ("circle") at its other words ("large", "red"); one `relates`: from the
-    token before an answer's at the word for the relation ("left", "closest"). In layer 2 one `looks` from a name at its object's
-    patches; one `counts`: from "red objects" at the middle of each, and as much at the first token, whose share then tells how
-    many they are. In layer 3 two recall: from the token before an answer's at the `first` and `last` name of the question. In
-    layer 4 one `spells`: from each token before a printed code's at the patches of its object. Returns the sum of the mean
-    negative log shares, and how much of the attention each head puts where it should.
+    Returns the sum of the mean negative log shares, and how much of the attention each head puts where it should.
     """
     before, first, last = name_positions(batch)
     points, segments, tokens = batch.points, batch.segments, torch.arange(batch.ids.shape[1], device=batch.ids.device)
@@ -149,12 +144,16 @@ def attention_supervision(run: LanguagePass, is_image: Tensor, batch: ChatBatch)
         return on
 
     heads = {  # name: layer, head, from which tokens, and at which (N, T) of those that are not masked
+        # from a name's last word ("circle") at its other words ("large", "red")
         "gathers": (0, 0, points[..., 3] > 0, lambda r, t: (tokens < t[:, None]) & (tokens >= (t - points[r, t, 3])[:, None])),
+        # from the token before an answer's at the word for the relation ("left"), and at the first and last name
         "relates": (0, -1, before & related.any(-1), lambda r, t: related[r, t]),
+        # from a name at its object's patches; from "red objects" at the middle of each, and as much at the first token
         "looks": (1, 0, points[..., 1] >= 0, patches),
         "counts": (1, -1, points[..., 0] == -2, lambda r, t: patches(r, t) | (tokens == 0)),
         "first": (2, 0, before, lambda r, t: tokens == first[r, t, None]),
         "last": (2, -1, before, lambda r, t: tokens == last[r, t, None]),
+        # from each token before a printed code's at the patches of its object
         "spells": (3, 0, before & reads, lambda r, t: patches(r, last[r, t])),
     }
     total, logs = torch.zeros((), device=tokens.device), {}

@@ -100,10 +100,9 @@ def sincos_positions(side: int, width: int) -> Tensor:
 
 
 def real_size(name: str = "smolvlm-256m", dtype: torch.dtype | str = torch.float32, seed: int = 0):  # -> PreTrainedModel
-    """A model with the published dimensions of SmolVLM-256M and random weights, made on the spot, `.processor` attached.
+    """A model of SmolVLM-256M's published dimensions (arXiv:2504.05299) and random weights, `.processor` attached.
 
-    For speed and memory only: what it says is noise. One image is one tile of 512 px, 64 tokens. Dimensions: the model card's
-    config.json (arXiv:2504.05299); 256M parameters, embeddings not tied. Raises UserError for other names or too little memory.
+    For speed and memory only. One image is one tile of 512 px, 64 tokens. UserError for other names or too little memory.
     """
     from transformers import AutoTokenizer, Idefics3ForConditionalGeneration
     from transformers.initialization import no_init_weights

@@ -1,33 +1,35 @@
 """What counts least in a VLM's transformers: FFN neurons, heads, layers, hidden channels. Built by hand in notebook 21."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmrecipes.models.modules import attention, ffn, head_dim, layers
 from mmrecipes.models.prompts import Rows, teacher_forced
-from mmrecipes.quantize.calibration import inputs_seen
+from mmrecipes.quantize.calibration import watched
 
 
 def taylor_importance(model: nn.Module, rows: Rows, batch_size: int = 10) -> dict[str, dict[str, Tensor]]:
     """How much the loss of the right answers would change, to first order, were a structure cut: |activation x gradient|.
 
-    For each part: "neurons" (L, F), "heads" (L, H), "layers" (L,) and "hidden" (D,), means over `rows` (image, question,
-    answer). Taylor expansion: Molchanov et al. 2017 (arXiv:1611.06440); of heads: Michel et al. 2019 (arXiv:1905.10650).
+    For each part: "neurons" (L, F), "heads" (L, H), "layers" (L,) and "hidden" (D,), means over `rows` (arXiv:1611.06440;
+    of heads: arXiv:1905.10650).
     """
     totals: dict[tuple[str, str], list[Tensor]] = {}
-    stacks = layers(model)
+    stacks, places = layers(model), {}
     seen: dict[tuple[str, str, int], tuple[Tensor, Tensor]] = {}  # where the gradient is taken, what a cut takes away there
-    inner = {(part, "neurons", i): ffn(layer)[1] for part, stack in stacks.items() for i, layer in enumerate(stack)}
-    inner |= {(part, "heads", i): attention(layer)[3] for part, stack in stacks.items() for i, layer in enumerate(stack)}
+    for part, stack in stacks.items():
+        for i, layer in enumerate(stack):
+            places |= {ffn(layer)[1]: (part, "neurons", i), attention(layer)[3]: (part, "heads", i), layer: (part, "layers", i)}
 
-    def around(part: str, i: int, x: Tensor, y: Tensor) -> None:  # y - x: what the layer adds to the residual stream
-        seen[part, "layers", i], seen[part, "hidden", i] = (y, y - x), (y, y)
+    def see(place: tuple[str, str, int], x: Tensor, y: Tensor) -> None:
+        part, kind, i = place
+        if kind == "layers":  # y - x: what the layer adds to the residual stream
+            seen[place], seen[part, "hidden", i] = (y, y - x), (y, y)
+        else:
+            seen[place] = x, x
 
-    with inputs_seen(inner, lambda where, x: seen.update({where: (x, x)})), _layers_seen(stacks, around):
+    with watched(places, see):
         for inputs, lengths in teacher_forced(model, rows, batch_size):
             with torch.enable_grad():
                 logits, ids = model(**inputs, use_cache=False).logits.float(), inputs["input_ids"]
@@ -47,20 +49,6 @@ def taylor_importance(model: nn.Module, rows: Rows, batch_size: int = 10) -> dic
         per_layer = torch.stack(effects).unflatten(0, (-1, len(stacks[part]))).sum(0) / len(rows)
         scores[part][kind] = {"hidden": per_layer.mean(0), "layers": per_layer[:, 0]}.get(kind, per_layer)
     return scores
-
-
-@contextlib.contextmanager
-def _layers_seen(stacks: Mapping[str, nn.ModuleList], see: Callable[[str, int, Tensor, Tensor], None]) -> Iterator[None]:
-    """While it is open, `see(part, i, input, output)` is called whenever a layer has run."""
-    places = {layer: (part, i) for part, stack in stacks.items() for i, layer in enumerate(stack)}
-
-    def ran(layer: nn.Module, args: tuple, kwargs: dict, out: Tensor | tuple) -> None:
-        see(*places[layer], args[0] if args else kwargs["hidden_states"], out if isinstance(out, Tensor) else out[0])
-
-    with contextlib.ExitStack() as hooks:
-        for layer in places:
-            hooks.enter_context(layer.register_forward_hook(ran, with_kwargs=True))
-        yield
 
 
 @torch.no_grad()
@@ -86,17 +74,18 @@ def magnitude_importance(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 def similarity(model: nn.Module, rows: Rows) -> dict[str, Tensor]:
     """Mean cosine of each layer's input with its output, (L,) a part; 1 less this is ShortGPT's influence (arXiv:2403.03853)."""
     stacks = layers(model)
-    total, count = {p: torch.zeros(len(s)) for p, s in stacks.items()}, dict.fromkeys(stacks, 0)
+    total = {layer: torch.zeros(()) for stack in stacks.values() for layer in stack}
+    count = dict.fromkeys(total, 0)
 
-    def see(part: str, i: int, x: Tensor, y: Tensor) -> None:
+    def see(layer: nn.Module, x: Tensor, y: Tensor) -> None:
         cosines = F.cosine_similarity(x.float(), y.float(), dim=-1)
-        total[part][i] += cosines.sum()
-        count[part] += cosines.numel() / len(stacks[part])
+        total[layer] += cosines.sum()
+        count[layer] += cosines.numel()
 
-    with _layers_seen(stacks, see):
+    with watched({layer: layer for layer in total}, see):
         for inputs, _ in teacher_forced(model, rows, batch_size=1):  # one at a time: no padding
             model(**inputs, use_cache=False)
-    return {p: t / count[p] for p, t in total.items()}
+    return {p: torch.stack([total[layer] / max(1, count[layer]) for layer in s]) for p, s in stacks.items()}
 
 
 def strongest(scores: Tensor, count: int) -> list[list[int]]:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from mmrecipes.errors import UserError
 from mmrecipes.models.modules import attention, checkpoint_with_config, clone, config_of, ffn, layers, parts
 from mmrecipes.models.prompts import Rows, teacher_forced
-from mmrecipes.prune.structured import narrow_connector_
-from mmrecipes.quantize.calibration import inputs_seen
+from mmrecipes.prune.structured import keep_largest_
+from mmrecipes.quantize.calibration import watched
 
 NORMS = {"language": ("input_layernorm", "post_attention_layernorm"), "vision": ("layer_norm1", "layer_norm2")}
 LAST = {"language": "norm", "vision": "post_layernorm"}
@@ -22,13 +22,13 @@ def directions(model: nn.Module, part: str, rows: Rows, batch_size: int = 16) ->
     size = config_of(model, part).hidden_size
     total = torch.zeros(size, size, dtype=torch.float64)
 
-    def add(_: int, x: Tensor) -> None:
+    def add(_: int, x: Tensor, out: Tensor) -> None:
         x = x.flatten(0, -2).double()
         x = x - x.mean(-1, keepdim=True) if part == "vision" else x  # LayerNorm takes the mean away, RMSNorm does not
         x = x / x.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)  # to one length, as norms do
         total.add_((x.T @ x).cpu())
 
-    with inputs_seen(dict(enumerate(_norms(model, part))), add):
+    with watched(dict.fromkeys(_norms(model, part)), add):
         for inputs, _ in teacher_forced(model, rows, batch_size):
             model(**inputs, use_cache=False)
     shares, vectors = torch.linalg.eigh(total)  # rising
@@ -62,7 +62,7 @@ def slice_language(model: nn.Module, size: int, rows: Rows) -> nn.Module:
     _absorb_(modules["language"].norm, [modules["head"]], rotation)
     embeddings.weight = nn.Parameter(embeddings.weight @ rotation)
     connector = [m for m in modules["connector"].modules() if isinstance(m, nn.Linear)]
-    narrow_connector_(connector, size)
+    keep_largest_(connector, size)
     _rotate_output_(connector[-1], rotation)
     sizes = config_of(config, "language")
     sizes.head_dim, sizes.hidden_size = getattr(sizes, "head_dim", None) or whole // sizes.num_attention_heads, size
@@ -74,8 +74,7 @@ def slice_language(model: nn.Module, size: int, rows: Rows) -> nn.Module:
 def slice_vision(model: nn.Module, size: int, rows: Rows) -> nn.Module:
     """A copy whose vision encoder has hidden size `size`, in as many heads as before, each of fewer channels.
 
-    LayerNorm takes the mean away, so the direction in which all channels are equal stays empty. Heads are narrowed by the best
-    approximation of low rank to queries with keys and values with outputs. UserError for another encoder or an uneven size.
+    Heads are narrowed by low-rank approximation of Q^T K and O V. UserError for another encoder or an uneven size.
     """
     whole, heads = config_of(model, "vision").hidden_size, config_of(model, "vision").num_attention_heads
     _check(model, size, whole, heads)
@@ -87,7 +86,8 @@ def slice_vision(model: nn.Module, size: int, rows: Rows) -> nn.Module:
         raise UserError(f"slice_vision: {type(core).__name__}; expected SigLIP's vision encoder, as in Idefics3")
     if first.in_features != whole:
         raise UserError(f"slice_vision: the connector reads {first.in_features} channels; expected {whole}, no pixel shuffle")
-    even = torch.linalg.qr(torch.eye(size).index_fill(1, torch.tensor(0), 1)).Q[:, 1:]  # [size, size - 1], orthogonal to ones
+    # [size, size - 1], orthogonal to ones: LayerNorm takes the mean away, so the direction of equal channels stays empty
+    even = torch.linalg.qr(torch.eye(size).index_fill(1, torch.tensor(0), 1)).Q[:, 1:]
     rotation = directions(model, "vision", rows)[0][:, : size - 1] @ even.T  # [whole, size]
     _rotate_layers_(small, "vision", rotation)
     for layer in layers(small)["vision"]:

@@ -1,7 +1,6 @@
 """Zeros instead of weights: magnitude, Wanda and SparseGPT for any model's linear layers. Notebook 20 builds them by hand.
 
-`sparsity` says how many weights go: a share of each layer (0.5), or a pattern ("2:4": two of each four neighbouring inputs
-remain). {module's name: sparsity} prunes the modules named and no other.
+`sparsity`: the share of each layer that goes (0.5), or a pattern ("2:4": of each 4 inputs 2 remain), or {module's name: that}.
 """
 
 import zlib
@@ -62,10 +61,9 @@ def wanda_prune(weight: Tensor, hessian: Tensor, sparsity: Sparsity) -> Tensor:
 
 
 def sparsegpt_prune(weight: Tensor, hessian: Tensor, sparsity: Sparsity, bits: int | None = None) -> Tensor:
-    """`weight` (out, in) pruned column by column; the error of each is compensated by those after it.
+    """`weight` (out, in) pruned by SparseGPT (arXiv:2301.00774). `hessian` is H (in, in).
 
-    SparseGPT, arXiv:2301.00774. `hessian` is H (in, in). With `bits`, for a weight that was rounded to so many (4 or 8) in
-    groups of 32 before: what remains stays on its quantization levels (`quantize.group_scales`).
+    With `bits` (4 or 8), the weight was rounded in groups of 32 before: what remains stays on its quantization levels.
     """
     block = pattern(sparsity, weight.shape[1])[1] if isinstance(sparsity, str) else BLOCK
     gone = torch.zeros_like(weight, dtype=torch.bool)

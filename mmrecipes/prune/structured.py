@@ -54,8 +54,7 @@ def keep_ffn_neurons(model: nn.Module, keep: Mapping[str, Sequence[Sequence[int]
 def keep_heads(model: nn.Module, keep: Sequence[Sequence[int]], rows: Rows | None = None) -> nn.Module:
     """A copy whose language layers keep only the query heads `keep`, a list for each layer; `rows` as in `keep_ffn_neurons`.
 
-    Where several query heads share a key and value head (grouped-query attention), each group keeps as many, or goes whole.
-    Raises UserError for other choices. A ViT's config ties heads to the hidden size: see `keep_hidden_channels`.
+    Of query heads that share a key and value head, each group keeps as many, or goes whole: UserError for other choices.
     """
     small, config, size = clone(model), copy.deepcopy(model.config), head_dim(model, "language")
     sizes, shapes, chosen = config_of(config, "language"), set(), []
@@ -107,7 +106,7 @@ def keep_hidden_channels(model: nn.Module, part: str, channels: Sequence[int], h
         keep_channels_([], connector[:1], [patch * sizes.hidden_size + c for patch in range(patches) for c in keep])
         sizes.num_attention_heads = len(heads[0])
     else:
-        narrow_connector_(connector, len(keep))
+        keep_largest_(connector, len(keep))  # LLaVA's is as wide as the language model
         keep_channels_(connector[-1:], [], keep)
         embeddings = small.get_input_embeddings().weight  # cut above; a head that was tied to it still has its old size
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -121,8 +120,8 @@ def _channels(heads: Sequence[int], size: int) -> list[int]:
     return [h * size + i for h in heads for i in range(size)]
 
 
-def narrow_connector_(linears: Sequence[nn.Linear], size: int) -> None:
-    """Between each two matrices of a connector keep the `size` largest channels: LLaVA's is as wide as the language model."""
+def keep_largest_(linears: Sequence[nn.Linear], size: int) -> None:
+    """Between each two matrices that follow one another (of an FFN, a connector) keep the `size` channels of largest weights."""
     for before, after in itertools.pairwise(linears):
         weights = before.weight.square().sum(1) + after.weight.square().sum(0)
         keep_channels_([before], [after], weights.topk(size).indices.sort().values.tolist())

@@ -139,10 +139,9 @@ def prefill(
 ) -> Prefilled:
     """Read prompts of one length, dropping visual tokens: layers before `layer` see them all, the others a share `keep`.
 
-    Ranked by "attention" of the prompt's last token in the layer before (FastV: Chen et al. 2024, arXiv:2403.06764); "question":
-    the most that any token after the image gave; "words": `likeness` to those, known before any layer; "distinct":
-    `distinctness`; "random" and "uniform": what the others must beat. Kept tokens keep their order and positions. `merge` is
-    that of `features`. With keep=1 it computes what the model does. UserError for options or a model that do not fit.
+    Ranked by the "attention" of the prompt's last token in the layer before (FastV, arXiv:2403.06764); "question": the most that
+    any token after the image gave; "words": `likeness` to those; "distinct": `distinctness`; "random"; "uniform". `merge`: as in
+    `features`. UserError for options or a model that do not fit.
     """
     return read(model, *embed(model, inputs, merge), keep, layer, how)
 

@@ -13,8 +13,8 @@ from mmrecipes.models.modules import clone, parts
 def match(metric: Tensor, r: int, fixed: int = 0) -> Tensor:
     """Where each token goes when `r` of them join their likes: (B, N, D) -> (B, N), numbers below N - r.
 
-    Bipartite soft matching (ToMe: Bolya et al. 2022, arXiv:2210.09461): each even token looks for its nearest odd one, by
-    cosine, and the `r` best pairs merge, half of all tokens at most. The first `fixed` (a class token) stay alone.
+    Bipartite soft matching (ToMe, arXiv:2210.09461): of pairs of an even token with its nearest odd one, by cosine, the `r`
+    best merge, half of all tokens at most. The first `fixed` (a class token) stay alone.
     """
     n = metric.shape[1]
     even, odd = (torch.arange(fixed + i, n, 2, device=metric.device) for i in (0, 1))
@@ -52,8 +52,7 @@ def merged_layer(layer: nn.Module, x: Tensor, size: Tensor, r: int, fixed: int =
 def merged_vision(model: nn.Module, pixels: Tensor, merge: float) -> Tensor:
     """Patches (images, N, D) as the connector wants them, from `pixels` (images, 3, H, W), a share `merge` merged on the way.
 
-    Early layers merge more than late ones: what is gone early is saved in every layer after. At the end each patch gets a copy
-    of its token, as a pixel shuffle needs the whole grid. UserError for another vision encoder.
+    Early layers merge more, as that saves more. At the end each patch gets a copy of its token. UserError for another encoder.
     """
     encoder = parts(model)["vision"]
     layers = getattr(getattr(encoder, "encoder", None), "layers", None)

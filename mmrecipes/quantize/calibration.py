@@ -1,7 +1,7 @@
 """What calibration needs of the data: the Hessian of each layer's inputs, gathered block after block (notebook 14)."""
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
@@ -15,11 +15,16 @@ from mmrecipes.quantize.gptq import gptq_round
 
 
 @contextlib.contextmanager
-def inputs_seen(modules: Mapping[Hashable, nn.Module], see: Callable[[Any, Tensor], None]) -> Iterator[None]:
-    """While it is open, `see(key, input)` is called before each run of one of `modules` {key: module}."""
+def watched(modules: Mapping[nn.Module, Any], see: Callable[[Any, Tensor, Tensor], None]) -> Iterator[None]:
+    """While it is open, `see(key, input, output)` is called after each run of one of `modules` {module: key}."""
+
+    def ran(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+        x = args[0] if args else kwargs.get("hidden_states")
+        see(modules[module], x, out if isinstance(out, Tensor) else out[0])
+
     with contextlib.ExitStack() as hooks:
-        for key, module in modules.items():
-            hooks.enter_context(module.register_forward_pre_hook(lambda _, args, key=key: see(key, args[0])))
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(ran, with_kwargs=True))
         yield
 
 
@@ -34,13 +39,13 @@ def input_hessians(
     totals, weights = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     token_weight = torch.empty(0)  # [B, T], of the batch that flows
 
-    def add(name: str, x: Tensor) -> None:
+    def add(name: str, x: Tensor, _: Tensor) -> None:
         weight = token_weight if x.shape[:2] == token_weight.shape else torch.ones(x.shape[:-1], device=x.device)
         x, weight = x.detach().float().flatten(0, -2), weight.flatten()  # [tokens, in], [tokens]
         totals[name] += (x * weight[:, None]).T @ x
         weights[name] += weight.sum().item()
 
-    with inputs_seen({n: model.get_submodule(n) for n in names}, add), torch.inference_mode():
+    with watched({model.get_submodule(n): n for n in names}, add), torch.inference_mode():
         for inputs, _ in teacher_forced(model, rows, batch_size):
             token_weight, image = inputs["attention_mask"].float(), inputs["input_ids"] == model.config.image_token_id
             if balance:
@@ -52,16 +57,11 @@ def input_hessians(
 
 
 def calibrate(
-    model: nn.Module,
-    rows: Rows,
-    bits: int | Mapping[str, Any],
-    method: Callable[..., Tensor] = gptq_round,
-    group_size: int | None = None,
-    balance: bool = False,
+    model: nn.Module, rows: Rows, bits: Any, method: Callable = gptq_round, group_size: int | None = None, balance: bool = False
 ) -> nn.Module:
     """A copy with every linear weight changed by `method(weight, hessian, bits, group_size)`, block after block.
 
-    Each block is calibrated on `rows` behind those already changed. `bits` {layer's name: what `method` takes} names layers.
+    Each block is calibrated on `rows` behind those already changed. `bits`: what `method` takes, or {layer's name: that}.
     """
     small = clone(model)
     layers = dict(linears(small))

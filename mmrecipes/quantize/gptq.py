@@ -1,8 +1,4 @@
-"""Rounding that looks at data: GPTQ and AWQ for any model's linear layers. Built by hand in notebook 14.
-
-Both need one thing of the data: the Hessian of a layer's inputs x (n, in), H = X^T X / n. With it the error of the layer's
-output is known for any rounded weight Q: the mean of |x (W - Q)^T|^2 is the trace of (W - Q) H (W - Q)^T.
-"""
+"""GPTQ and AWQ: rounding by the Hessian H = X^T X / n (in, in) of a layer's inputs X (n, in). By hand in notebook 14."""
 
 from collections.abc import Callable
 
@@ -26,9 +22,8 @@ def check_hessian(weight: Tensor, hessian: Tensor) -> None:
 def column_sweep(weight: Tensor, hessian: Tensor, change: Change, damp: float = 0.01) -> Tensor:
     """`weight` (out, in) with each column i replaced by `change(weight so far, i, factor)`, first to last.
 
-    Error compensation: the columns after it are shifted so that the layer's output changes least (Hassibi and Stork 1992).
-    `factor` (in, in) is the upper Cholesky factor of the inverse of H, damped by `damp` of its mean diagonal (GPTQ,
-    arXiv:2210.17323). UserError as `check_hessian`.
+    The columns after it compensate its error (Hassibi and Stork 1992). `factor` (in, in) is the upper Cholesky factor of the
+    inverse of H, damped by `damp` of its mean diagonal (GPTQ, arXiv:2210.17323). UserError as `check_hessian`.
     """
     check_hessian(weight, hessian)
     damped = hessian.float().clone()
@@ -43,9 +38,9 @@ def column_sweep(weight: Tensor, hessian: Tensor, change: Change, damp: float = 
 
 
 def round_columns(weight: Tensor, importance: Tensor, bits: int, group_size: int | None, zeros: Tensor | None = None) -> Change:
-    """For `column_sweep`: round to `bits` bits, with the best scale of each group when its first column comes.
+    """For `column_sweep`: round to `bits` bits, with the best scale of each group for `importance` (in,) of its inputs.
 
-    `importance` (in,) weighs the inputs' errors. What `zeros` (out, in) marks becomes or stays zero. UserError as `grouped`.
+    The scale is chosen when the group's first column comes. `zeros` (out, in): what is or becomes zero. UserError as `grouped`.
     """
     size = grouped(weight, group_size).shape[1]
     scale = torch.ones(len(weight), device=weight.device)
@@ -61,12 +56,9 @@ def round_columns(weight: Tensor, importance: Tensor, bits: int, group_size: int
 
 
 def gptq_round(weight: Tensor, hessian: Tensor, bits: int, group_size: int | None = None, damp: float = 0.01) -> Tensor:
-    """`weight` (out, in) rounded column by column; the error of each is compensated by those not yet rounded.
-
-    GPTQ, arXiv:2210.17323. `hessian` is H (in, in). Inputs that matter most come first, while most others can still
-    compensate (act-order), unless groups tie an input to its neighbours. UserError as `check_hessian` and `grouped`.
-    """
+    """`weight` (out, in) rounded by GPTQ (arXiv:2210.17323). UserError as `check_hessian` and `grouped`."""
     check_hessian(weight, hessian)
+    # act-order: what matters most comes first, while most others can still compensate, unless groups tie it to its neighbours
     order = torch.arange(len(hessian)) if group_size else hessian.diagonal().argsort(descending=True)
     weight, hessian = weight.detach().T[order].T, hessian[order][:, order]  # .T twice: a column is contiguous, quick to reach
     importance = hessian.diagonal() + (damp * hessian.diagonal().mean() + 1e-8)
@@ -74,10 +66,9 @@ def gptq_round(weight: Tensor, hessian: Tensor, bits: int, group_size: int | Non
 
 
 def awq_round(weight: Tensor, hessian: Tensor, bits: int, group_size: int | None = None) -> Tensor:
-    """`weight` (out, in) rounded to nearest after its inputs were scaled: large activations get finer quantization levels.
+    """`weight` (out, in) rounded by AWQ (arXiv:2306.00978): inputs with large activations get finer quantization levels.
 
-    AWQ, arXiv:2306.00978. The strength of the scaling is searched: the one with the least error of the layer's output wins.
-    The scales are folded back into the weight; a runtime would fold them into the layer before. UserError as `gptq_round`.
+    The inputs' scales are folded back into the weight; a runtime would fold them into the layer before. Errors: `gptq_round`'s.
     """
     check_hessian(weight, hessian)
     size = hessian.diagonal().sqrt().clamp(min=1e-8)

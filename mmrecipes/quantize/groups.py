@@ -28,10 +28,9 @@ def fake_quantize(w: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def best_scale(rows: Tensor, bits: int, importance: Tensor | None = None, signs: tuple[int, ...] = (1, -1)) -> Tensor:
-    """The scale of each of `rows` (N, G) with the least squared error, weighted by `importance` (G,) or (N, G): (N, 1).
+    """The scale (N, 1) of each of `rows` (N, G) with the least squared error, weighted by `importance` (G,) or (N, G).
 
-    Clipping the largest weights may pay, so several clipping ratios are tried; and both signs, because the levels reach one
-    further on the negative side. Raises UserError for fewer than 2 bits.
+    Tries clipping ratios and both signs: levels reach one further on the negative side. UserError for fewer than 2 bits.
     """
     if bits < 2:
         raise UserError(f"{bits} bits; expected 2 or more: one bit has no level beside zero")
@@ -48,8 +47,7 @@ def best_scale(rows: Tensor, bits: int, importance: Tensor | None = None, signs:
 def pack(weight: Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """`weight` (out, in) as unsigned integers and scales: (out, groups, 32 * bits / 8) uint8, (out, groups) float32.
 
-    A weight is its integer, less 2^(bits - 1), times its group's scale: the layout of ONNX Runtime. Weights that lie on
-    quantization levels already keep them exactly; others get the scale of `best_scale`. UserError for other bits than 4 and 8.
+    ONNX Runtime's layout: a weight is its integer, less 2^(bits - 1), times its group's scale. UserError for bits not 4 or 8.
     """
     if bits not in (4, 8):
         raise UserError(f"pack: bits={bits}; ONNX Runtime's kernels have 4 and 8")
@@ -62,7 +60,7 @@ def pack(weight: Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def group_scales(weight: Tensor, bits: int, signs: tuple[int, ...] = (1, -1)) -> Tensor:
-    """The scale of each group of 32 of `weight` (out, in), as `pack` takes it: (out, groups). `signs`: those it may have."""
+    """The scale of each group of 32 of `weight` (out, in): (out, groups). Weights on quantization levels stay on them."""
     w = _padded(weight)
     scale, error = _levels(w, bits, signs)
     best = torch.where(error > _NOTHING, best_scale(w, bits, signs=signs), scale) if bits == 4 else scale

@@ -56,7 +56,7 @@ def bits_by_module(model: nn.Module, plan: Mapping[str, int]) -> dict[str, int]:
 
 
 def plan_bytes(model: nn.Module, plan: Mapping[str, int], group_size: int | None = None) -> int:
-    """Bytes on disk when each unit is packed to its bits: a 16-bit scale a row or group; everything else in 16 bits."""
+    """Bytes when each unit is packed to its bits: a 16-bit scale a row or group; everything else in 16 bits."""
     return packed_bytes(model, bits_by_module(model, plan), "group" if group_size else "channel", group_size or 0)
 
 
@@ -96,9 +96,9 @@ def greedy(costs: Sequence[Cost], budget: int) -> dict[str, int]:
 
 
 def knapsack(costs: Sequence[Cost], budget: int, slots: int = 4000) -> dict[str, int]:
-    """{unit: bits} of at most `budget` bytes with the least sum of losses, exactly, up to bytes counted in 1/`slots` of it.
+    """{unit: bits} of at most `budget` bytes with the least sum of losses, up to bytes counted in 1/`slots` of it.
 
-    Dynamic programming (the multiple-choice knapsack). Assumes that losses add up: roughly so where they are small.
+    Multiple-choice knapsack by dynamic programming. Assumes that losses add up: roughly so where they are small.
     """
     table, slot = _table(costs), budget / slots
     least, picks = torch.zeros(slots + 1), []  # least[s]: the smallest loss of the units so far in at most s slots

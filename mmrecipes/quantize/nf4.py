@@ -23,7 +23,7 @@ def nf4_rounded(weight: Tensor) -> Tensor:
 
 
 def nf4_bytes(weight: Tensor) -> int:
-    """Bytes of one weight in NF4: 4 bits, a scale of 8 bits a block, what unpacking needs, and the file's index of all that."""
+    """Bytes of one weight in NF4: 4 bits, a scale of 8 bits a block, and what unpacking and the file's index need."""
     return -(-weight.numel() // 2) + -(-weight.numel() // BLOCK) + 2100
 
 

@@ -42,7 +42,7 @@ def minmax(h: Histogram) -> tuple[float, float]:
 
 
 def percentile(h: Histogram, keep: float = 99.99) -> tuple[float, float]:
-    """The range that holds `keep` percent of the values, as many cut off at one end as at the other."""
+    """The range that holds `keep` percent of the values; as many are cut off at either end."""
     share, cut = h.counts.cumsum() / h.counts.sum(), (1 - keep / 100) / 2
     low, high = h.centres[share.searchsorted(cut)], h.centres[min(share.searchsorted(1 - cut), len(share) - 1)]
     low = max(h.low, float(low))
@@ -65,11 +65,7 @@ def mse(h: Histogram, symmetric: bool = False) -> tuple[float, float]:
 
 
 def entropy(h: Histogram, step: int = 8) -> tuple[float, float]:
-    """The range whose 128 levels tell most of the distribution of magnitudes: least Kullback-Leibler divergence.
-
-    As TensorRT's calibrator (Migacz, "8-bit inference with TensorRT", GTC 2017). It clips far too much where single values are
-    very common, as with flat backgrounds (notebook 12).
-    """
+    """The range whose 128 levels differ least from the magnitudes, by KL divergence: TensorRT's (Migacz, GTC 2017)."""
     middle = len(h.counts) // 2
     size = h.counts[middle:].copy()  # magnitudes, zero first
     size[1:] += h.counts[:middle][::-1]

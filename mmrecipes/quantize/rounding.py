@@ -13,10 +13,9 @@ from mmrecipes.quantize.groups import best_scale, fake_quantize, grouped
 
 
 def round_to_nearest(weight: Tensor, bits: int, per: str = "channel", group_size: int = 32) -> Tensor:
-    """`weight` (out, in, ...) rounded to `bits` bits, symmetric, and back: what a quantized layer would compute with.
+    """`weight` (out, in, ...) rounded to `bits` bits (2 to 8), symmetric, and back: what a quantized layer computes with.
 
-    One scale for the whole `tensor`, for each output `channel`, or for each `group` of `group_size` inputs of a channel.
-    Raises UserError for other bits than 2 to 8, and as `grouped`.
+    One scale a "tensor", an output "channel", or a "group" of `group_size` inputs. UserError for others, and as `grouped`.
     """
     if not 2 <= bits <= 8:
         raise UserError(f"round_to_nearest: {bits} bits; expected 2 to 8")
@@ -41,10 +40,9 @@ def bf16(model: nn.Module) -> nn.Module:
 
 
 def dynamic_int8(model: nn.Module) -> nn.Module:
-    """int8 weights (one scale an output channel) and int8 activations quantized on the fly, in every linear layer.
+    """int8 weights (a scale an output channel) and activations quantized on the fly, in every linear layer, on the CPU.
 
-    Runs on the CPU, from a float32 model (UserError for another). `torch.ao.quantization.quantize_dynamic` is deprecated but
-    still the quickest eager int8 (see FBGEMM, arXiv:2101.05615).
+    `quantize_dynamic` is deprecated but still the quickest eager int8 (FBGEMM, arXiv:2101.05615). UserError unless float32.
     """
     from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 

@@ -1,6 +1,5 @@
 """Static int8 for vision models on images (N, 3, H, W): calibrated, simulated in float or lowered by PT2E (notebook 12)."""
 
-import contextlib
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from mmrecipes.errors import UserError
 from mmrecipes.measure import machine
 from mmrecipes.models.modules import clone
-from mmrecipes.quantize.calibration import inputs_seen
+from mmrecipes.quantize.calibration import watched
 from mmrecipes.quantize.observers import OBSERVERS, Histogram, Observer, fake_quantize_range, histogram
 from mmrecipes.quantize.rounding import round_to_nearest
 
@@ -46,14 +45,13 @@ def fold_batch_norms(model: nn.Module, images: Tensor) -> nn.Module:
 def _convolutions_with_norms(model: nn.Module, images: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
     outputs, pairs = {}, []  # `outputs` keeps every output alive, so that an id stays one tensor's own
 
-    def pair(norm: nn.Module, x: Tensor) -> None:
-        if id(x) in outputs:
-            pairs.append((outputs[id(x)][0], norm))
+    def see(module: nn.Module, x: Tensor, out: Tensor) -> None:
+        if isinstance(module, nn.Conv2d):
+            outputs[id(out)] = module, out
+        elif id(x) in outputs and module.track_running_stats and module.affine:
+            pairs.append((outputs[id(x)][0], module))
 
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats and m.affine]
-    with contextlib.ExitStack() as hooks, inputs_seen({m: m for m in norms}, pair):
-        for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
-            hooks.enter_context(conv.register_forward_hook(lambda m, _, out: outputs.update({id(out): (m, out)})))
+    with watched({m: m for m in model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)}, see):
         model(images[:1])
     return pairs
 
@@ -65,17 +63,17 @@ def histograms(model: nn.Module, images: Tensor, batch_size: int = 32) -> dict[s
         raise UserError("histograms: no calibration images; give at least one, better 64")
     ends, counted = {}, {}  # {layer's name: (low, high)}, {layer's name: histogram}
 
-    def widen(name: str, x: Tensor) -> None:
+    def widen(name: str, x: Tensor, _: Tensor) -> None:
         low, high = ends.get(name, (np.inf, -np.inf))
         ends[name] = min(low, x.min().item()), max(high, x.max().item())
 
-    def count(name: str, x: Tensor) -> None:
+    def count(name: str, x: Tensor, _: Tensor) -> None:
         h, so_far = histogram(x, *ends[name]), counted.get(name)
         counted[name] = h if so_far is None else h._replace(counts=h.counts + so_far.counts)
 
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, LAYERS)}
+    layers = {m: n for n, m in model.named_modules() if isinstance(m, LAYERS)}
     for observe in (widen, count):  # one pass finds the ends, one counts
-        with inputs_seen(layers, observe):
+        with watched(layers, observe):
             for batch in images.split(batch_size):
                 model(batch)
     return counted
@@ -112,10 +110,9 @@ class SingleOutput(nn.Module):
 
 
 def pt2e(model: nn.Module, images: Tensor, batch_size: int = 32, reduce_range: bool | None = None) -> nn.Module:
-    """`model` with quantize and dequantize operators in its exported graph: slow in eager mode, int8 kernels once compiled.
+    """`model` exported with quantize and dequantize operators (uint8 activations, int8 weights), for torch.compile on x86.
 
-    torchao's X86InductorQuantizer: uint8 activations by histogram, int8 weights a channel. `reduce_range` leaves a bit of the
-    activations free, as CPUs without VNNI need; None looks at this CPU.
+    `reduce_range` leaves a bit of the activations free, as CPUs without VNNI need; None looks at this CPU.
     """
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mmrecipes.errors import UserError
 from mmrecipes.models import modules
+from mmrecipes.quantize.calibration import watched
 
 
 def layer_pairs(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -23,21 +24,18 @@ def captured(model: nn.Module, attention: bool = False) -> Iterator[dict[str, An
     """
     outputs: dict[str, Any] = {"hidden": [], "attention": {}}
     parts = modules.parts(model)
-    with contextlib.ExitStack() as hooks:
-        for layer in modules.layers(model, ("language",))["language"]:
-            hooks.enter_context(layer.register_forward_hook(lambda *a: outputs["hidden"].append(_first(a[2]))))
-        hooks.enter_context(parts["vision"].register_forward_hook(lambda *a: outputs.update(vision=_first(a[2]))))
-        hooks.enter_context(parts["head"].register_forward_hook(lambda *a: outputs.update(logits=a[2])))
-        for part in modules.TOWERS if attention else ():
-            try:
-                last = modules.layers(model, (part,))[part][-1]
-            except UserError:  # a convolutional encoder has no attention
-                continue
-            for name, m in zip("qkv", modules.attention(last), strict=False):
-                key = f"{part} {name}"
-                hooks.enter_context(m.register_forward_hook(lambda *a, key=key: outputs["attention"].update({key: a[2]})))
+    keys = dict.fromkeys(modules.layers(model, ("language",))["language"], "hidden")
+    keys |= {parts["vision"]: "vision", parts["head"]: "logits"}
+    for part in modules.TOWERS if attention else ():
+        with contextlib.suppress(UserError):  # a convolutional encoder has no attention
+            last = modules.layers(model, (part,))[part][-1]
+            keys |= {m: f"{part} {name}" for name, m in zip("qkv", modules.attention(last), strict=False)}
+
+    def keep(key: str, _: Tensor, out: Tensor) -> None:
+        if key == "hidden":
+            outputs[key].append(out)
+        else:
+            (outputs if key in ("vision", "logits") else outputs["attention"])[key] = out
+
+    with watched(keys, keep):
         yield outputs
-
-
-def _first(out: Any) -> Tensor:
-    return out if isinstance(out, Tensor) else out[0]

@@ -30,20 +30,16 @@ Loss = Callable[[nn.Module, Any], tuple[Tensor, dict[str, float]]]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long and how fast. `batch` is the global one: all processes together, all parts of an accumulated step together.
-
-    `lr` is for Muon (matrices), `adam_lr` for everything else. `accumulate` steps one batch in so many parts, to save memory.
-    `device` is cpu or cuda, by default cuda where there is one. A checkpoint of a run `about` something else is refused.
-    """
+    """How long and how fast."""
 
     steps: int
-    batch: int = 16
-    lr: float = 0.004
-    adam_lr: float = 1e-3
-    accumulate: int = 1
-    device: str | None = None
+    batch: int = 16  # rows of all processes, and of all parts of an accumulated step, together
+    lr: float = 0.004  # of Muon (matrices)
+    adam_lr: float = 1e-3  # of everything else
+    accumulate: int = 1  # parts in which a batch is computed, to save memory
+    device: str | None = None  # cpu or cuda; by default cuda where there is one
     checkpoint_every: int = 100
-    about: str = ""
+    about: str = ""  # a checkpoint of a run about something else is refused
 
 
 class LossModule(nn.Module):
@@ -67,11 +63,10 @@ def fit(
 ) -> nn.Module:
     """Train what in `model` requires a gradient, in place: step `i` on `batches[i]`, a tensor, or a tuple or dict, rows first.
 
-    `loss(model, batch)` gives the mean over the batch's rows, and numbers to log; `after_step` follows each step of the
-    optimizers. With a folder `work` there are a log and a checkpoint, and a finished run is loaded, not run again. A GPU works in
-    bf16 mixed precision unless `accelerate launch` says otherwise. A batch in parts gives the gradient of the whole only where
-    the loss is a mean over rows (not in contrastive training). Raises UserError when the loss is not finite, when rows do not
-    divide evenly, or when a checkpoint is damaged or of another run.
+    `loss(model, batch)` gives the mean over the batch's rows (other losses, such as contrastive ones, cannot be accumulated), and
+    numbers to log. With a folder `work` there are a log and a checkpoint, and a finished run is loaded. A GPU works in bf16 mixed
+    precision unless `accelerate launch` says otherwise. Raises UserError when the loss is not finite, when rows do not divide
+    evenly, or when a checkpoint is damaged or of another run.
     """
     from rich.progress import track
 

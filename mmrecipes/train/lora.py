@@ -23,10 +23,10 @@ PARTS = ("vision", "connector", "language")
 
 @torch.no_grad()
 def add_tokens(model: nn.Module, words: Mapping[str, Sequence[str]]) -> tuple[nn.Module, list[int]]:
-    """A copy of `model` in which each of `words` is one token, and their token ids; `model` may have spelled them in pieces.
+    """A copy of `model`, processor included, in which each of `words` is one token, and their token ids.
 
-    A new token begins as the mean of the tokens of other words, given with it: {"pink": ["red", "blue"]}. The processor is
-    copied, too. Raises UserError for no words, one that is one token already, or one without a list of others to begin as.
+    A new token begins as the mean of the tokens of other words: {"pink": ["red", "blue"]}. Raises UserError for no words, one
+    that is one token already, or one without a list of others.
     """
     grown = copy.deepcopy(model)
     tokenizer = grown.processor.tokenizer
@@ -52,9 +52,8 @@ def add_lora(
 ):  # -> peft.PeftModel
     """A copy of `model` with an adapter of `rank` beside every linear layer of `parts`: these and `token_ids` alone learn.
 
-    `token_ids` are those of `add_tokens`. Before training it computes what `model` does: half of each adapter begins as zeros.
-    `alpha` / rank (twice the rank by default) scales what the adapters add. `.get_base_model()` is the model with its adapters
-    inside, `.save_pretrained` writes these alone. Raises UserError for a rank below 1, and parts and tokens it does not have.
+    `token_ids`: those of `add_tokens`. `alpha` / rank (by default 2) scales what adapters add. `.get_base_model()` is the model
+    with them inside, `.save_pretrained` writes them alone. UserError for a rank below 1, and parts and tokens it does not have.
     """
     require("peft", extra="train")
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -84,8 +83,7 @@ def add_lora(
 def train_lora(model: nn.Module, batches: Any, config: TrainConfig, work: Path | None = None) -> nn.Module:
     """A model of `add_lora` with its adapters trained on right answers, in place; `config.adam_lr` is the rate.
 
-    `batches` bring their objective, `answer_loss`: `train.RowBatches` for any VLM, `mini.curriculum` for the book's models.
-    Resumable with `work`. Raises UserError as `train.fit` does.
+    `batches` bring their own `answer_loss`, as `train.RowBatches` do. Resumable with `work`. UserError as `train.fit`.
     """
     device = _restore_layout(model.get_base_model()).device
 

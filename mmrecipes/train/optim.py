@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal (Jordan et al. 2024), for matrices, a convolution's (out, in x k x k) too.
+    """Momentum made orthogonal (Jordan et al. 2024), scaled as in arXiv:2502.16982; for matrices, and convolutions as such.
 
-    `torch.optim.Muon` orthogonalizes in bfloat16, which a CPU without bf16 instructions runs 200 times slower; this one keeps
-    the gradient's dtype there. The update is scaled to the size AdamW's would have (arXiv:2502.16982).
+    `torch.optim.Muon` works in bfloat16, 200 times slower on a CPU without bf16 instructions: there this keeps the dtype.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
