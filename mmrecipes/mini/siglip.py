@@ -63,6 +63,7 @@ def make_siglip(vocab: int, width: int = 192, vision_layers: int = 4, text_layer
 
 def with_probes(model: nn.Module, width: int) -> nn.ModuleDict:
     """The model beside two heads that are thrown away: from either encoder's vector, what is there, and what of it is large?"""
+    # contrast alone says only which caption is wrong, not in what; in a training of minutes that is too little
     return nn.ModuleDict({"model": model, "names": nn.ModuleDict({k: nn.Linear(width, 96) for k in ("image", "text")})})
 
 
