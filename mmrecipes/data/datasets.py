@@ -1,10 +1,7 @@
 """Scenes and their questions as `datasets.Dataset`: any split, calibration sets, and the committed test split."""
 
-from __future__ import annotations
-
 import io
 from collections import Counter
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -13,9 +10,7 @@ from mmrecipes.data.families import FAMILIES, ask
 from mmrecipes.data.splits import SPLITS
 from mmrecipes.errors import UserError
 from mmrecipes.models.loading import data_dir
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from mmrecipes.models.prompts import Rows
 
 TEST_FILE = "scenes-test.parquet"
 
@@ -30,7 +25,7 @@ def encode_png(image: Image.Image) -> dict:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def _dataset(rows: list[dict]) -> Dataset:
+def _dataset(rows: list[dict]) -> Rows:
     import datasets
 
     kinds = {"image": datasets.Image(), "seed": datasets.Value("int64")}
@@ -38,7 +33,7 @@ def _dataset(rows: list[dict]) -> Dataset:
     return datasets.Dataset.from_list(rows, features=features)
 
 
-def questions(split: str, n: int, families: tuple[str, ...] = FAMILIES, size: int = 128, novel: bool = False) -> Dataset:
+def questions(split: str, n: int, families: tuple[str, ...] = FAMILIES, size: int = 128, novel: bool = False) -> Rows:
     """`n` questions of `split`, as many of each family (to within one): image, question, answer, family, seed.
     Each has an image of its own, `size` px wide, so rows are independent; the same arguments give the same rows everywhere.
     `novel`: about colours and shapes that the house models never saw. Raises UserError for an unknown split or too few scenes.
@@ -68,7 +63,7 @@ def questions(split: str, n: int, families: tuple[str, ...] = FAMILIES, size: in
     return _dataset(rows)
 
 
-def image_rows(named: list[tuple[str, object]], question: str) -> Dataset:
+def image_rows(named: list[tuple[str, object]], question: str) -> Rows:
     """A user's own images, (name, PIL image) pairs, each asked `question`: image, question, name. No answers.
     >>> image_rows([("a.png", rows[0]["image"])], "What is it?")["name"][:]
     ['a.png']
@@ -76,7 +71,7 @@ def image_rows(named: list[tuple[str, object]], question: str) -> Dataset:
     return _dataset([{"image": encode_png(image), "question": question, "name": name} for name, image in named])
 
 
-def calibration(n: int = 64, size: int = 128) -> Dataset:
+def calibration(n: int = 64, size: int = 128) -> Rows:
     """`n` questions from the calibration split, to fit quantizers and pruning on: never trained on, never tested on.
     >>> len(calibration(7))
     7
@@ -84,7 +79,7 @@ def calibration(n: int = 64, size: int = 128) -> Dataset:
     return questions("calibration", n, size=size)
 
 
-def test_split(n: int | None = None) -> Dataset:
+def test_split(n: int | None = None) -> Rows:
     """The committed test split (4,200 questions, 600 of each family), or its first `n`, families mixed. UserError if missing.
     >>> test_split(2).column_names
     ['image', 'question', 'answer', 'family', 'seed']
@@ -101,7 +96,7 @@ def test_split(n: int | None = None) -> Dataset:
     return table if n is None else table.select(range(n))
 
 
-def majority_floor(rows: Dataset) -> dict[str, float]:
+def majority_floor(rows: Rows) -> dict[str, float]:
     """Accuracy, per family, of always giving that family's most frequent answer; `overall` takes the best of each family.
     >>> majority_floor(questions("validation", 4, ("size",)))
     {'size': 0.5, 'overall': 0.5}

@@ -4,12 +4,11 @@ import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from mmrecipes.data.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, changed, closest
+from mmrecipes.data.scenes import COLOURS, SHAPES, SIZES, Scene, changed, closest
 
 CLEVR_COLOURS = {k: COLOURS[k] for k in ("red", "green", "blue", "orange", "cyan", "yellow")}
 FAMILIES = ("colour", "shape", "size", "count", "exists", "relation", "reading")
@@ -24,49 +23,42 @@ class Question:
     family: str
 
 
-def _unique(scene: Scene, key: Callable[[Thing], object]) -> list[Thing]:
-    counts = Counter(key(t) for t in scene.things)
-    return [t for t in scene.things if counts[key(t)] == 1]
+PHRASES = {  # one is drawn for each question
+    "colour": ("What colour is the {}?", "Which colour does the {} have?"),
+    "shape": ("What shape is the {}?", "Which shape does the {} have?"),
+    "size": ("What size is the {}?", "Is the {} small or large?"),
+    "count": ("How many {} are there?", "How many {} do you see?"),
+    "exists": ("Is there a {}?", "Do you see a {}?"),
+    "reading": ("What is printed on the {}?", "What does the {} say?"),
+}
 
 
-def _colour(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    ask = rng.choice(("What colour is the {}?", "Which colour does the {} have?"))
-    found = [(t.colour, ask.format(t.shape)) for t in _unique(scene, lambda t: t.shape)]
-    return found + [(t.colour, ask.format(f"{t.size} {t.shape}")) for t in _unique(scene, lambda t: (t.size, t.shape))]
+def _colour_or_shape(scene: Scene, family: str) -> list[tuple[str, str]]:
+    """(answer, name) of each object that its other attribute, or that and its size, tell apart."""
+    names = [t.shape if family == "colour" else f"{t.colour} object" for t in scene.things]
+    sized = [f"{t.size} {name}" for t, name in zip(scene.things, names, strict=True)]
+    kinds = ((t, name, kind) for kind in (names, sized) for t, name in zip(scene.things, kind, strict=True))
+    return [(getattr(t, family), name) for t, name, kind in kinds if kind.count(name) == 1]
 
 
-def _shape(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    ask = rng.choice(("What shape is the {}?", "Which shape does the {} have?"))
-    found = [(t.shape, ask.format(f"{t.colour} object")) for t in _unique(scene, lambda t: t.colour)]
-    pairs = _unique(scene, lambda t: (t.size, t.colour))
-    return found + [(t.shape, ask.format(f"{t.size} {t.colour} object")) for t in pairs]
-
-
-def _size(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    ask = rng.choice(("What size is the {}?", "Is the {} small or large?"))
-    return [(t.size, ask.format(t.name)) for t in scene.things]
-
-
-def _count(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    ask = rng.choice(("How many {} are there?", "How many {} do you see?"))
-    found = [(len(scene.things), "objects")]
+def _count(scene: Scene) -> list[tuple[str, str]]:
+    found = [(str(len(scene.things)), "objects")]
     for key, names in (("colour", COLOURS), ("shape", SHAPES), ("size", SIZES)):
         counts = Counter(getattr(t, key) for t in scene.things)
         for name in dict.fromkeys((*names, *counts)):
             plural = {"shape": f"{name}es" if name == "cross" else f"{name}s"}.get(key, f"{name} objects")
-            found.append((counts[name], plural))
-    return [(str(n), ask.format(what)) for n, what in found]
+            found.append((str(counts[name]), plural))
+    return found
 
 
 def _exists(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    ask = rng.choice(("Is there a {}?", "Do you see a {}?"))
     here = {t.name for t in scene.things}
     # an absent pair is made of a colour and a shape that are both in the picture where one can be
     colours, shapes = {t.colour for t in scene.things}, {t.shape for t in scene.things}
     near = sorted({f"{c} {s}" for c in colours for s in shapes} - here)
     far = sorted({f"{c} {s}" for c in colours.union(COLOURS) for s in shapes.union(SHAPES)} - here)
     absent = near if near and rng.random() < 0.7 else far
-    return [("yes", ask.format(n)) for n in sorted(here)] + [("no", ask.format(n)) for n in absent]
+    return [("yes", name) for name in sorted(here)] + [("no", name) for name in absent]
 
 
 def _relation(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
@@ -86,12 +78,18 @@ def _relation(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     return found
 
 
-def _reading(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    ask = rng.choice(("What is printed on the {}?", "What does the {} say?"))
-    return [(t.code, ask.format(t.name)) for t in scene.things if t.code]
-
-
-_ASK = dict(zip(FAMILIES, (_colour, _shape, _size, _count, _exists, _relation, _reading), strict=True))
+def _candidates(scene: Scene, family: str, rng: random.Random) -> list[tuple[str, str]]:
+    """(answer, question) of all that can be asked about `scene`."""
+    if family == "relation":
+        return _relation(scene, rng)
+    phrase = rng.choice(PHRASES[family])
+    if family in ("colour", "shape"):
+        found = _colour_or_shape(scene, family)
+    elif family in ("size", "reading"):
+        found = [(t.size if family == "size" else t.code, t.name) for t in scene.things if family == "size" or t.code]
+    else:
+        found = _count(scene) if family == "count" else _exists(scene, rng)
+    return [(answer, phrase.format(name)) for answer, name in found]
 
 
 def ask(scene: Scene, family: str, seed: int = 0, about: str = "") -> Question | None:
@@ -101,11 +99,11 @@ def ask(scene: Scene, family: str, seed: int = 0, about: str = "") -> Question |
     >>> ask(scenes.make_scene(1), "size").text
     'Is the red cross small or large?'
     """
-    if family not in _ASK:
+    if family not in FAMILIES:
         raise ValueError(f"ask: no question family {family!r}; the families are {', '.join(FAMILIES)}")
     rng = random.Random(scene.seed * 1_000_003 + seed * 7 + FAMILIES.index(family))
     by_answer: dict[str, list[str]] = {}
-    for answer, text in _ASK[family](scene, rng):
+    for answer, text in _candidates(scene, family, rng):
         if about in f"{text} {answer}":
             by_answer.setdefault(answer, []).append(text)
     if not by_answer:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from mmrecipes import quiet
 from mmrecipes.errors import require
@@ -29,15 +30,13 @@ def max_length(model: nn.Module) -> int:
 
 class ExecutorchLanguage(wrappers.LanguageWithCache):
     """As `LanguageWithCache`, the cache inside: input_ids (1, T), image_features (N, D), cache_length (1,) -> logits (1, 1, V).
-
     `cache_length` says how many tokens of the cache to keep; what follows them is overwritten.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
         self.config, self.length = model.config.get_text_config(), max_length(model)
-        head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-        shape = (1, self.length, self.config.num_key_value_heads, head_dim)  # as the kernels take it
+        shape = (1, self.length, self.config.num_key_value_heads, modules.head_dim(model, "language"))  # as the kernels take it
         for name in (f"{kind}_{i}" for i in range(self.config.num_hidden_layers) for kind in ("keys", "values")):
             self.register_buffer(name, torch.zeros(shape), persistent=False)
 
@@ -100,7 +99,6 @@ def write_executorch(model: nn.Module, folder: Path, precisions: Mapping[str, st
 def _attention(model: nn.Module) -> Iterator[None]:
     """`model`'s decoder attends by `attend`, meanwhile."""
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 - registers torch.ops.llama
-    from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, attend)
     config = model.config.get_text_config()

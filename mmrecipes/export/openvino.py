@@ -33,7 +33,6 @@ def write_openvino(model: nn.Module, folder: Path, precisions: Mapping[str, str]
 
 def shared_heads(graph):
     """`graph` with keys and values copied to the heads that share them (GQA) by a Broadcast of kind "bidirectional".
-
     Behind it the CPU plugin keeps attention whole and reads the cache in place; behind torch.export's "numpy" it does not.
     """
     from openvino import opset13 as op
@@ -70,7 +69,6 @@ def _quantized(graph, precision: str, pixels: Sequence[np.ndarray]):
 
 def _four_bits(graph, rounded: bool) -> None:
     """Products with a constant matrix, and look-ups in one, get weights of 4 bits (`quantize.pack`) in `graph` itself.
-
     With `rounded`, only where the weights lie on a grid of 4 bits already, which NNCF's own rounding would not keep.
     """
     import openvino as ov

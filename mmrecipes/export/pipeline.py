@@ -6,7 +6,6 @@ no mask, and the cache can stay in the runtime. `inference.load_exported` reads 
 """
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,7 +16,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from mmrecipes.errors import ParityError, UserError, one_line
+from mmrecipes.data import scenes
+from mmrecipes.errors import ParityError, UserError
+from mmrecipes.evaluate.generation import eos_token_ids
 from mmrecipes.export.executorch import max_length, write_executorch
 from mmrecipes.export.onnx.backend import write_onnx
 from mmrecipes.export.openvino import write_openvino
@@ -25,7 +26,7 @@ from mmrecipes.export.wrappers import calibration_pixels, check_float32, vision_
 from mmrecipes.inference import exported
 from mmrecipes.inference.backends import PACKAGES, PARTS
 from mmrecipes.models import modules
-from mmrecipes.models.saving import check_replaceable, take_place
+from mmrecipes.models.saving import directory_aside
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,6 @@ def export(
     images: Sequence[Image.Image | str | Path] = (),
 ) -> Path:
     """Write `model` (float32, as `models.load` gives it) to directory `out`, for a `runtime` of BACKENDS. Returns `out`.
-
     `precision` is one for both parts or {"vision": ..., "language": ...}, of those that the backend has; "static" fixes ranges on
     `images`, a dozen like those to come. All or nothing: `out` appears, or takes an older export's place, once the graphs answer
     as `model` does (`check`; ParityError).
@@ -78,22 +78,12 @@ def export(
     supported(model)
     if (precisions["vision"] == "static") != bool(len(images)):
         raise UserError(f"export: {len(images)} images for vision in {precisions['vision']}; 'static' takes some, others none")
-    out = Path(out).expanduser().resolve()
-    check_replaceable(out)
-    partial = out.with_name(f".{out.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
-    try:
-        partial.mkdir(parents=True)
-        backend.write(model, partial, precisions, calibration_pixels(model, images))
-        write_manifest(model, partial, backend, precisions)
+    with directory_aside(out) as aside:
+        backend.write(model, aside, precisions, calibration_pixels(model, images))
+        write_manifest(model, aside, backend, precisions)
         if check:
-            parity(model, exported.load_exported(partial), max(TOLERANCE[p] for p in precisions.values()))
-        take_place(partial, out)
-    except OSError as e:
-        raise UserError(f"{out}: could not be written ({one_line(e)}); nothing was changed: give another directory") from e
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return out
+            parity(model, exported.load_exported(aside), max(TOLERANCE[p] for p in precisions.values()))
+    return Path(out).expanduser().resolve()
 
 
 def supported(model: nn.Module) -> None:
@@ -120,8 +110,6 @@ def write_manifest(model: nn.Module, folder: Path, backend: Backend, precisions:
     else:
         model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    text_config, eos = model.config.get_text_config(), model.generation_config.eos_token_id
-    eos = text_config.eos_token_id if eos is None else eos
     manifest = {
         "format": exported.FORMAT,
         "runtime": backend.name,
@@ -129,8 +117,10 @@ def write_manifest(model: nn.Module, folder: Path, backend: Backend, precisions:
         "source": model.name_or_path or type(model).__name__,
         "class": type(model).__name__,
         "image_token_id": model.config.image_token_id,
-        "eos_token_ids": [eos] if isinstance(eos, int) else list(eos or ()),
-        "max_length": max_length(model) if backend.name == "executorch" else text_config.max_position_embeddings,
+        "eos_token_ids": sorted(eos_token_ids(model)),
+        "max_length": max_length(model)
+        if backend.name == "executorch"
+        else model.config.get_text_config().max_position_embeddings,
         "versions": {n: metadata.version(n) for n in ("torch", "transformers", PACKAGES[backend.name])},
         "bytes": {p.name: p.stat().st_size for p in graphs},
         "sha256": {p.name: exported.sha256(p) for p in sorted(folder.iterdir()) if p.is_file()},
@@ -140,11 +130,8 @@ def write_manifest(model: nn.Module, folder: Path, backend: Backend, precisions:
 
 def parity(model: nn.Module, loaded: exported.Exported, tolerance: float) -> dict[str, float]:
     """Relative error of the logits of `loaded` to those of `model`, the largest on drawn images and on text alone.
-
     {"prefill": after the prompt, "decode": one token further}. Raises ParityError beyond `tolerance` or where it is not finite.
     """
-    from mmrecipes.data import scenes
-
     errors: dict[str, list[float]] = {"prefill": [], "decode": []}
     for image in (*(scenes.render(scenes.make_scene(seed), 256) for seed in (1, 2)), None):
         inputs = loaded.inputs(image, "What is in this picture?")
@@ -157,9 +144,8 @@ def parity(model: nn.Module, loaded: exported.Exported, tolerance: float) -> dic
             with torch.inference_mode():
                 wanted = model(**batch).logits[0, -1].numpy()
             errors[stage].append(float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted)))
-    worst = {stage: float(np.max(values)) for stage, values in errors.items()}  # np.max keeps a NaN
-    largest = np.max(list(worst.values()))
-    if not largest <= tolerance:  # also where it is NaN
+    largest = np.max(list(errors.values()))  # keeps a NaN
+    if not largest <= tolerance:
         away = f"{largest:.2g} (relative) away from the source's, more than {tolerance}"
         raise ParityError(f"the exported model's logits are {away}: it is broken, and was not kept")
-    return worst
+    return {stage: max(values) for stage, values in errors.items()}

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from mmrecipes.errors import UserError
 from mmrecipes.models import modules
@@ -78,8 +79,6 @@ def calibration_pixels(model: nn.Module, images: Sequence[Image.Image | str | Pa
 
 def language_wrapper(model: nn.Module) -> tuple[nn.Module, dict[str, object], dict[str, object]]:
     """The module that computes the next token's logits, an example of what it takes, and which of its axes are free."""
-    from transformers import DynamicCache
-
     config, module = model.config.get_text_config(), LanguageWithCache(model).eval()
     cache = DynamicCache(config=config)
     with torch.no_grad():  # a cache as the decoder itself makes it
@@ -94,7 +93,6 @@ def language_wrapper(model: nn.Module) -> tuple[nn.Module, dict[str, object], di
 
 class LanguageWithCache(nn.Module):
     """input_ids (1, T), image_features (N, D), a cache -> {"logits": (1, 1, V) of the next token, "past_key_values": the cache}.
-
     The same graph reads a prompt and computes each further token. Without images N is 1 and its row is not read.
     """
 

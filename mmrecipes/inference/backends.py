@@ -13,7 +13,6 @@ PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino", "executorch": "execut
 
 def onnx_session(path: str | Path, threads: int = 0, as_written: bool = False):  # -> onnxruntime.InferenceSession
     """The graph at `path` ready to run on the CPU, with so many `threads` (0: one for each physical core).
-
     Threads rest once a run is done: else they spin on for tens of milliseconds, and take the cores from what is timed next.
     With `as_written`, it computes what the file says, in float: slow, but no int8 kernel saturates (`quantize.saturates`).
     Raises UserError for a file that is missing or cannot be loaded, ImportError where ONNX Runtime is missing.

@@ -131,7 +131,6 @@ class Exported:
 
 def load_exported(folder: str | Path, threads: int | None = None, check: bool = True) -> Exported:
     """The model that `export` wrote to `folder`, ready to answer. `threads` of the runtime: by default all physical cores.
-
     With `check`, the files must be those that were exported (SHA-256). Raises UserError for anything else.
     """
     folder = Path(folder).expanduser()

@@ -5,11 +5,10 @@ from mmrecipes.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "exported": "profile_exported",
         "flops": "roofline stage_budget",
         "machine": "environment machine_peaks",
         "memory": "peak_memory",
-        "process": "peak_mb time_generation",
+        "process": "peak_mb profile_exported time_generation",
         "size": "disk_bytes model_bytes parameters",
         "timing": "STAGES cast clock latency wall",
     },

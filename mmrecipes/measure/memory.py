@@ -35,10 +35,7 @@ def peak_memory(model: nn.Module, inputs: Mapping, new_tokens: int = 8) -> dict:
             why = last_line(str(e))
             raise UserError(f"peak_memory: cannot write this model to a file ({why}); free disk or unhook it") from e
         job = (file, new_tokens, torch.get_num_threads(), modules)
-        try:
-            return run_fresh(f"from mmrecipes.measure.memory import _generate\n_generate(*{job!r})")
-        except UserError as e:
-            raise UserError(f"peak_memory: {e}") from e
+        return run_fresh(f"from mmrecipes.measure.memory import _generate\n_generate(*{job!r})", what="peak_memory")
 
 
 def _picklable(model: nn.Module) -> nn.Module:

@@ -100,10 +100,8 @@ def timed(fn: Callable) -> float:
 def generation_steps(model: nn.Module, inputs: Mapping) -> tuple[Callable[[], Tensor], Callable[[Tensor | int], Tensor]]:
     """`prefill()` and `step(token ids (B, 1))`, each giving the logits (B, V) of the next token, with the KV cache in between."""
     keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}  # as generate()
-    state = {"mask": inputs.get("attention_mask")}
-    # a Qwen-VL makes of a mask the positions of all tokens, not of the new one
-    if state["mask"] is not None and state["mask"].all():
-        state["mask"] = None
+    mask = inputs.get("attention_mask")
+    state = {"mask": None if mask is None or mask.all() else mask}  # a Qwen-VL makes of it the positions of all tokens
 
     def forward(**given: object) -> Tensor:
         out = model(**given, use_cache=True)
@@ -111,8 +109,8 @@ def generation_steps(model: nn.Module, inputs: Mapping) -> tuple[Callable[[], Te
         return out.logits[:, -1]
 
     def step(token: Tensor | int) -> Tensor:
-        mask = state["mask"]
-        state["mask"] = mask if mask is None else torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        if (mask := state["mask"]) is not None:
+            state["mask"] = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         token = torch.as_tensor(token, device=inputs["input_ids"].device).reshape(-1, 1)
         return forward(input_ids=token, attention_mask=state["mask"], past_key_values=state["cache"])
 

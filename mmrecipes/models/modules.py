@@ -1,6 +1,7 @@
 """The only place that knows the parts of a model: vision encoder, connector, language model, head; layers, FFNs, attention."""
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
@@ -77,9 +78,7 @@ def block_of(name: str) -> str:
     >>> block_of("language.layers.3.mlp.fc1")
     'language.layers.3'
     """
-    words = name.split(".")
-    numbers = [i for i, w in enumerate(words) if w.isdigit()]
-    return ".".join(words[: numbers[0] + 1]) if numbers else name
+    return re.sub(r"(^|\.)(\d+)\..*", r"\1\2", name)
 
 
 def clone(model: nn.Module) -> nn.Module:

@@ -1,7 +1,5 @@
 """Images and questions as a model's inputs: one chat turn, or batches with their answers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
 Rows: TypeAlias = "Dataset"  # with columns image, question and answer
 
 
-def chat_prompts(processor: ProcessorMixin, questions: Sequence[str], with_image: bool = True) -> list[str]:
+def chat_prompts(processor: "ProcessorMixin", questions: Sequence[str], with_image: bool = True) -> list[str]:
     """The text of one chat turn for each question, after a place for one image, up to where the answer begins.
     Raises UserError for a question that contains the processor's image token, which would be taken for a second image.
     >>> chat_prompts(model.processor, ["What is {}?"])[0].endswith("What is {}?<end_of_utterance>\\nAssistant:")
@@ -43,7 +41,7 @@ def batch_inputs(model: nn.Module, images: Sequence[Image.Image] | None, texts: 
     return model.processor(**pixels, text=list(texts), padding=True, return_tensors="pt").to(model.device, dtype)
 
 
-def teacher_forced(model: nn.Module, rows: Dataset, batch_size: int = 50) -> Iterator[tuple[Mapping[str, Tensor], list[int]]]:
+def teacher_forced(model: nn.Module, rows: Rows, batch_size: int = 50) -> Iterator[tuple[Mapping[str, Tensor], list[int]]]:
     """Batches of `rows` (image, question, answer) as inputs, each prompt followed by its answer; with each batch, how many
     tokens each answer has: with the end of sequence, they are the last of their row. Without a column `image`: text alone.
     >>> [len(lengths) for _, lengths in teacher_forced(model, rows, 2)]

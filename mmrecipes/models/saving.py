@@ -49,37 +49,40 @@ def save(
     model: nn.Module, processor: Any, out: str | Path, dtype: torch.dtype | str = torch.bfloat16, extra: dict | None = None
 ) -> Path:
     """Write model, processor and the text files of `extra` {name: text} to directory `out`, all or nothing. Returns `out`.
-    Everything goes to `out`.part first, which then takes the place of an older model. Floating weights are cast to `dtype`
+    Floating weights are cast to `dtype`
     on the way ("auto": as they are), and config.json says so; `model` itself stays as it is. Raises UserError.
     >>> save(model, model.processor, folder / "half", "bfloat16") == folder / "half"
     True
     """
-    dtype, given, out = as_dtype(dtype), Path(out), Path(out).expanduser().resolve()
-    check_replaceable(out)
-    part = out.with_name(out.name + ".part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)  # left by a killed run
-        part.mkdir(parents=True)
-        _cast_copy(model, dtype).save_pretrained(part)
+    dtype, own = as_dtype(dtype), getattr(model, "processor", None)
+    with directory_aside(out) as part:
+        memo = {id(own): own}  # parameters are cast one by one: nothing is ever held twice in the old dtype
+        for p in model.parameters():
+            same = dtype == "auto" or not p.is_floating_point() or p.element_size() == 1
+            memo[id(p)] = p if same else nn.Parameter(p.detach().to(dtype), requires_grad=p.requires_grad)
+        copy.deepcopy(model, memo).save_pretrained(part)
         processor.save_pretrained(part)
         for name, text in (extra or {}).items():
             (part / name).write_text(text, encoding="utf-8")
+    return Path(out)
+
+
+@contextlib.contextmanager
+def directory_aside(out: str | Path) -> Iterator[Path]:
+    """An empty directory beside `out`, which takes the place of an older model there when all went well, and goes when not.
+    Raises UserError as `check_replaceable`, and where it cannot be written."""
+    out = Path(out).expanduser().resolve()
+    check_replaceable(out)
+    part = out.with_name(f".{out.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)  # left by a killed run
+        part.mkdir(parents=True)
+        yield part
         take_place(part, out)
     except (OSError, SafetensorError) as e:  # the latter when the disk is full
         raise UserError(f"{out}: could not be written ({one_line(e)}); nothing was changed: give another directory") from e
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return given
-
-
-def _cast_copy(model: nn.Module, dtype: torch.dtype | str) -> nn.Module:
-    """A copy whose floating parameters are `dtype`; nothing is ever held twice in the old one."""
-    processor = getattr(model, "processor", None)
-    memo = {id(processor): processor}
-    for p in model.parameters():
-        same = dtype == "auto" or not p.is_floating_point() or p.element_size() == 1
-        memo[id(p)] = p if same else nn.Parameter(p.detach().to(dtype), requires_grad=p.requires_grad)
-    return copy.deepcopy(model, memo)
 
 
 def check_replaceable(out: str | Path) -> None:

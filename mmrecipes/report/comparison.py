@@ -16,7 +16,7 @@ from mmrecipes.errors import ParityError, UserError
 from mmrecipes.evaluate import generation
 from mmrecipes.evaluate.statistics import Paired, Share, agreement, paired
 from mmrecipes.inference.exported import Exported
-from mmrecipes.measure import exported, machine, memory, timing
+from mmrecipes.measure import machine, memory, process, timing
 from mmrecipes.measure import size as measure_size
 from mmrecipes.models.prompts import Rows, chat
 from mmrecipes.models.saving import write_json
@@ -178,7 +178,7 @@ def _costs(variants: Mapping[str, Any], inputs: Mapping, first: Mapping, timed: 
             size |= {"latency": speed[name], "peak_mb": memory.peak_memory(model, inputs)["peak_mb"]}
         elif timed:
             threads = torch.get_num_threads()
-            alone = exported.profile_exported(model.folder, first["image"], first["question"], 8, 7, threads)
+            alone = process.profile_exported(model.folder, first["image"], first["question"], 8, 7, threads)
             size |= {k: alone[k] for k in ("ttft_ms", "tokens_per_s", "peak_mb")}
         found[name] = size
     return found

@@ -17,7 +17,7 @@ from mmrecipes.errors import UserError
 from mmrecipes.evaluate.statistics import wilson
 from mmrecipes.export import pipeline
 from mmrecipes.inference.exported import Exported, load_exported
-from mmrecipes.measure import exported, machine, memory, process, size, timing
+from mmrecipes.measure import machine, memory, process, size, timing
 from mmrecipes.models import prompts
 from mmrecipes.quantize import nf4
 from mmrecipes.report import comparison
@@ -59,7 +59,7 @@ def measured(source: Source, made: Path, verify: Evaluator, found: Mapping[str, 
     shutil.copyfile(Path(__file__).parent / "examples" / f"{runtime}.py", made / EXAMPLE)
     answer, peak = _run_example(made, question)
     if runtime != "torch":
-        peak = exported.profile_exported(made, image, question, NEW_TOKENS, 1)["peak_mb"]
+        peak = process.profile_exported(made, image, question, NEW_TOKENS, 1)["peak_mb"]
     small, inputs, notes = open_artifact(made, runtime), prompts.chat(base, image, question), []
     given = prompts.chat(small, image, question) if isinstance(small, nn.Module) else small.inputs(image, question)
     times = _side_by_side({"before": (base, inputs), "after": (small, given)})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import modeling_outputs
 
 from mmrecipes.errors import UserError
 from mmrecipes.export.onnx.graphs import to_onnx
@@ -16,7 +17,6 @@ from mmrecipes.inference.backends import PARTS, onnx_session
 
 def tensor_session(path: str | Path, threads: int | None = None, as_written: bool = False) -> Callable[..., Tensor]:
     """A function that runs the graph at `path` on tensors, in its inputs' order, and returns its first output.
-
     With as many `threads` as PyTorch uses, unless told otherwise; else as `inference.onnx_session`.
     """
     session = onnx_session(path, threads or torch.get_num_threads(), as_written)
@@ -28,7 +28,6 @@ def tensor_session(path: str | Path, threads: int | None = None, as_written: boo
 
 def export_parts(model: nn.Module, folder: str | Path) -> dict[str, Path]:
     """`vision.onnx` and `language.onnx` of a float32 Idefics3-class VLM (SmolVLM, `mini-vlm`) in `folder`, both or neither.
-
     Batch and text length are free; images are whole and of the model's own size. Raises UserError for another architecture,
     another dtype, or weights that one file cannot hold; ImportError where onnx or onnxscript is missing.
     """
@@ -43,11 +42,10 @@ def export_parts(model: nn.Module, folder: str | Path) -> dict[str, Path]:
     mask = torch.arange(12) >= torch.tensor([[0], [3]])  # the second text is padded
     examples = {"vision": {"pixel_values": images}, "language": {"inputs_embeds": embeds, "attention_mask": mask.long()}}
     free = {"pixel_values": {0: "batch"}} | {k: {0: "batch", 1: "tokens"} for k in examples["language"]}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as aside:
         written = {part: to_onnx(modules[part], examples[part], Path(aside) / f"{part}.onnx", free) for part in PARTS}
-        return {part: path.replace(folder / path.name) for part, path in written.items()}
+        return {part: path.replace(Path(folder, path.name)) for part, path in written.items()}
 
 
 class _AttachedVision(nn.Module):
@@ -58,11 +56,9 @@ class _AttachedVision(nn.Module):
         self.run = tensor_session(graph)
 
     def forward(self, pixel_values: Tensor, patch_attention_mask: Tensor | None = None, **_: object):
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
         if patch_attention_mask is not None and not patch_attention_mask.all():
             raise UserError("attach: an image is padded; the graph takes whole images of the model's size: resize them to it")
-        return BaseModelOutputWithPooling(last_hidden_state=self.run(pixel_values))
+        return modeling_outputs.BaseModelOutputWithPooling(last_hidden_state=self.run(pixel_values))
 
 
 class _AttachedLanguage(nn.Module):
@@ -76,17 +72,14 @@ class _AttachedLanguage(nn.Module):
         return self.embed_tokens
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, past_key_values=None, **_: object):
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
         if past_key_values is not None and past_key_values.get_seq_length():
             raise UserError("attach: this language model keeps no KV cache; call the model with use_cache=False")
         mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.int64) if attention_mask is None else attention_mask.long()
-        return BaseModelOutputWithPast(last_hidden_state=self.run(inputs_embeds, mask))
+        return modeling_outputs.BaseModelOutputWithPast(last_hidden_state=self.run(inputs_embeds, mask))
 
 
 def attach(model: nn.Module, graphs: Mapping[str, str | Path]) -> nn.Module:
     """A copy of `model` that computes in ONNX Runtime where `graphs` has a "vision" or a "language" file, else as before.
-
     `generate` works on it. Without a KV cache each new token reads the whole text again; the image is encoded once an answer.
     """
     if unknown := set(graphs) - set(PARTS):

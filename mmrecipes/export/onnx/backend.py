@@ -50,7 +50,6 @@ def write_onnx(model: nn.Module, folder: Path, precisions: Mapping[str, str], pi
 
 def to_nbits(path: Path, bits: int, only: Callable[..., bool] | None = None, rounded: bool = False) -> None:
     """Products with a constant matrix, and look-ups in one, get weights of `bits` bits in the graph at `path` (notebook 14).
-
     Groups of 32 weights along the inputs share a scale, zero is in the middle; MatMulNBits rounds activations to int8 by the same
     groups (`accuracy_level` 4, the fast one). `only` says of a node (NodeProto) whether it may; with `rounded`, only weights that
     lie on a grid of so many bits already.
@@ -71,7 +70,6 @@ def to_nbits(path: Path, bits: int, only: Callable[..., bool] | None = None, rou
 
 def to_dynamic_int8(path: Path) -> None:
     """Products with a constant matrix get dynamic int8, one scale a channel, in the graph at `path`.
-
     As by `dynamic_int8`, with one weight in memory at a time instead of several copies of all. Weights have 7 bits: without VNNI,
     sums of two products of 8 bits saturate (notebook 11).
     """
@@ -88,7 +86,6 @@ def to_dynamic_int8(path: Path) -> None:
 
 def _replace_nodes(path: Path, replacement: Callable[..., tuple | None]) -> None:
     """Let kernels of ONNX Runtime's own read what is a constant matrix in the graph at `path`.
-
     `replacement` gets a node and its weight, (out, in) or (rows, width), and gives None, or the kernel's name, an ending for the
     names of what it reads, (numbers, scales) and the kernel's attributes. One weight is in memory at a time.
     """

@@ -30,7 +30,6 @@ def dynamic_int8(
     graph: str | Path, out: str | Path, weights: str = "uint8", reduce_range: bool = False, keep: Sequence[str] = ()
 ) -> Path:
     """A copy of `graph` at `out` with int8 matrix products: weights ahead, one scale a channel, activations on the fly.
-
     Activations are 8 bits unsigned, one scale a tensor. Weights: "uint8" is exact everywhere; "int8" is quicker with VNNI, but
     without it (AVX2) its products saturate, unless `reduce_range` leaves the weights 7 bits (ONNX Runtime, "Quantize ONNX
     models"). Products of two activations stay in float32, and layers of which a name in `keep` is part, say ("down_proj",).
@@ -50,7 +49,6 @@ def dynamic_int8(
 @dataclass(frozen=True)
 class StaticConfig:
     """How `static_int8` rounds: which `layers` (of LAYERS), but none of modules of which a name in `keep` is part.
-
     Weights are symmetric int8, one scale a channel; with `reduce_range` 7 bits, so that sums of two products do not saturate
     without VNNI (None: where this CPU needs it). Activations are affine uint8, one range a tensor, which `method` (MinMax,
     Entropy, Percentile or Distribution) chooses, and biases int32: as ONNX Runtime's CPU kernels want it. With `explicit`, as
@@ -68,7 +66,6 @@ def static_int8(
     graph: str | Path, feeds: Sequence[Tensor | Mapping[str, np.ndarray]], out: str | Path, config: StaticConfig | None = None
 ) -> Path:
     """A copy of `graph` at `out` with quantize-dequantize pairs (QDQ), whose activation ranges were fixed on `feeds` beforehand.
-
     `feeds` are batches, all of one shape except for MinMax: tensors for the first input, or arrays by the inputs' names.
     """
     require("onnxruntime", "onnx")

@@ -8,7 +8,6 @@ from mmrecipes.errors import UserError, one_line
 
 def check_explicit_int8(path: str | Path) -> dict[str, int]:
     """Check that an ONNX file is an int8 model as TensorRT takes it: {"quantize", "dequantize", "layers"}, numbers of nodes.
-
     Raises UserError on the first rule that is broken: Q/DQ pairs only, int8, zero points zero, one scale an activation, one
     scale an output channel of a weight, both inputs of a layer quantized or none, no quantized bias.
     """
@@ -34,8 +33,13 @@ def check_explicit_int8(path: str | Path) -> dict[str, int]:
             count["layers"] += all(quantized)
             if quantized == [False, True] or (quantized == [True, False] and node.input[1] in constants):
                 broken = "has one quantized input and one that is not; quantize both or none"
-            elif all(quantized) and not _scale_a_channel(node, sources[1], constants):
-                broken = "has a weight without one scale an output channel; quantize with per_channel=True"
+            weight, scale = (constants.get(name) for name in sources[1].input[:2]) if all(quantized) else (None, None)
+            if weight is not None and scale is not None:  # else a product of two activations
+                turned = node.op_type == "Conv" or any(a.name == "transB" and a.i for a in node.attribute)
+                channel = 0 if turned else 1
+                axis = next((a.i for a in sources[1].attribute if a.name == "axis"), 1)
+                if list(scale.dims) != [weight.dims[channel]] or axis != channel:
+                    broken = "has a weight without one scale an output channel; quantize with per_channel=True"
         if broken:
             raise UserError(f"{path}: {node.op_type} {node.name!r} {broken}")
     if not count["layers"]:
@@ -58,13 +62,3 @@ def _broken_pair(node, constants: Mapping[str, object]) -> str:
     if zero is not None and (zero.data_type != TensorProto.INT8 or numpy_helper.to_array(zero).any()):
         return "has a zero point that is not an int8 zero; quantize symmetric (explicit=True)"
     return ""
-
-
-def _scale_a_channel(layer, weight_source, constants: Mapping[str, object]) -> bool:
-    weight, scale = (constants.get(name) for name in weight_source.input[:2])
-    if weight is None or scale is None:
-        return True  # a product of two activations
-    transposed = any(a.name == "transB" and a.i for a in layer.attribute)
-    channel = 0 if layer.op_type == "Conv" or transposed else 1
-    axis = next((a.i for a in weight_source.attribute if a.name == "axis"), 1)
-    return list(scale.dims) == [weight.dims[channel]] and axis == channel
