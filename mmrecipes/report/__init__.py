@@ -2,12 +2,5 @@
 
 from mmrecipes.lazy import lazy_exports
 
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "comparison": "COLUMNS Comparison check_parity compare",
-        "doctor": "",
-        "page": "STYLE hardware html_table html_wide image_tag png",
-        "tour": "",
-    },
-)
+_names = {"comparison": "COLUMNS Comparison check_parity compare", "doctor": "", "page": "hardware", "tour": ""}
+__getattr__, __dir__, __all__ = lazy_exports(__name__, _names)

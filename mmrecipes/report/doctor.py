@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -85,28 +86,22 @@ class _Operators(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _hooks(model: nn.Module, watch: _Watch, shapes: dict[str, list[int]]) -> Iterator[None]:
-    def enter(name):
-        return lambda *_: watch.inside.append(name)
+def _hooks(model: nn.Module, watch: _Watch, tokens: dict[str, list[int]]) -> Iterator[None]:
+    """Tell `watch` which linear layer runs; note in `tokens` how many rows of input each call of a layer has."""
+    names = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
 
-    def leave(name):
-        def hook(_, args, out):
+    def enter(layer: nn.Module, *_: object) -> None:
+        if layer in names:
+            watch.inside.append(names[layer])
+
+    def leave(layer: nn.Module, args: tuple, _: object) -> None:
+        if layer in names:
             watch.inside.pop()
             if args and isinstance(args[0], Tensor):
-                shapes.setdefault(name, []).append(args[0].numel() // max(1, args[0].shape[-1]))
+                tokens.setdefault(names[layer], []).append(args[0].numel() // max(1, args[0].shape[-1]))
 
-        return hook
-
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            handles.append(module.register_forward_pre_hook(enter(name)))
-            handles.append(module.register_forward_hook(leave(name), always_call=True))
-    try:
+    with register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True):
         yield
-    finally:
-        for h in handles:
-            h.remove()
 
 
 def examine(model: nn.Module, inputs: Mapping) -> Diagnosis:
@@ -140,35 +135,25 @@ def _direct_reads(model: nn.Module, watch: _Watch) -> Iterator[Finding]:
 
 def _foreign(operators: _Operators) -> Iterator[Finding]:
     for name, count in operators.foreign.items():
-        yield Finding(
-            "static int8, export",
-            name,
-            f"a custom operator, called {count}x: no quantizer or exporter knows it",
-            "write it in PyTorch's operators, or keep it outside of the exported graph",
-        )
+        what = f"a custom operator, called {count}x: no quantizer or exporter knows it"
+        cure = "write it in PyTorch's operators, or keep it outside of the exported graph"
+        yield Finding("static int8, export", name, what, cure)
 
 
 def _norms(model: nn.Module) -> Iterator[Finding]:
     for name, m in model.named_modules():
         if isinstance(m, nn.GroupNorm | nn.InstanceNorm2d):
-            yield Finding(
-                "static int8",
-                name,
-                f"{type(m).__name__} can't be folded into a convolution, as batch norm can: it stays in floating point",
-                "replace it by a batch norm, retrain shortly, and fold that",
-            )
+            what = f"{type(m).__name__} can't be folded into a convolution, as batch norm can: it stays in floating point"
+            yield Finding("static int8", name, what, "replace it by a batch norm, retrain shortly, and fold that")
 
 
 def _odd_groups(model: nn.Module) -> Iterator[Finding]:
     for name, m in models_modules.linears(model):
         fits = [g for g in GROUPS if m.in_features % g == 0]
         if len(fits) < len(GROUPS):
-            yield Finding(
-                "4-bit weights in groups",
-                name,
-                f"{m.in_features} inputs do not divide by {', '.join(str(g) for g in GROUPS if g not in fits)}",
-                f"use groups of {fits[-1]}" if fits else "pad the inputs, or use one scale a channel",
-            )
+            what = f"{m.in_features} inputs do not divide by {', '.join(str(g) for g in GROUPS if g not in fits)}"
+            cure = f"use groups of {fits[-1]}" if fits else "pad the inputs, or use one scale a channel"
+            yield Finding("4-bit weights in groups", name, what, cure)
 
 
 def _dtypes(model: nn.Module) -> Iterator[Finding]:

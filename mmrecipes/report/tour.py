@@ -1,6 +1,5 @@
 """The tour: load a vision-language model, see where its time goes, compress it four ways, and read what that cost."""
 
-import os
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -17,6 +16,7 @@ from mmrecipes.inference.exported import load_exported
 from mmrecipes.measure import flops, machine, size
 from mmrecipes.models import images, loading, prompts
 from mmrecipes.models.prompts import Rows
+from mmrecipes.models.saving import written_aside
 from mmrecipes.quantize import mixed_precision, rounding
 from mmrecipes.report import page
 from mmrecipes.report.comparison import Comparison, compare
@@ -62,9 +62,8 @@ def run(
     console.print(_example_table(rows, found))
     console.print(found)
     console.print(f"\n{_conclusion(found)}", highlight=False)
-    part = out.with_name(out.name + ".part")
-    part.write_text(_page(model_name, rows, stages, found), encoding="utf-8")
-    os.replace(part, out)
+    with written_aside(out) as part:
+        part.write_text(_page(model_name, rows, stages, found), encoding="utf-8")
     console.print(f"\nImages, table and plot: [bold]{out}[/]. Next: `make lab`, notebook 00_start_here.")
     return found
 

@@ -2,16 +2,5 @@
 
 from mmrecipes.lazy import lazy_exports
 
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "artifact": "",
-        "candidates": "",
-        "fidelity": "",
-        "folders": "",
-        "pipeline": "run",
-        "report": "",
-        "request": "Request",
-        "source": "",
-    },
-)
+_modules = ("artifact", "candidates", "fidelity", "folders", "report", "source")
+__getattr__, __dir__, __all__ = lazy_exports(__name__, dict.fromkeys(_modules, "") | {"pipeline": "Request run"})

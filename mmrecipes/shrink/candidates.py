@@ -4,11 +4,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from mmrecipes.errors import UserError
-from mmrecipes.models import modules
 from mmrecipes.models.prompts import Rows
 from mmrecipes.quantize import mixed_precision, nf4, rounding
 from mmrecipes.quantize.groups import GROUP
@@ -42,64 +40,45 @@ def eligible_units(source: Source, blocked: set[str] = frozenset()) -> list[str]
 def round_all(source: Source, four: list[str], rows: Rows) -> nn.Module:
     """A copy with all units of `four` in 4 bits: by GPTQ in groups of 32, or in NF4 as bitsandbytes does it."""
     plan = dict.fromkeys(four, 4)
-    if source.runtime != "torch":
-        return mixed_precision.apply_plan(source.model, plan, GROUP, rows)
-    small = modules.clone(source.model)
-    with torch.no_grad():
-        for name in source.module_bits(plan):
-            weight = small.get_submodule(name).weight
-            weight.copy_(nf4.nf4_rounded(weight))
-    return small
+    if source.runtime == "torch":
+        return rounding.changed(source.model, source.module_bits(plan), lambda weight, _: nf4.nf4_rounded(weight))
+    return mixed_precision.apply_plan(source.model, plan, GROUP, rows)
 
 
 def mixed(source: Source, rounded: nn.Module, plan: Mapping[str, int], trial: bool = False) -> nn.Module:
-    """A copy of the source with the weights of `rounded` where the plan says 4 bits.
-
-    The others are rounded by the export; for a `trial` in PyTorch those of 8 bits are rounded here, a channel, as it does.
-    """
-    small = modules.clone(source.model)
-    with torch.no_grad():
-        for name, bits in source.module_bits(plan).items():
-            weight = small.get_submodule(name).weight
-            if bits == 4:
-                weight.copy_(rounded.get_submodule(name).weight)
-            elif trial and bits == 8:
-                weight.copy_(rounding.round_to_nearest(weight, 8))
-    return small
+    """A copy of the source with the weights of `rounded` where the plan says 4 bits. The others are rounded by the export; for
+    a `trial` in PyTorch those of 8 bits are rounded here, a channel, as it does."""
+    bits = source.module_bits(plan)
+    new = {
+        name: rounded.get_submodule(name).weight if b == 4 else None for name, b in bits.items() if b == 4 or (trial and b == 8)
+    }
+    return rounding.changed(source.model, new, lambda w, four: rounding.round_to_nearest(w, 8) if four is None else four)
 
 
 def costs(source: Source, rounded: nn.Module, four: list[str], rows: Rows) -> list[Cost]:
-    """What each unit of `four` loses alone in 4 bits, and its bytes; in `source.high` bits it loses nothing.
-
-    At 8 bits in groups or a channel the loss is below what so few rows can tell.
-    """
-
-    def take(name: str, *_: object) -> torch.Tensor:
-        return rounded.get_submodule(name).weight
-
+    """What each unit of `four` loses alone in 4 bits, and its bytes. In `source.high` bits it loses nothing: less, at least,
+    than so few rows can tell."""
     found = []
-    for cost in mixed_precision.sensitivity(source.model, rows, (4,), GROUP, take):
+    for cost in mixed_precision.sensitivity(source.model, rows, (4,), GROUP, lambda name, *_: rounded.get_submodule(name).weight):
         if cost.unit in four:
-            high = unit_bytes(source, cost.unit, source.high)
-            found.append(dataclasses.replace(cost, bits=source.high, bytes=high, loss=0.0))
-            found.append(dataclasses.replace(cost, bytes=unit_bytes(source, cost.unit, 4), loss=max(0.0, cost.loss)))
+            for bits, loss in ((source.high, 0.0), (4, max(0.0, cost.loss))):
+                found.append(dataclasses.replace(cost, bits=bits, bytes=unit_bytes(source, cost.unit, bits), loss=loss))
     return found
 
 
 def best(source: Source, table: Sequence[Cost], budget: float) -> Candidate:
     """The plan of at most `budget` bytes that should lose least. UserError where even 4 bits everywhere take more."""
-    lowest, highest = source.plan({c.unit for c in table}), source.plan()
+    lowest, chosen = source.plan({c.unit for c in table}), source.plan()
     least = predicted_bytes(source, lowest)
     if least > budget:
         raise UserError(
             f"--budget of {budget / 1e6:.2f} MB: with 4 bits wherever they fit the model takes {least / 1e6:.2f} MB "
             f"({least / source.float_bytes:.3f}x); ask for that or more, or start from a smaller model"
         )
-    chosen = highest
-    if predicted_bytes(source, highest) > budget:
+    if predicted_bytes(source, chosen) > budget:
         movable = sum(c.bytes for c in table if c.bits == 4)
         try:
-            chosen = highest | mixed_precision.knapsack(table, int(budget - least + movable))
+            chosen |= mixed_precision.knapsack(table, int(budget - least + movable))
         except UserError:  # closer to the least than the knapsack counts
             chosen = lowest
     lost = sum(c.loss for c in table if chosen[c.unit] == c.bits)

@@ -5,25 +5,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from mmrecipes import quiet
-from mmrecipes.evaluate import statistics
-from mmrecipes.evaluate.generation import answer_tokens
-from mmrecipes.evaluate.statistics import Share, clustered
+from mmrecipes.evaluate import generation
+from mmrecipes.evaluate.statistics import Paired, Share, clustered, paired, wilson
 from mmrecipes.inference.exported import Exported
 from mmrecipes.models.prompts import Rows, chat
 
-MAX_ANSWER_TOKENS = 12  # tokens of an answer, at most
-
-
-def with_answers(model: nn.Module, rows: Rows) -> Rows:
-    """`rows` with the model's own answers in the place of labels."""
-    decode, found = model.processor.tokenizer.decode, greedy_tokens(model, rows)
-    rows = rows.remove_columns([c for c in ("answer",) if c in rows.column_names])
-    return rows.add_column("answer", [decode(ids, skip_special_tokens=True).strip() for ids in found])
+MAX_ANSWER_TOKENS = 12
 
 
 @dataclass(frozen=True)
@@ -36,15 +29,58 @@ class Loss:
     high: float
     n: int
     share: Share  # the candidate's accuracy or agreement
-    paired: statistics.Paired | None = None
+    paired: Paired | None = None
 
     def __str__(self) -> str:
         return f"{self.points:.1f} points of {self.measure} [{self.low:.1f}, {self.high:.1f}], n={self.n}"
 
 
+@dataclass(frozen=True)
+class Evaluator:
+    """Rows, and how the original answers them. With labels that it knows accuracy counts, else agreement of tokens."""
+
+    rows: Rows
+    tokens: list[list[int]]
+    answers: list[str]
+    right: list[bool] | None  # None: without labels
+
+    @property
+    def measure(self) -> str:
+        """Which of the two counts."""
+        return "agreement" if self.right is None else "accuracy"
+
+    def loss(self, model: nn.Module | Exported) -> tuple[Loss, list[str] | list[list[bool]]]:
+        """What `model` loses, and its answers; without labels which tokens agree."""
+        if self.right is None:
+            same = token_agreement(model, self.rows, self.tokens)
+            return agreement_loss(same, self.rows["name"]), same
+        answers = _answers(model, self.rows)
+        return accuracy_loss(self.right, right(answers, self.rows["answer"])), answers
+
+
+def make_evaluator(base: nn.Module, rows: Rows, labelled: bool | None = None) -> Evaluator:
+    """How `base` answers `rows`. Labels count if it `knows` them, or as `labelled` says."""
+    tokens = greedy_tokens(base, rows)
+    answers = [base.processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens]
+    correct = right(answers, rows["answer"]) if "answer" in rows.column_names and labelled is not False else None
+    if correct is not None and labelled is None and not knows(correct, rows["answer"]):
+        correct = None
+    return Evaluator(rows, tokens, answers, correct)
+
+
+def with_answers(model: nn.Module, rows: Rows) -> Rows:
+    """`rows` with the model's own answers in the place of labels."""
+    kept = rows.remove_columns("answer") if "answer" in rows.column_names else rows
+    return kept.add_column("answer", _answers(model, rows))
+
+
+def _answers(model: nn.Module | Exported, rows: Rows) -> list[str]:
+    return generation.answers(model, rows["image"][:], rows["question"][:], 8, MAX_ANSWER_TOKENS)
+
+
 def greedy_tokens(model: nn.Module, rows: Rows) -> list[list[int]]:
     """Token ids of the model's own greedy answers, at most MAX_ANSWER_TOKENS each, the end of sequence included."""
-    return answer_tokens(model, rows["image"][:], rows["question"][:], 8, MAX_ANSWER_TOKENS)
+    return generation.answer_tokens(model, rows["image"][:], rows["question"][:], 8, MAX_ANSWER_TOKENS)
 
 
 def token_agreement(model: nn.Module | Exported, rows: Rows, wanted: Sequence[list[int]]) -> list[list[bool]]:
@@ -67,10 +103,8 @@ def _choices(model: nn.Module, image, question: str, ids: list[int]) -> list[int
 
 
 def _exported_choices(model: Exported, image, question: str, ids: list[int]) -> list[int]:
-    import numpy as np
-
-    found = [int(model.prefill(model.inputs(image, question)).argmax())]
-    return found + [int(model.graphs.step(np.array([[token]])).argmax()) for token in ids[:-1]]
+    first = model.prefill(model.inputs(image, question))
+    return [int(logits.argmax()) for logits in (first, *(model.graphs.step(np.array([[token]])) for token in ids[:-1]))]
 
 
 def right(predictions: Sequence[str], answers: Sequence[str]) -> list[bool]:
@@ -82,17 +116,17 @@ def right(predictions: Sequence[str], answers: Sequence[str]) -> list[bool]:
 def knows(correct: Sequence[bool], answers: Sequence[str]) -> bool:
     """Whether a model's share of right answers can show a loss: half of them, and more than the commonest answer would get."""
     floor = Counter(a.lower() for a in answers).most_common(1)[0][1] / len(answers)
-    share = statistics.wilson(sum(correct), len(correct))
+    share = wilson(sum(correct), len(correct))
     return share.value >= 0.5 and share.low > floor
 
 
 def accuracy_loss(before: Sequence[bool], after: Sequence[bool]) -> Loss:
     """Points of accuracy that were lost on the same questions."""
-    pair = statistics.paired(before, after)
+    pair = paired(before, after)
     if not pair.lost + pair.won:  # drawing again from questions without a change shows none: what so few cannot rule out
-        most = 100 * statistics.wilson(0, pair.n).high
+        most = 100 * wilson(0, pair.n).high
         pair = dataclasses.replace(pair, low=-most, high=most)
-    return Loss("accuracy", 0 - pair.points, 0 - pair.high, 0 - pair.low, pair.n, statistics.wilson(sum(after), len(after)), pair)
+    return Loss("accuracy", 0 - pair.points, 0 - pair.high, 0 - pair.low, pair.n, wilson(sum(after), len(after)), pair)
 
 
 def agreement_loss(same: Sequence[Sequence[bool]], clusters: Sequence[str]) -> Loss:

@@ -19,20 +19,51 @@ from rich.console import Console
 from torch import nn
 
 from mmrecipes import quiet
-from mmrecipes.errors import UserError, one_line
+from mmrecipes.errors import UserError, one_line, require
 from mmrecipes.evaluate import generation
 from mmrecipes.export import pipeline
 from mmrecipes.models import loading, prompts
 from mmrecipes.models.modules import parts
 from mmrecipes.models.prompts import Rows
-from mmrecipes.models.saving import take_place
+from mmrecipes.models.saving import check_replaceable, take_place
 from mmrecipes.quantize.mixed_precision import Cost
 from mmrecipes.report import doctor
 from mmrecipes.shrink import artifact, fidelity, folders, report
 from mmrecipes.shrink.candidates import STEPS, Candidate, best, costs, eligible_units, mixed, round_all, series
-from mmrecipes.shrink.fidelity import Loss
-from mmrecipes.shrink.request import MAX_LOSS, Evaluator, Request, check_request, make_evaluator
+from mmrecipes.shrink.fidelity import Evaluator, Loss, make_evaluator
 from mmrecipes.shrink.source import Source, budget_bytes
+
+RUNTIMES = (*pipeline.BACKENDS, "torch")
+MAX_LOSS = {"accuracy": 1.0, "agreement": 5.0}  # points; another token is often as good, so more of these may differ
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for. `budget` is "0.25x" of the float32 weights, or "80MB"; `max_loss` is in points (None: MAX_LOSS).
+    Each stage may take about `stage_seconds`: it works on fewer rows where a model is slow."""
+
+    model: str
+    out: Path
+    runtime: str = "onnx"
+    budget: str | None = None
+    max_loss: float | None = None
+    calib: Path | None = None
+    images: Path | None = None
+    n: int | None = None
+    stage_seconds: float = 120.0
+
+
+def check_request(request: Request) -> None:
+    """UserError for what can be seen to be wrong before the model is read."""
+    if request.runtime not in RUNTIMES:
+        raise UserError(f"--runtime {request.runtime!r}: expected one of {', '.join(RUNTIMES)}")
+    if request.budget is not None:
+        budget_bytes(request.budget, 1)
+    if request.max_loss is not None and not 0 <= request.max_loss <= 100:
+        raise UserError(f"--max-loss {request.max_loss:g}: expected points between 0 and 100, such as 1.0")
+    if request.runtime == "torch":
+        require("accelerate", "bitsandbytes")
+    check_replaceable(request.out)
 
 
 @dataclass(frozen=True)
@@ -63,8 +94,9 @@ def run(request: Request, dry_run: bool = False, console: Console | None = None)
         if request.runtime != "torch":
             pipeline.supported(source.model)
         elif "head" not in parts(source.model):
-            given = type(source.model).__name__
-            raise UserError(f"shrink: {given} compares images with texts; give a model that answers questions")
+            raise UserError(
+                f"shrink: {type(source.model).__name__} compares images with texts; give a model that answers questions"
+            )
         budget = None if request.budget is None else budget_bytes(request.budget, source.float_bytes)
         side = getattr(source.model.config.vision_config, "image_size", None)
         rows = folders.gather(side if isinstance(side, int) else 256, request.calib, request.images, request.n or 600)
@@ -80,10 +112,8 @@ def run(request: Request, dry_run: bool = False, console: Console | None = None)
         table = costs(source, rounded, four, rows.calibrate.select(range(rows.tried)))
     with stage("choosing a plan"):
         search = Search(request, source, rounded, table, choose, verify, limit, budget)
-        if budget is not None:
-            candidates, chosen = [best(source, table, budget)], 0
-        else:
-            candidates, chosen = smallest_within(search, series(source, table))
+        within = ([best(source, table, budget)], 0) if budget is not None else smallest_within(search, series(source, table))
+        candidates, chosen = within
     report.show_plan(console, source, candidates, chosen)
     if dry_run:
         console.print("Nothing was written. The loss of the exported model is measured when it is made.")

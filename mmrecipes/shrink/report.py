@@ -18,7 +18,7 @@ from mmrecipes.report import doctor, page
 from mmrecipes.shrink import fidelity
 from mmrecipes.shrink.artifact import EXAMPLE, IMAGE, open_artifact
 from mmrecipes.shrink.candidates import Candidate
-from mmrecipes.shrink.request import Evaluator
+from mmrecipes.shrink.fidelity import Evaluator
 from mmrecipes.shrink.source import Source
 
 SHOWN = 4  # images with the same answer, and as many with another one

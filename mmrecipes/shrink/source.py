@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -55,7 +55,7 @@ class Source:
         """Bits of a unit that does not have 4."""
         return 16 if self.runtime == "torch" else 8
 
-    def plan(self, four: list[str] | set[str] = ()) -> dict[str, int]:
+    def plan(self, four: Collection[str] = ()) -> dict[str, int]:
         """The plan {unit: bits} with 4 bits in the units of `four`."""
         return {unit: 4 if unit in four else self.high for unit in self.units}
 
@@ -68,7 +68,7 @@ def budget_bytes(text: str, whole: int) -> int:
     """Bytes of "0.25x" (of `whole`), "80MB", "1.5 GiB". UserError for anything else, and for shares of 1 and more."""
     found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(x|[kmg]?i?b)\s*", text, re.IGNORECASE)
     unit = found[2].lower() if found else ""
-    if not found or unit not in {"x", *UNITS} or not float(found[1]):
+    if unit not in {"x", *UNITS} or not float(found[1]):
         raise UserError(f"--budget {text!r}: expected a share of the float32 weights, such as 0.25x, or a size, such as 80MB")
     if unit == "x" and float(found[1]) >= 1:
         raise UserError(f"--budget {text!r}: the original is 1x; give a smaller share, such as 0.25x")
@@ -91,21 +91,18 @@ def unit_bytes(source: Source, unit: str, bits: int) -> int:
 
 
 def _packed_bytes(source: Source, name: str, bits: int) -> int:
-    module, runtime = source.modules[name], source.runtime
-    embedding = isinstance(module, nn.Embedding)
-    head = getattr(source.model.get_output_embeddings(), "weight", None)
-    copies = 2 if embedding and head is module.weight else 1  # a tied head is stored a second time, to multiply with
-    weights = module.weight.numel()
+    weight, runtime, embedding = source.modules[name].weight, source.runtime, isinstance(source.modules[name], nn.Embedding)
     if runtime == "torch":
-        return nf4.nf4_bytes(module.weight) if bits == 4 else 2 * weights
-    grouped = packed_weight_bytes(module.weight, bits, "group", GROUP, scale_bytes=4)
-    channels = packed_weight_bytes(module.weight, 8, "channel", scale_bytes=5)  # a float32 scale and a zero point a row
+        return nf4.nf4_bytes(weight) if bits == 4 else 2 * weight.numel()
+    head = getattr(source.model.get_output_embeddings(), "weight", None)
+    copies = 2 if embedding and head is weight else 1  # a tied head is stored a second time, to multiply with
+    grouped = packed_weight_bytes(weight, bits, "group", GROUP, scale_bytes=4)
+    channels = packed_weight_bytes(weight, 8, "channel", scale_bytes=5)  # a float32 scale and a zero point a row
+    whole = grouped if bits == 4 else channels
     if runtime == "executorch" and embedding:  # only the head's copy is rounded
-        return 4 * weights + (copies - 1) * (grouped if bits == 4 else channels)
+        return 4 * weight.numel() + (copies - 1) * whole
     if runtime != "onnx":
-        return grouped if bits == 4 else channels
-    if bits == 4:
-        return grouped * copies
+        return whole
     if embedding:
-        return grouped + (copies - 1) * channels
-    return grouped if any(last in name for last in ("down_proj", "fc2", "w2")) and "vision" not in name else channels
+        return grouped + (copies - 1) * whole
+    return grouped if any(last in name for last in ("down_proj", "fc2", "w2")) and "vision" not in name else whole

@@ -38,5 +38,4 @@ dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
 # Greedy decoding, with a KV cache.
 with torch.inference_mode():
     ids = model.generate(**inputs.to(model.device, dtype), do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
-answer = ids[0, inputs["input_ids"].shape[1] :]
-print(processor.tokenizer.decode(answer, skip_special_tokens=True).strip())
+print(processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
