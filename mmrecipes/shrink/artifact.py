@@ -118,7 +118,7 @@ def _run_example(made: Path, question: str) -> tuple[str, float]:
             "print(json.dumps({'answer': said.getvalue().strip(), 'peak_mb': peak_mb()}))"
         )
         try:
-            done = process.run_fresh(code)
+            done = process.run_fresh(code, "run alone")
         except UserError as e:
             raise UserError(f"{EXAMPLE} does not run ({e}), so the result was not kept; please report this") from e
     return done["answer"], done["peak_mb"]

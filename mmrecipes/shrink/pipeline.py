@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,13 +18,13 @@ from rich.console import Console
 from torch import nn
 
 from mmrecipes import quiet
-from mmrecipes.errors import UserError, one_line, require
+from mmrecipes.errors import UserError, require
 from mmrecipes.evaluate import generation
 from mmrecipes.export import pipeline
 from mmrecipes.models import loading, prompts
 from mmrecipes.models.modules import parts
 from mmrecipes.models.prompts import Rows
-from mmrecipes.models.saving import check_replaceable, take_place
+from mmrecipes.models.saving import check_replaceable, directory_aside
 from mmrecipes.quantize.mixed_precision import Cost
 from mmrecipes.report import doctor
 from mmrecipes.shrink import artifact, fidelity, folders, report
@@ -127,10 +126,7 @@ def run(request: Request, dry_run: bool = False, console: Console | None = None)
 
 def _write(search: Search, candidates: list[Candidate], chosen: int, out: Path, stage: _Stages, found: dict[str, Any]) -> None:
     """Everything that appears at `out`, made aside; what is found on the way goes into `found`."""
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # left by a killed run
-    try:
-        part.mkdir(parents=True)
+    with directory_aside(out) as part:
         made = part / "model"
         with stage("compressing, exporting and verifying"):
             found |= build(search, candidates, chosen, made)
@@ -138,11 +134,9 @@ def _write(search: Search, candidates: list[Candidate], chosen: int, out: Path, 
             found |= artifact.measured(search.source, made, search.verify, found)
         with stage("the report"):
             report.write(made, search.verify, found)
-        take_place(made, out)
-    except OSError as e:
-        raise UserError(f"{out}: could not be written ({one_line(e)}); nothing was changed: give another directory") from e
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        for file in made.iterdir():
+            file.rename(part / file.name)
+        made.rmdir()
 
 
 class _Stages:
