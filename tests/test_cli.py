@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import programs
 from mmrecipes import models
 from mmrecipes.data import families, scenes
 
@@ -19,9 +20,7 @@ HOUSE = models.data_dir() / "models" / "mini-vlm"
 
 def run(*args, cwd):
     env = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "150"}
-    return subprocess.run(
-        [sys.executable, "-m", "mmrecipes.cli", *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True
-    )
+    return programs.run(["-m", "mmrecipes.cli", *args], cwd, env)
 
 
 def test_importing_the_package_loads_no_large_library():
@@ -30,7 +29,7 @@ def test_importing_the_package_loads_no_large_library():
 
 
 def test_the_tour_shows_all_and_writes_a_page_that_stands_alone(tmp_path):
-    done = run("tour", "--n", 300, cwd=tmp_path)
+    done = run("tour", "--n", 70, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for word in ("million parameters", "prefill", "int8 dynamic", "4-bit exported", "2-bit simulated", "TTFT", "tour.html"):
         assert word in done.stdout

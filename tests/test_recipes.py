@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 
+import programs
 import recipes
 from paths import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-BLOCKED = "import runpy, sys; sys.modules['mmrecipes'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
 
 
 def run_alone(recipe: Path, model: Path | str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run the file in a fresh interpreter that cannot import mmrecipes, in `folder`, with MODEL set."""
+    """Run the file in a process of its own that cannot import mmrecipes, in `folder`, with MODEL set."""
     encoder = ROOT / "data" / "models" / "mini-cnn"  # for recipes that need one beside MODEL
     env = os.environ | {"MODEL": str(model), "ENCODER": str(encoder), "PYTHONPATH": "", "MPLBACKEND": "agg"}
-    command = [sys.executable, "-c", BLOCKED, str(recipe)]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    return programs.run([recipe], folder, env, blocked="mmrecipes")
 
 
 def test_every_notebook_has_a_recipe():
