@@ -22,11 +22,11 @@ help: ## list the targets
 tour: .venv/.installed ## a real vision-language model, shrunk, in under 3 minutes; writes tour.html
 	@$(BIN)/mmrecipes tour
 
-# Two tests at once, of one thread each: with more threads than cores PyTorch slows down many times. Notebooks, which time
-# things, have the machine for themselves.
+# Two tests, and two notebooks, at once, of one thread each: with more threads than cores PyTorch slows down many times. What
+# notebooks time is then not what they would measure alone, and nothing that is checked depends on it.
 test: lint ## lint, unit tests, every recipe alone, every notebook
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
-	@$(BIN)/python -m pytest --nbval notebooks
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval notebooks
 
 # What PyTorch and oneDNN are held back to, as on lesser CPUs. PyTorch still sees which instructions the CPU has, so oneDNN must
 # keep VNNI where there is VNNI: below it, its 8-bit sums overflow, which PyTorch then does not expect.
