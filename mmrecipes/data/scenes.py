@@ -15,6 +15,7 @@ NEW_SHAPES = ("heart", "arrow")
 NEW_WORDS = (*NEW_COLOURS, *NEW_SHAPES)
 SIZES = {"small": 0.075, "large": 0.13}  # mean radius, as a fraction of the image side
 ALPHABET = "ACEHKLPTX247"  # characters of printed codes, chosen to stay distinct at 8 pixels
+SMALLEST, LARGEST = 64, 1024  # px: the sides of a drawn image
 _font = functools.lru_cache(maxsize=64)(ImageFont.load_default)
 
 
@@ -98,8 +99,8 @@ def render(scene: Scene, size: int = 128) -> Image.Image:
     >>> render(make_scene(1), 96).size
     (96, 96)
     """
-    if not 64 <= size <= 1024:
-        raise ValueError(f"render: size is {size} px; it must be between 64 and 1024")
+    if not SMALLEST <= size <= LARGEST:
+        raise ValueError(f"render: size is {size} px; it must be between {SMALLEST} and {LARGEST}")
     over = 3 if size <= 256 else 2  # draw larger, then average: the anti-aliasing
     side = size * over
     canvas = Image.new("RGB", (side, side), scene.background)

@@ -15,7 +15,10 @@ from mmrecipes.models.images import load_image
 
 
 def check_float32(module: nn.Module) -> None:
-    """UserError unless all floating-point parameters are float32."""
+    """UserError unless all parameters are float32, and none is packed by a quantization library."""
+    if method := getattr(module, "quantization_method", None):
+        what = str(getattr(method, "value", method))
+        raise UserError(f"export: the model is already quantized ({what}); export the float checkpoint that it was made from")
     wrong = next((p.dtype for p in module.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
     if wrong:
         raise UserError(f"export: the weights are {wrong}; it starts from float32, so load the model with dtype=torch.float32")

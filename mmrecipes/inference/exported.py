@@ -11,6 +11,7 @@ import numpy as np
 from mmrecipes.errors import ParityError, UserError, one_line, require
 from mmrecipes.inference.backends import GRAPHS, PACKAGES, PARTS
 from mmrecipes.models.images import load_image
+from mmrecipes.models.processors import load_processor
 
 MANIFEST = "mmrecipes_export.json"
 FORMAT = 2  # of the manifest; a newer one is refused
@@ -52,10 +53,8 @@ class Exported:
     def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None):
         package = PACKAGES[manifest["runtime"]]
         require(package)
-        from transformers import AutoProcessor
-
         self.folder, self.manifest = folder, manifest
-        self.processor = AutoProcessor.from_pretrained(folder)
+        self.processor = load_processor(folder)
         try:
             self.graphs = GRAPHS[manifest["runtime"]](folder, manifest["precision"], threads)
         except UserError:

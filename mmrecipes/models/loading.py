@@ -11,6 +11,7 @@ from mmrecipes import quiet
 from mmrecipes.errors import UserError, one_line
 from mmrecipes.models.modules import parts
 from mmrecipes.models.preflight import check_memory, read_json, weight_bytes
+from mmrecipes.models.processors import load_processor
 
 HOUSE = ("mini-vlm", "mini-siglip")  # the models that come with this package, in data_dir()/models
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -58,7 +59,7 @@ def load(
     auto = _auto_class(path, config, trust_remote_code)
     check_memory(name, weight_bytes(path, None if dtype == "auto" else dtype), dtype, device)
     with quiet.library_logs():  # warnings about SigLIP's own token ids, and many lines on misfits, which are refused below
-        processor = _processor(path, trust_remote_code)
+        processor = load_processor(path, trust_remote_code)
         options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
         try:
             model, info = auto.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
@@ -148,59 +149,3 @@ def _auto_class(path: Path, config: dict, trust_remote_code: bool):
         raise UserError(f"{path}: {kind!r} needs code from its own directory; read it, then pass trust_remote_code=True")
     names = ("AutoModelForImageTextToText", "AutoModelForCausalLM")
     return getattr(transformers, next((n for n in names if n in own_code), "AutoModel"))
-
-
-def _processor(path: Path, trust_remote_code: bool):  # -> transformers.ProcessorMixin
-    from transformers import AutoProcessor
-
-    if not any(any(path.glob(p)) for p in ("tokenizer.json", "*.model", "vocab.*", "tekken.json")):
-        raise UserError(f"{path}: the tokenizer's files are missing (tokenizer.json); copy them from where the model came from")
-    if not any((path / f).is_file() for f in ("processor_config.json", "preprocessor_config.json")):
-        raise UserError(f"{path}: processor_config.json or preprocessor_config.json is missing; copy it from the original")
-    try:
-        try:
-            processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-        except ImportError as e:
-            if "torchvision" not in str(e).lower() and "video" not in str(e).lower():
-                raise
-            processor = _without_video(path)
-    except Exception as e:  # whatever a broken directory makes the library raise
-        cure = "install that package" if isinstance(e, ImportError) else "copy the processor's and tokenizer's files again"
-        cure = "read that code, then pass trust_remote_code=True" if "trust_remote_code" in str(e) else cure
-        raise UserError(f"{path}: the processor cannot be made ({one_line(e)}); {cure}") from e
-    for half in ("tokenizer", "image_processor"):
-        if getattr(processor, half, None) is None:
-            raise UserError(f"{path}: the processor has no {half}; copy the processor's files from the original")
-    return processor
-
-
-def _without_video(path: Path):  # -> transformers.ProcessorMixin
-    """The processor of `path` without its video half, which alone needs torchvision (Qwen-VL, SmolVLM2, MiniCPM-V)."""
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Idefics3Processor
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-
-    full = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(path))]
-    if full.__name__ == "SmolVLMProcessor":  # asks for its video half in every chat; without it, it is Idefics3's
-        full = Idefics3Processor
-    halves = {"tokenizer": AutoTokenizer.from_pretrained(path), "image_processor": AutoImageProcessor.from_pretrained(path)}
-
-    class ImagesOnly(full):
-        @classmethod
-        def _get_arguments_from_pretrained(cls, *args, **kwargs):
-            # the image half stands in for the other while the processor is made: some settings are read from it
-            return [halves.get(name, halves["image_processor"]) for name in full.get_attributes()]
-
-        def check_argument_for_proper_class(self, name, value):
-            return None if name == "video_processor" else super().check_argument_for_proper_class(name, value)
-
-        def save_pretrained(self, out, **kwargs):
-            super().save_pretrained(out, **kwargs)
-            for name in ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"):
-                if (path / name).is_file():  # whoever has torchvision gets the video half back
-                    (Path(out) / name).write_bytes((path / name).read_bytes())
-
-    ImagesOnly.__name__ = full.__name__  # the name that save_pretrained writes
-    processor = ImagesOnly.from_pretrained(path)
-    processor.__dict__.pop("video_processor", None)
-    ImagesOnly.get_attributes = classmethod(lambda cls: [a for a in full.get_attributes() if a != "video_processor"])
-    return processor

@@ -58,7 +58,7 @@ def teacher_forced(model: nn.Module, rows: Rows, batch_size: int = 50) -> Iterat
 
 def chat(model: nn.Module, images: Image.Image | str | Path | list, question: str) -> Mapping[str, Tensor]:
     """Inputs of one turn, images first, then the question, on the model's device, pixels in its dtype.
-    Raises UserError when the model does not chat (CLIP, SigLIP) or its processor has no chat template.
+    Raises UserError when the model does not chat (CLIP, SigLIP), its processor has no chat template, or the prompt is too long.
     >>> sorted(chat(model, rows[0]["image"], "What is there?"))
     ['attention_mask', 'input_ids', 'pixel_attention_mask', 'pixel_values']
     """
@@ -71,6 +71,9 @@ def chat(model: nn.Module, images: Image.Image | str | Path | list, question: st
     content = [{"type": "image", "image": load_image(i)} for i in images] + [{"type": "text", "text": question}]
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     inputs = model.processor.apply_chat_template([{"role": "user", "content": content}], **options)
+    length, most = inputs["input_ids"].shape[1], getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most and length >= most:
+        raise UserError(f"the prompt has {length} tokens, and the model takes {most}: shorten it")
     dtypes = (p.dtype for p in parts(model)["vision"].parameters() if p.is_floating_point())
     return inputs.to(model.device, next(dtypes, torch.float32))  # the vision encoder's: a model may mix them
 

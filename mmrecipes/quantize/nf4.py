@@ -10,6 +10,7 @@ from mmrecipes.errors import UserError, one_line, require
 from mmrecipes.measure import machine
 from mmrecipes.models import saving
 from mmrecipes.models.modules import linears
+from mmrecipes.models.processors import load_processor
 
 BLOCK = 64  # weights that share a scale; the scales are packed to 8 bits themselves ("double quantization")
 
@@ -44,8 +45,6 @@ def write_nf4(model: nn.Module, four: set[str], folder: Path) -> None:
 
 def load_nf4(folder: Path) -> nn.Module:
     """The checkpoint in `folder`, its processor attached; in float32 where the CPU has no instructions for bf16."""
-    from transformers import AutoProcessor
-
     model = _from(folder, dtype="auto")
     if not any("bf16" in c for c in machine.environment()["capabilities"]):
         for p in filter(torch.is_floating_point, model.parameters()):  # from_pretrained(dtype=...) would only reach some
@@ -53,7 +52,7 @@ def load_nf4(folder: Path) -> nn.Module:
         for layer in model.modules():
             if hasattr(layer, "compute_dtype"):
                 layer.compute_dtype = torch.float32
-    model.processor = AutoProcessor.from_pretrained(folder)
+    model.processor = load_processor(folder)
     return model.eval()
 
 

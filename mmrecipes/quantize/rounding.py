@@ -43,15 +43,18 @@ def dynamic_int8(model: nn.Module) -> nn.Module:
     """int8 weights (a scale an output channel) and activations quantized on the fly, in every linear layer, on the CPU.
 
     `quantize_dynamic` is deprecated but still the quickest eager int8 (FBGEMM, arXiv:2101.05615). UserError unless float32.
+    The output projection of `nn.MultiheadAttention` stays: its weight is read past the layer, and a packed one is no tensor.
     """
     from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+    from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
     dtype = next(model.parameters()).dtype
     if dtype != torch.float32:
         raise UserError(f"dynamic_int8: the model is {dtype}; it starts from float32, so load it with dtype=torch.float32")
     with warnings.catch_warnings():  # its deprecation and its observers' advice, both known and chosen
         warnings.filterwarnings("ignore", message="(?s).*(torch.ao.quantization|torch.quantize_per_tensor|reduce_range).*")
-        return quantize_dynamic(clone(model), {n: per_channel_dynamic_qconfig for n, _ in linears(model)}, inplace=True)
+        layers = [name for name, layer in linears(model) if not isinstance(layer, NonDynamicallyQuantizableLinear)]
+        return quantize_dynamic(clone(model), dict.fromkeys(layers, per_channel_dynamic_qconfig), inplace=True)
 
 
 def simulate_dynamic_int8(model: nn.Module) -> nn.Module:

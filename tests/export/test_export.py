@@ -139,6 +139,14 @@ def test_bad_requests(vlm, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
 
 
+def test_a_source_that_is_quantized_already_is_refused(vlm, tmp_path):
+    quantize.write_nf4(vlm, quantize.can_nf4(vlm), tmp_path / "nf4")
+    for load in (quantize.load_nf4, models.load):
+        with pytest.raises(UserError, match=r"already quantized .bitsandbytes.*float checkpoint"):
+            export.export(load(tmp_path / "nf4"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_broken_is_not_kept(house_exports, tmp_path):
     out = shutil.copytree(house_exports("onnx", "fp32"), tmp_path / "older")
     kept = inference.load_exported(out).manifest

@@ -306,3 +306,22 @@ def test_models_that_do_not_chat():
     mute = tiny.llava()
     mute.processor.chat_template = None
     refused("chat template", call=lambda: models.chat(mute, picture, "What is it?"))
+
+
+# ---- prompts and tokenizers
+
+
+def test_a_prompt_longer_than_the_context_is_refused(intact):
+    model = models.load(intact)
+    most = model.config.get_text_config().max_position_embeddings
+    refused("tokens", most, "shorten", call=lambda: models.ask(model, Image.new("RGB", (64, 64)), "how " * most))
+
+
+def test_a_truncating_tokenizer_truncates_nothing(path, intact):
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    tokenizer["truncation"] = {"direction": "Right", "max_length": 40, "strategy": "LongestFirst", "stride": 0}
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    asked = (Image.new("RGB", (64, 64)), "How many objects are there, if the small ones count as well as the large ones?")
+    whole, truncating = (models.load(p) for p in (intact, path))
+    assert torch.equal(models.chat(truncating, *asked)["input_ids"], models.chat(whole, *asked)["input_ids"])
+    assert models.ask(truncating, *asked) == models.ask(whole, *asked)

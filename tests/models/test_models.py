@@ -216,6 +216,19 @@ def test_processor_does_without_its_video_half(kind, tmp_path):
         assert (out / file.name).read_text() == file.read_text()
 
 
+def test_the_processor_is_the_one_that_its_files_name(tmp_path):
+    """Pixtral has LLaVA's architecture and a processor of its own, which makes other tokens."""
+    import transformers
+
+    from mmrecipes.models import processors
+
+    tiny.save(tiny.llava(), tmp_path / "model")
+    assert processors._processor_class(tmp_path / "model") is transformers.LlavaProcessor
+    file = tmp_path / "model" / "processor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"processor_class": "PixtralProcessor"}))
+    assert processors._processor_class(tmp_path / "model") is transformers.PixtralProcessor
+
+
 def test_free_memory_respects_the_container(tmp_path):
     machine = models.free_memory(cgroup=tmp_path)
     assert machine > 10**8

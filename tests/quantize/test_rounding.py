@@ -113,3 +113,19 @@ def test_packed_bytes_counts_bits_and_scales(tiny):
     linear = sum(m.weight.numel() for _, m in models.linears(tiny))
     rest = 2 * (sum(p.numel() for p in tiny.parameters()) - linear)
     assert quantize.packed_bytes(tiny, 4, "group", 32) == linear // 2 + 2 * linear // 32 + rest
+
+
+def test_attention_that_reads_its_weight_past_the_layer_stays_in_float():
+    class Resampler(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.out = torch.nn.MultiheadAttention(32, 4, batch_first=True), torch.nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.out(self.attention(x, x, x)[0])
+
+    model, x = Resampler().eval(), torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    small = quantize.dynamic_int8(model)
+    assert "quantized" in type(small.out).__module__ and "quantized" not in type(small.attention.out_proj).__module__
+    with torch.no_grad():
+        assert (small(x) - model(x)).norm() < 0.05 * model(x).norm()
