@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmrecipes.data import datasets
+from mmrecipes.data import datasets, scenes
 from mmrecipes.errors import UserError, one_line
 from mmrecipes.models import images as models_images
 from mmrecipes.models.prompts import Rows
@@ -32,12 +32,14 @@ class RowSets:
 
 
 def gather(side: int, calib: Path | None, images: Path | None, n: int) -> RowSets:
-    """RowSets from the user's folders; from drawn scenes, `side` px wide, where there is none. At most `n` to verify on.
+    """RowSets from the user's folders; from drawn scenes where there is none, `side` px wide or as near to it as they are drawn.
+    At most `n` to verify on.
 
     `images` alone is halved, image by image. Raises UserError where an image would be on both sides.
     """
     if images and calib and images.expanduser().resolve() == calib.expanduser().resolve():
         calib = None
+    side = min(max(side, scenes.SMALLEST), scenes.LARGEST)
     own, other = (None if folder is None else read_folder(folder) for folder in (calib, images))
     notes = []
     if own is None and other is not None:

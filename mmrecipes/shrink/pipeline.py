@@ -18,7 +18,6 @@ from rich.console import Console
 from torch import nn
 
 from mmrecipes import quiet
-from mmrecipes.data import scenes
 from mmrecipes.errors import UserError, require
 from mmrecipes.evaluate import generation
 from mmrecipes.export import pipeline
@@ -99,8 +98,7 @@ def run(request: Request, dry_run: bool = False, console: Console | None = None)
             )
         budget = None if request.budget is None else budget_bytes(request.budget, source.float_bytes)
         side = getattr(source.model.config.vision_config, "image_size", None)
-        side = min(max(side, scenes.SMALLEST), scenes.LARGEST) if isinstance(side, int) else 256
-        rows = folders.gather(side, request.calib, request.images, request.n or 600)
+        rows = folders.gather(side if isinstance(side, int) else 256, request.calib, request.images, request.n or 600)
     with stage("the doctor examines it"):
         first = rows.verify[0]
         diagnosis = doctor.examine(source.model, prompts.chat(source.model, first["image"], first["question"]))

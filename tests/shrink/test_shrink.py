@@ -432,3 +432,9 @@ def test_transparent_and_turned_pictures_are_taken(tmp_path):
     rows = folders.read_folder(tmp_path / "mine")
     assert len(rows) == 2 * len(folders.GENERAL_QUESTIONS) and {p.mode for p in rows["image"]} == {"RGB"}
     assert rows[0]["image"].getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(("wanted", "drawn"), [(32, 64), (128, 128), (1280, 1024)])
+def test_scenes_are_drawn_as_near_to_the_models_size_as_can_be(wanted, drawn):
+    rows = folders.gather(wanted, None, None, 7)
+    assert rows.verify[0]["image"].size == rows.calibrate[0]["image"].size == (drawn, drawn)
