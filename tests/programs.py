@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,7 +43,8 @@ def _process() -> subprocess.Popen:
 
 
 def _start(request: dict) -> None:
-    """In the fork: become the program."""
+    """In the fork: become the program, which a hang ends after ten minutes."""
+    signal.alarm(600)
     for number, name in ((1, "stdout"), (2, "stderr")):
         descriptor = os.open(request[name], os.O_WRONLY | os.O_CREAT)
         os.dup2(descriptor, number)
