@@ -209,6 +209,86 @@ def _mistral3() -> Family:
     return Family(config, "PixtralProcessor", images, settings, LLAMA_TOKENS, PIXTRAL_TOKENS, PIXTRAL_TEMPLATE, True)
 
 
+def _minicpmv4_6() -> Family:
+    linear = _qwen3_5().config["text_config"]
+    vision = VISION | {"image_size": 64, "num_hidden_layers": 2}
+    config = {"model_type": "minicpmv4_6", "image_token_id": Token("<|image_pad|>"), "video_token_id": Token("<|video_pad|>")}
+    config |= {"vision_config": vision, "text_config": linear, "insert_layer_id": 0, "image_size": 64}
+    images = USUAL | HALF | {"image_processor_type": "MiniCPMV4_6ImageProcessor", "max_slice_nums": 4, "scale_resolution": 64}
+    images |= {"patch_size": 8, "slice_mode": True, "use_image_id": True, "downsample_mode": "16x"}
+    tokens = CHATML_TOKENS | {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    for kind in ("image", "slice", "image_id"):
+        tokens |= {f"{kind}_start_token": f"<{kind}>", f"{kind}_end_token": f"</{kind}>"}
+    template = files.CHATML.replace("IMAGE", "<|image_pad|>\n")
+    return Family(config, "MiniCPMV4_6Processor", images, {}, tokens, ("<|im_start|>",), template)
+
+
+def _lfm2_vl() -> Family:
+    tokens = {"bos_token": "<|startoftext|>", "eos_token": "<|im_end|>", "pad_token": "<pad>"}
+    decoder = text("lfm2", tokens, num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"])
+    decoder |= {"block_auto_adjust_ff_dim": False}
+    vision = {k: v for k, v in VISION.items() if k != "image_size"} | {"model_type": "siglip2_vision_model"}
+    vision |= {"num_patches": 16, "vision_use_head": False}
+    config = {"model_type": "lfm2_vl", "image_token_id": Token("<image>"), "projector_hidden_size": 128}
+    config |= {"vision_config": vision, "text_config": decoder}
+    images = USUAL | HALF | {"image_processor_type": "Lfm2VlImageProcessorFast", "encoder_patch_size": 8, "tile_size": 32}
+    images |= {"min_image_tokens": 4, "max_image_tokens": 16, "min_tiles": 2, "max_tiles": 4, "do_image_splitting": True}
+    more = ("<|im_start|>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>")
+    more += tuple(f"<|img_row_{r}_col_{c}|>" for r in range(1, 5) for c in range(1, 5))
+    template = "{{ bos_token }}" + files.CHATML.replace("IMAGE", "<image>")
+    return Family(config, "Lfm2VlProcessor", images, {}, tokens, more, template, True)
+
+
+def _blip2() -> Family:
+    small = {k: v for k, v in VISION.items() if k not in ("image_size", "patch_size")}
+    decoder = text("opt", LLAMA_TOKENS, ffn_dim=128, word_embed_proj_dim=64)
+    config = {"model_type": "blip-2", "vision_config": VISION, "qformer_config": small | {"encoder_hidden_size": 64}}
+    config |= {"text_config": decoder, "num_query_tokens": 8, "image_token_index": Token("<image>")}
+    images = USUAL | CLIP_IMAGES | {"image_processor_type": "BlipImageProcessor", "size": {"height": 32, "width": 32}}
+    return Family(config, "Blip2Processor", images, {"num_query_tokens": 8}, LLAMA_TOKENS, (), files.TEXT_ONLY, True)
+
+
+def _florence2() -> Family:
+    vision = {"depths": [1, 1], "patch_size": [7, 3], "patch_stride": [4, 2], "patch_padding": [3, 1]}
+    vision |= {"patch_prenorm": [False, True], "embed_dim": [32, 64], "num_heads": [2, 4], "num_groups": [2, 4]}
+    vision |= {"window_size": 4, "projection_dim": 64}
+    half = {"layers": 2, "attention_heads": 4, "ffn_dim": 128}
+    decoder = text("bart", LLAMA_TOKENS, d_model=64, decoder_start_token_id=Token("</s>"), forced_eos_token_id=None)
+    for side in ("encoder", "decoder"):
+        decoder |= {f"{side}_{k}": v for k, v in half.items()}
+    decoder = {k: v for k, v in decoder.items() if k not in ("num_attention_heads", "num_key_value_heads", "hidden_size")}
+    config = {"model_type": "florence2", "image_token_id": Token("<image>"), "vision_config": vision, "text_config": decoder}
+    images = CLIP_PROCESSOR | {"image_processor_type": "CLIPImageProcessor", "image_seq_length": 17}
+    tokens = LLAMA_TOKENS | {"image_token": "<image>"}
+    return Family(config, "Florence2Processor", images, {}, tokens, (), files.TEXT_ONLY, True)
+
+
+def _dual(model_type: str, name: str, images: dict) -> Family:
+    encoder = {k: v for k, v in text(model_type, LLAMA_TOKENS).items() if k not in ("model_type", "num_key_value_heads")}
+    vision = VISION
+    if model_type == "siglip2":  # its processor pads all images to 256 patches of 16 px
+        vision = {k: v for k, v in VISION.items() if k != "image_size"} | {"num_patches": 16, "patch_size": 16}
+    config = {"model_type": model_type, "vision_config": vision, "text_config": encoder | {"max_position_embeddings": 64}}
+    if model_type == "clip":
+        config |= {"projection_dim": 32}
+    else:
+        config["text_config"] |= {"projection_size": 64}
+    images = images | {"image_processor_type": f"{name}ImageProcessor"}
+    return Family(config, f"{name}Processor", images, {}, LLAMA_TOKENS, (), adds_bos=model_type == "clip", auto="AutoModel")
+
+
+def _clip() -> Family:
+    return _dual("clip", "CLIP", CLIP_PROCESSOR)
+
+
+def _siglip() -> Family:
+    return _dual("siglip", "Siglip", USUAL | HALF | {"size": {"height": 32, "width": 32}})
+
+
+def _siglip2() -> Family:
+    return _dual("siglip2", "Siglip2", USUAL | HALF | {"patch_size": 16, "max_num_patches": 256})
+
+
 @functools.cache
 def family_dir(name: str) -> Path:
     """The directory of the family `name` in the hub's format. Written once a process; do not change it."""
@@ -224,5 +304,8 @@ def load(name: str):
 
 
 CHATS = ("idefics3", "smolvlm", "idefics2", "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-CHATS += ("qwen3_5", "gemma3", "paligemma")
-FAMILIES = {name: functools.partial(load, name) for name in CHATS}
+CHATS += ("qwen3_5", "internvl", "gemma3", "paligemma", "pixtral", "mistral3")
+CHATS += ("minicpmv4_6",)
+DUALS = ("clip", "siglip", "siglip2")
+REFUSED = ("lfm2_vl", "blip2", "florence2")  # the first for its image processor, which only torchvision has
+FAMILIES = {name: functools.partial(load, name) for name in CHATS + DUALS + REFUSED}

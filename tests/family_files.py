@@ -54,14 +54,17 @@ GEMMA = (
     "{{ bos_token }}{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
     "{{ '<start_of_turn>' + role + '\n' }}{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}"
     "{% for item in message['content'] %}{% if item['type'] == 'image' %}{{ '<start_of_image>' }}"
-    "{% elif item['type'] == 'text' %}{{ item['text'] | trim }}{% endif %}{% endfor %}{% endif %}{{ '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    "{% elif item['type'] == 'text' %}{{ item['text'] | trim }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-PALIGEMMA = (  # the published ones have none
-    "{% for message in messages %}{% for item in message['content'] %}{% if item['type'] == 'image' %}<image>{% endif %}{% endfor %}"
-    "{% endfor %}{% for message in messages %}{% for item in message['content'] %}{% if item['type'] == 'text' %}"
+TEXT_ONLY = (  # the processor itself places the image
+    "{% for message in messages %}{% for item in message['content'] %}{% if item['type'] == 'text' %}"
     "{{ item['text'] }}{% endif %}{% endfor %}{% if not loop.last %} {% endif %}{% endfor %}"
 )
+PALIGEMMA = (  # the published ones have none
+    "{% for message in messages %}{% for item in message['content'] %}"
+    "{% if item['type'] == 'image' %}<image>{% endif %}{% endfor %}{% endfor %}"
+) + TEXT_ONLY
 
 
 @dataclasses.dataclass
@@ -145,8 +148,10 @@ def spread(model) -> None:
     noise = torch.Generator().manual_seed(0)
     for key, p in model.named_parameters():
         if p.ndim >= 2:
-            embeds = "embed" in key or "position" in key
-            p.normal_(std=0.6 if embeds else 1.2 / p[0].numel() ** 0.5, generator=noise)
+            std = 0.6 if "embed" in key or "position" in key else 1.2 / p[0].numel() ** 0.5
+            if "embed_tokens" in key:  # small: where they are also the head, each token would repeat itself; Gemma scales them
+                std = 0.15 / getattr(model.get_submodule(key.removesuffix(".weight")), "scalar_embed_scale", 1)
+            p.normal_(std=std, generator=noise)
         elif key.endswith("bias"):
             p.normal_(std=0.1, generator=noise)
 

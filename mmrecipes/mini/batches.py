@@ -24,7 +24,6 @@ RELATIONS = ("left", "right", "above", "below", "closest")
 
 class SceneBatches(torch.utils.data.Dataset):
     """`steps` batches of `batch` scenes, drawn from `seeds` (one of `data.BLOCKS`); UserError when these are too few.
-
     With `printed`, only scenes with at least so many printed characters, as far as a batch's slot of seeds has them; with
     `alternate`, in every other batch only. Those with text need the model's `tokenizer`.
     """
@@ -71,7 +70,6 @@ def _images(drawn: list[Scene]) -> tuple[Tensor, Tensor, Tensor]:
 
 class ChatBatches(SceneBatches):
     """Batch `i`: one sequence an image, the image followed by thirteen independent questions, with its objective `answer_loss`.
-
     Every question sees the image and itself (a block mask), at the positions it has when asked alone. Every other batch holds
     images with MANY printed characters, since reading is learned last.
     """
@@ -129,7 +127,6 @@ class ChatBatches(SceneBatches):
 
     def _places(self, scene: Scene, ids: Tensor, asks: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
         """What the words of the questions `ids` (T,) refer to: points (T, 4) and marks (T, 64).
-
         Points, at the last token of "red circle": is it there (1 or 0, where `asks` (T,), else -1); its centre's x and y, -1
         where no single object is meant; how many words of the name come before. At that of "red objects" -2, -1, -1 and the
         words before; at a word of RELATIONS -3, -1, -1, -1. Marks, at names: the patches of one object, the middles of several.
@@ -167,7 +164,6 @@ def _words(labels: Tensor) -> Tensor:
 
 class NovelBatches(ChatBatches):
     """`ChatBatches` with one thing in each image in a colour or shape that no other batch shows, and every question about it.
-
     Questions are of the families `NEW`, as in `data.questions(..., novel=True)`. With `replay` every other batch is ordinary.
     """
 

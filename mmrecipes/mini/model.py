@@ -101,7 +101,6 @@ def sincos_positions(side: int, width: int) -> Tensor:
 
 def real_size(name: str = "smolvlm-256m", dtype: torch.dtype | str = torch.float32, seed: int = 0):  # -> PreTrainedModel
     """A model of SmolVLM-256M's published dimensions (arXiv:2504.05299) and random weights, `.processor` attached.
-
     For speed and memory only. One image is one tile of 512 px, 64 tokens. UserError for other names or too little memory.
     """
     from transformers import AutoTokenizer, Idefics3ForConditionalGeneration
@@ -124,11 +123,10 @@ def real_size(name: str = "smolvlm-256m", dtype: torch.dtype | str = torch.float
     with no_init_weights():  # the library's own takes ten times as long as this one
         model = Idefics3ForConditionalGeneration._from_config(config, dtype=dtype)
     noise = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            if p.ndim == 1:
-                p.fill_(0 if key.endswith("bias") else 1)
-            else:
-                p.normal_(std=0.02, generator=noise)
+    for key, p in model.named_parameters():
+        if p.ndim == 1:
+            p.data.fill_(0 if key.endswith("bias") else 1)
+        else:
+            p.data.normal_(std=0.02, generator=noise)
     model.processor = make_processor(tokenizer, 512)
     return model.eval()

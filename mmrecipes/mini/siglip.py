@@ -89,7 +89,6 @@ def train_mini_siglip(
     out: Path, work: Path = Path("runs/mini-siglip"), stages: Mapping[str, TrainConfig] | None = None, device: str | None = None
 ) -> Path:
     """Train `mini-siglip` from nothing into directory `out`; a killed run goes on at its last checkpoint. Returns `out`.
-
     Raises UserError when `out` holds something that is not a model, before any work, and as `train.fit` does.
     """
     saving.check_replaceable(out)

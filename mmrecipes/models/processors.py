@@ -1,6 +1,7 @@
 """Processors in: a tokenizer and an image processor, also where torchvision, which only videos need, is missing."""
 
 import json
+import sys
 from pathlib import Path
 
 from mmrecipes.errors import UserError, one_line
@@ -20,7 +21,7 @@ def load_processor(path: Path, trust_remote_code: bool = False):  # -> transform
     try:
         try:
             processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-        except ImportError as e:
+        except (ImportError, ValueError) as e:
             if "torchvision" not in str(e).lower() and "video" not in str(e).lower():
                 raise
             processor = _without_video(path)
@@ -31,6 +32,7 @@ def load_processor(path: Path, trust_remote_code: bool = False):  # -> transform
     for half in ("tokenizer", "image_processor"):
         if getattr(processor, half, None) is None:
             raise UserError(f"{path}: the processor has no {half}; copy the processor's files from the original")
+    processor.chat_template = processor.chat_template or getattr(processor.tokenizer, "chat_template", None)
     if backend := getattr(processor.tokenizer, "backend_tokenizer", None):
         backend.no_truncation()
         for key in ("max_length", "stride", "truncation_strategy"):  # from tokenizer.json; processors ask with them again
@@ -76,6 +78,13 @@ def _processor_class(path: Path) -> type:
 
     for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         named = json.loads((path / file).read_text()).get("processor_class") if (path / file).is_file() else None
+        if named == "PixtralProcessor":  # its module takes from torchvision's half only a function that the one for PIL has, too
+            from transformers.models.pixtral import image_processing_pil_pixtral as pil
+
+            sys.modules.setdefault("transformers.models.pixtral.image_processing_pixtral", pil)
+            from transformers.models.pixtral.processing_pixtral import PixtralProcessor
+
+            return PixtralProcessor
         if named and hasattr(transformers, named):
             return getattr(transformers, named)
     return PROCESSOR_MAPPING[type(transformers.AutoConfig.from_pretrained(path))]

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mmrecipes.errors import UserError
+from mmrecipes.errors import UserError, one_line
 from mmrecipes.models.images import load_image
 from mmrecipes.models.modules import parts
 
@@ -25,20 +25,40 @@ def chat_prompts(processor: "ProcessorMixin", questions: Sequence[str], with_ima
     >>> chat_prompts(model.processor, ["What is {}?"])[0].endswith("What is {}?<end_of_utterance>\\nAssistant:")
     True
     """
-    place = [{"type": "image"}] if with_image else []
-    turns = [[{"role": "user", "content": [*place, {"type": "text", "text": q}]}] for q in questions]
     token = getattr(processor, "image_token", None)
     if with_image and token and (bad := [q for q in questions if token in q]):
         raise UserError(f"{bad[0]!r:.80}: contains {token}, which stands for an image; ask without it")
+    turns = [[{"role": "user", "content": _content(processor, int(with_image), q)}] for q in questions]
     return [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
 
 
-def batch_inputs(model: nn.Module, images: Sequence[Image.Image] | None, texts: Sequence[str]) -> Mapping[str, Tensor]:
-    """`texts` (B) with one image each, padded on the left to input_ids (B, T), on the model's device, pixels in its dtype."""
-    model.processor.tokenizer.padding_side = "left"  # generation continues at the right end
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    pixels = {} if images is None else {"images": [[image.convert("RGB")] for image in images]}
-    return model.processor(**pixels, text=list(texts), padding=True, return_tensors="pt").to(model.device, dtype)
+def _content(processor: "ProcessorMixin", n_images: int, question: str) -> list[dict] | str:
+    """The content of a turn: places for images, then the question; a string where the template takes only strings."""
+    content = [{"type": "image"}] * n_images + [{"type": "text", "text": question}]
+    try:
+        if "{'type'" not in processor.apply_chat_template([{"role": "user", "content": content}]):
+            return content
+    except TypeError:  # it joined the content to a string
+        pass
+    return f"{getattr(processor, 'image_token', '<image>')}\n" * n_images + question
+
+
+def batch_inputs(model: nn.Module, images: Sequence[Image.Image | list] | None, texts: Sequence[str]) -> Mapping[str, Tensor]:
+    """`texts` (B) with an image or several each, padded on the left to input_ids (B, T), on the model's device, pixels in the
+    vision encoder's dtype. One BOS, also where the template writes it and the tokenizer adds it. UserError where refused."""
+    processor, options = model.processor, {"padding": True, "return_tensors": "pt"}
+    processor.tokenizer.padding_side = "left"  # generation continues at the right end
+    if images is not None:
+        options["images"] = [[i.convert("RGB") for i in (row if isinstance(row, list) else [row])] for row in images]
+    if processor.tokenizer.bos_token and texts[0].startswith(processor.tokenizer.bos_token):
+        options["add_special_tokens"] = False
+    try:
+        inputs = processor(text=list(texts), **options)
+    except ValueError as e:  # such as PaliGemma's without an image
+        raise UserError(f"{type(processor).__name__} cannot prepare this prompt ({one_line(e)}); give what it asks for") from e
+    inputs.pop("labels", None)  # PaliGemma's: with them the model computes a loss
+    dtypes = (p.dtype for p in parts(model)["vision"].parameters() if p.is_floating_point())
+    return inputs.to(model.device, next(dtypes, torch.float32))  # a model may mix them
 
 
 def teacher_forced(model: nn.Module, rows: Rows, batch_size: int = 50) -> Iterator[tuple[Mapping[str, Tensor], list[int]]]:
@@ -56,30 +76,30 @@ def teacher_forced(model: nn.Module, rows: Rows, batch_size: int = 50) -> Iterat
         yield inputs, [len(tokenizer(a, add_special_tokens=False)["input_ids"]) for a in answers]
 
 
-def chat(model: nn.Module, images: Image.Image | str | Path | list, question: str) -> Mapping[str, Tensor]:
-    """Inputs of one turn, images first, then the question, on the model's device, pixels in its dtype.
-    Raises UserError when the model does not chat (CLIP, SigLIP), its processor has no chat template, or the prompt is too long.
+def chat(model: nn.Module, images: Image.Image | str | Path | list | None, question: str) -> Mapping[str, Tensor]:
+    """Inputs of one turn, images first, then the question, on the model's device, pixels in its dtype. None: no image.
+    Raises UserError for a model that does not chat, a processor without chat template, and a prompt refused or too long.
     >>> sorted(chat(model, rows[0]["image"], "What is there?"))
     ['attention_mask', 'input_ids', 'pixel_attention_mask', 'pixel_values']
     """
     if "head" not in parts(model):
         raise UserError(f"{type(model).__name__} compares images with texts and does not answer questions; give a VLM")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(f"{type(model).__name__} is an encoder-decoder, and only decoders are supported; give another model")
     if not getattr(model.processor, "chat_template", None):
-        name = model.name_or_path or type(model).__name__
-        raise UserError(f"{name}: the processor has no chat template; add chat_template.jinja")
-    images = images if isinstance(images, list | tuple) else [images]
-    content = [{"type": "image", "image": load_image(i)} for i in images] + [{"type": "text", "text": question}]
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    inputs = model.processor.apply_chat_template([{"role": "user", "content": content}], **options)
+        raise UserError(f"{model.name_or_path or type(model).__name__}: it has no chat template; add chat_template.jinja")
+    images = images if isinstance(images, list | tuple) else [] if images is None else [images]
+    turn = {"role": "user", "content": _content(model.processor, len(images), question)}
+    text = model.processor.apply_chat_template([turn], add_generation_prompt=True)
+    inputs = batch_inputs(model, [[load_image(i) for i in images]] if images else None, [text])
     length, most = inputs["input_ids"].shape[1], getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most and length >= most:
         raise UserError(f"the prompt has {length} tokens, and the model takes {most}: shorten it")
-    dtypes = (p.dtype for p in parts(model)["vision"].parameters() if p.is_floating_point())
-    return inputs.to(model.device, next(dtypes, torch.float32))  # the vision encoder's: a model may mix them
+    return inputs
 
 
 @torch.inference_mode()
-def ask(model: nn.Module, image: Image.Image | str | Path | list, question: str, max_new_tokens: int = 16) -> str:
+def ask(model: nn.Module, image: Image.Image | str | Path | list | None, question: str, max_new_tokens: int = 16) -> str:
     """The model's answer to `question` about `image`, decoded greedily, without special tokens, stripped.
     >>> ask(model, rows[0]["image"], rows[0]["question"]) == rows[0]["answer"]
     True

@@ -24,7 +24,6 @@ PARTS = ("vision", "connector", "language")
 @torch.no_grad()
 def add_tokens(model: nn.Module, words: Mapping[str, Sequence[str]]) -> tuple[nn.Module, list[int]]:
     """A copy of `model`, processor included, in which each of `words` is one token, and their token ids.
-
     A new token begins as the mean of the tokens of other words: {"pink": ["red", "blue"]}. Raises UserError for no words, one
     that is one token already, or one without a list of others.
     """
@@ -51,7 +50,6 @@ def add_lora(
     model: nn.Module, rank: int = 8, alpha: float | None = None, parts: Sequence[str] = PARTS, token_ids: Sequence[int] = ()
 ):  # -> peft.PeftModel
     """A copy of `model` with an adapter of `rank` beside every linear layer of `parts`: these and `token_ids` alone learn.
-
     `token_ids`: those of `add_tokens`. `alpha` / rank (by default 2) scales what adapters add. `.get_base_model()` is the model
     with them inside, `.save_pretrained` writes them alone. UserError for a rank below 1, and parts and tokens it does not have.
     """
@@ -82,7 +80,6 @@ def add_lora(
 
 def train_lora(model: nn.Module, batches: Any, config: TrainConfig, work: Path | None = None) -> nn.Module:
     """A model of `add_lora` with its adapters trained on right answers, in place; `config.adam_lr` is the rate.
-
     `batches` bring their own `answer_loss`, as `train.RowBatches` do. Resumable with `work`. UserError as `train.fit`.
     """
     device = _restore_layout(model.get_base_model()).device
@@ -97,7 +94,6 @@ def train_lora(model: nn.Module, batches: Any, config: TrainConfig, work: Path |
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> nn.Module:
     """A plain copy of the model with its adapters added to its matrices: no slower than it was, and zeros are zeros no more.
-
     A 4-bit matrix is taken back to floats first, and rounded again after. Raises ParityError when the sum is not finite.
     """
     with warnings.catch_warnings():  # "may get different generations due to rounding errors": as said above
