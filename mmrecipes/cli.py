@@ -1,5 +1,6 @@
 """The command line: `mmrecipes tour`, `mmrecipes doctor`, `mmrecipes shrink`, `mmrecipes train`, `mmrecipes evaluate`."""
 
+import json
 import os
 import sys
 from dataclasses import replace
@@ -32,15 +33,26 @@ def _tour(
 def _doctor(
     model: Model = "mini-vlm",
     image: Annotated[Path | None, Option(help="an image of the size you use; default: a drawn scene, 512 px")] = None,
+    question: Annotated[str, Option(help="the question of the prompt")] = "What is in this image?",
+    config_only: Annotated[bool, Option("--config-only", help="from the JSON files alone, without weights")] = False,
+    as_json: Annotated[bool, Option("--json", help="print one JSON object instead of text")] = False,
 ) -> None:
     """What will break or not pay off on this model and this machine, before you compress anything."""
     from mmrecipes.data import scenes
     from mmrecipes.models import loading, prompts
+    from mmrecipes.report import config_only as report_config
     from mmrecipes.report import doctor as report_doctor
 
-    loaded = loading.load(model)
-    shown = scenes.render(scenes.make_scene(1), 512) if image is None else image
-    report_doctor.show(report_doctor.examine(loaded, prompts.chat(loaded, shown, "What is in this image?")))
+    if config_only:
+        found, show = report_config.examine(model, question, image), report_config.show
+    else:
+        loaded = loading.load(model)
+        shown = scenes.render(scenes.make_scene(1), 512) if image is None else image
+        found, show = report_doctor.examine(loaded, prompts.chat(loaded, shown, question)), report_doctor.show
+    if as_json:
+        echo(json.dumps(found, default=vars))
+    else:
+        show(found)
 
 
 @app.command("shrink")

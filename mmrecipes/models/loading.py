@@ -16,6 +16,7 @@ from mmrecipes.models.processors import load_processor
 HOUSE = ("mini-vlm", "mini-siglip")  # the models that come with this package, in data_dir()/models
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+HUB_CONFIGS = [pattern for pattern in HUB_FILES if "safetensors" not in pattern]
 
 
 def data_dir() -> Path:
@@ -79,6 +80,25 @@ def load(
     return model.to(device).eval()
 
 
+def skeleton(name: str | Path, trust_remote_code: bool = False) -> nn.Module:
+    """The model that config.json describes, in float32 on the meta device: shapes without weights, of which no file is needed.
+    `name` as for `load`; its directory is `.name_or_path`. Raises UserError for what is missing, unknown or not multimodal.
+    """
+    from transformers import AutoConfig
+
+    path = _directory(name, None, HUB_CONFIGS)
+    auto = _auto_class(path, read_json(path / "config.json"), trust_remote_code)
+    try:
+        with quiet.library_logs(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            model = auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    except Exception as e:  # whatever a broken config makes the library raise
+        cure = "install that package" if isinstance(e, ImportError) else "get a fresh copy"
+        raise UserError(f"{path}: no model can be built from config.json ({one_line(e)}); {cure}") from e
+    parts(model)
+    return model.eval()
+
+
 def as_dtype(given: torch.dtype | str) -> torch.dtype | str:
     """A floating dtype from its name, also "fp32", "bf16" or "fp16"; "auto" stays. UserError for any other."""
     if given == "auto":
@@ -89,14 +109,14 @@ def as_dtype(given: torch.dtype | str) -> torch.dtype | str:
     return found
 
 
-def _directory(name: str | Path, revision: str | None) -> Path:
+def _directory(name: str | Path, revision: str | None, files: list[str] = HUB_FILES) -> Path:
     text, path = os.fspath(name), Path(name).expanduser()
     if text in HOUSE:
         path = data_dir() / "models" / text
         if not path.is_dir():
             raise UserError(f"{text}: not in {path.parent}; run `mmrecipes train {text}`, or set MMRECIPES_DATA")
     elif not path.exists() and isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", text):
-        path, revision = _from_hub(text, revision), None
+        path, revision = _from_hub(text, revision, files), None
     elif not path.exists():
         raise UserError(f"no model at {text!r}: give {' or '.join(HOUSE)}, a directory or a hub id (owner/name)")
     if revision:
@@ -112,10 +132,10 @@ def _directory(name: str | Path, revision: str | None) -> Path:
     return path
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def _from_hub(name: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    patterns = {"allow_patterns": HUB_FILES, "ignore_patterns": ["*/*", "consolidated*"]}
+    patterns = {"allow_patterns": files, "ignore_patterns": ["*/*", "consolidated*"]}
     try:
         return Path(snapshot_download(name, revision=revision, **patterns))
     except errors.GatedRepoError as e:

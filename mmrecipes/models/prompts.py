@@ -44,9 +44,15 @@ def _content(processor: "ProcessorMixin", n_images: int, question: str) -> list[
 
 
 def batch_inputs(model: nn.Module, images: Sequence[Image.Image | list] | None, texts: Sequence[str]) -> Mapping[str, Tensor]:
-    """`texts` (B) with an image or several each, padded on the left to input_ids (B, T), on the model's device, pixels in the
-    vision encoder's dtype. One BOS, also where the template writes it and the tokenizer adds it. UserError where refused."""
-    processor, options = model.processor, {"padding": True, "return_tensors": "pt"}
+    """`processed` on the model's device, pixels in the vision encoder's dtype. Raises UserError as it does."""
+    dtypes = (p.dtype for p in parts(model)["vision"].parameters() if p.is_floating_point())  # a model may mix them
+    return processed(model.processor, images, texts).to(model.device, next(dtypes, torch.float32))
+
+
+def processed(processor: "ProcessorMixin", images: Sequence | None, texts: Sequence[str]) -> Mapping[str, Tensor]:
+    """`texts` (B) with an image or several each, padded on the left to input_ids (B, T). One BOS, also where the template writes
+    it and the tokenizer adds it. UserError where refused."""
+    options = {"padding": True, "return_tensors": "pt"}
     processor.tokenizer.padding_side = "left"  # generation continues at the right end
     if images is not None:
         options["images"] = [[i.convert("RGB") for i in (row if isinstance(row, list) else [row])] for row in images]
@@ -57,8 +63,7 @@ def batch_inputs(model: nn.Module, images: Sequence[Image.Image | list] | None, 
     except ValueError as e:  # such as PaliGemma's without an image
         raise UserError(f"{type(processor).__name__} cannot prepare this prompt ({one_line(e)}); give what it asks for") from e
     inputs.pop("labels", None)  # PaliGemma's: with them the model computes a loss
-    dtypes = (p.dtype for p in parts(model)["vision"].parameters() if p.is_floating_point())
-    return inputs.to(model.device, next(dtypes, torch.float32))  # a model may mix them
+    return inputs
 
 
 def teacher_forced(model: nn.Module, rows: Rows, batch_size: int = 50) -> Iterator[tuple[Mapping[str, Tensor], list[int]]]:

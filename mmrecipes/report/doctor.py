@@ -5,6 +5,7 @@ technique is timed on a layer of the shape that costs most.
 """
 
 import contextlib
+import importlib.util
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,11 +16,16 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmrecipes.errors import UserError, one_line
+from mmrecipes.export import pipeline
+from mmrecipes.inference.backends import PACKAGES
 from mmrecipes.measure import machine, size, timing
 from mmrecipes.models import modules as models_modules
-from mmrecipes.quantize import rounding
+from mmrecipes.quantize import nf4, rounding
+from mmrecipes.report import plain
 
 GROUPS = (32, 64, 128)
+TIED = ("its weight is that of the token embeddings, too", "quantize both together, or untie them first")
 OWN = ("aten", "prim", "prims", "profiler", "inductor")  # PyTorch's own operators; every runtime and quantizer knows these
 
 
@@ -42,16 +48,27 @@ class Verdict:
     runs: bool
     faster: float  # than fp32 eager, on the layer shape with most work
     layer: str
+    steady: bool = True  # whether the times that this rests on varied little
+
+
+@dataclass(frozen=True)
+class Export:
+    """Whether `mmrecipes shrink` can write this model for one runtime, and why not; None where only the weights can tell."""
+
+    runtime: str
+    supported: bool | None
+    why: str
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Parts (as `measure.parameters`), what stands in the way, what would run and pay, and this CPU's capabilities."""
+    """Parts (as `measure.parameters`), what stands in the way, what would run and pay, this CPU's capabilities, exports."""
 
     parts: list[dict]
     findings: list[Finding]
     verdicts: list[Verdict]
     capabilities: list[str] = field(default_factory=list)
+    exports: list[Export] = field(default_factory=list)
 
 
 class _Watch(TorchFunctionMode):
@@ -109,9 +126,37 @@ def examine(model: nn.Module, inputs: Mapping) -> Diagnosis:
     watch, operators, tokens = _Watch(model), _Operators(), {}
     with torch.no_grad(), _hooks(model, watch, tokens), operators, watch:
         model(**inputs)
-    findings = [*_direct_reads(model, watch), *_foreign(operators), *_norms(model), *_odd_groups(model), *_dtypes(model)]
+    findings = [*_direct_reads(model, watch), *_foreign(operators), *norms(model), *odd_groups(model), *_dtypes(model)]
     capabilities = machine.environment()["capabilities"]
-    return Diagnosis(size.parameters(model), findings, _verdicts(model, tokens, findings), capabilities)
+    return Diagnosis(size.parameters(model), findings, _verdicts(model, tokens, findings), capabilities, exports(model))
+
+
+def exports(model: nn.Module) -> list[Export]:
+    """One verdict a runtime, from what `export.supported` says before any work; `model` may be a skeleton without weights."""
+    able, layers = nf4.can_nf4(model), dict(models_modules.linears(model))
+    found = [Export("torch", bool(able), f"NF4 fits {len(able)} of {len(layers)} linear layers; the others stay in bf16")]
+    for runtime in pipeline.BACKENDS:
+        missing = "" if importlib.util.find_spec(PACKAGES[runtime]) else f"; {PACKAGES[runtime]} is not installed here"
+        try:
+            with next(model.parameters()).device:
+                pipeline.supported(model)
+            found.append(Export(runtime, True, "as an architecture; `mmrecipes shrink` checks its answers" + missing))
+        except UserError as e:
+            if "processor" in str(e) and getattr(model, "processor", None) is None:
+                found.append(Export(runtime, None, "only with the processor's files can it be told"))
+            else:
+                found.append(Export(runtime, False, str(e).removeprefix("export: ")))
+        except Exception as e:  # a module that is built otherwise, or an operation that needs weights
+            on_meta = next(model.parameters()).is_meta and not isinstance(e, AttributeError)
+            what = "only its weights can tell" if on_meta else "not supported yet"
+            found.append(Export(runtime, None if on_meta else False, f"{what} ({one_line(e, 80)})"))
+    return found
+
+
+def export_text(found: list[Export]) -> str:
+    """The verdicts as a table."""
+    words = {True: "yes", False: "no", None: "not known"}
+    return plain.table("Export", ("runtime", "takes it", "why"), [(e.runtime, words[e.supported], e.why) for e in found])
 
 
 def resists(module: nn.Module, pixels: Tensor) -> list[Finding]:
@@ -119,7 +164,7 @@ def resists(module: nn.Module, pixels: Tensor) -> list[Finding]:
     operators = _Operators()
     with torch.no_grad(), operators:
         module(pixels)
-    return [*_foreign(operators), *_norms(module)]
+    return [*_foreign(operators), *norms(module)]
 
 
 def _direct_reads(model: nn.Module, watch: _Watch) -> Iterator[Finding]:
@@ -129,8 +174,7 @@ def _direct_reads(model: nn.Module, watch: _Watch) -> Iterator[Finding]:
             what = f"its weight is read from outside ({how}): a quantized layer in its place would break or be passed by"
             yield Finding("dynamic int8, 4-bit layers", name, what, "leave it out, or call the layer instead of its weight")
         else:
-            what = "its weight is that of the token embeddings, too"
-            yield Finding("4-bit weights", name, what, "quantize both together, or untie them first")
+            yield Finding("4-bit weights", name, *TIED)
 
 
 def _foreign(operators: _Operators) -> Iterator[Finding]:
@@ -140,14 +184,16 @@ def _foreign(operators: _Operators) -> Iterator[Finding]:
         yield Finding("static int8, export", name, what, cure)
 
 
-def _norms(model: nn.Module) -> Iterator[Finding]:
+def norms(model: nn.Module) -> Iterator[Finding]:
+    """Norms that static int8 can't fold away."""
     for name, m in model.named_modules():
         if isinstance(m, nn.GroupNorm | nn.InstanceNorm2d):
             what = f"{type(m).__name__} can't be folded into a convolution, as batch norm can: it stays in floating point"
             yield Finding("static int8", name, what, "replace it by a batch norm, retrain shortly, and fold that")
 
 
-def _odd_groups(model: nn.Module) -> Iterator[Finding]:
+def odd_groups(model: nn.Module) -> Iterator[Finding]:
+    """Linear layers whose inputs some usual group of weights does not divide."""
     for name, m in models_modules.linears(model):
         fits = [g for g in GROUPS if m.in_features % g == 0]
         if len(fits) < len(GROUPS):
@@ -184,8 +230,10 @@ def _verdicts(model: nn.Module, tokens: dict[str, list[int]], findings: list[Fin
         ms = _time_layer(rows, inputs, outputs)
         shape = f"{inputs} x {outputs}, {rows} token{'s' if rows > 1 else ''}"
         for technique in ("bf16", "dynamic int8"):
-            ratio = ms["fp32"]["median"] / ms[technique]["median"]
-            found.append(Verdict(technique, stage, technique == "bf16" or not blocked, ratio, shape))
+            own, fp32 = ms[technique], ms["fp32"]
+            steady = all(t["high"] < 4 / 3 * t["low"] for t in (own, fp32))
+            runs = technique == "bf16" or not blocked
+            found.append(Verdict(technique, stage, runs, fp32["low"] / own["low"], shape, steady))
     return found
 
 
@@ -198,26 +246,20 @@ def _time_layer(rows: int, inputs: int, outputs: int) -> dict[str, dict]:
 
 
 def show(found: Diagnosis) -> None:
-    """Print a diagnosis to the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    table = Table("part", "dtype", "parameters", "MB", title="What it holds")
-    for row in found.parts:
-        table.add_row(row["part"], row["dtype"], f"{row['parameters']:,}", f"{row['bytes'] / 1e6:.1f}")
-    console.print(table)
-    console.print("this CPU has:", ", ".join(found.capabilities) or "no vector instructions that we know", highlight=False)
-    head = ("technique", "stage", "will it run", "its costliest layer, against fp32", "layer")
-    table = Table(*head, title="Will it run, will it pay")
+    """Print a diagnosis as plain text of at most 100 columns."""
+    rows = [(row["part"], row["dtype"], f"{row['parameters']:,}", f"{row['bytes'] / 1e6:,.1f}") for row in found.parts]
+    print(plain.table("What it holds", ("part", "dtype", "parameters", "MB"), rows))
+    print("\n" + plain.paragraph("this CPU has: " + (" ".join(found.capabilities) or "no vector instructions that we know")))
+    head = ("technique", "stage", "will it run", "against fp32", "its costliest layer")
+    rows = []
     for v in found.verdicts:
-        pays = f"{v.faster:.2f}x {'pays' if v.faster > 1.1 else 'does not pay'}"
-        table.add_row(v.technique, v.stage, "yes" if v.runs else "no, see below", pays, v.layer)
-    console.print(table)
-    table = Table("technique", "where", "what", "cure", title="What stands in the way")
-    for row in finding_rows(found.findings):
-        table.add_row(*row)
-    console.print(table if table.rows else "nothing stands in the way")
+        pays = f"{v.faster:.2f}x {'pays' if v.faster > 1.1 else 'does not pay'}{'' if v.steady else '?'}"
+        rows.append((v.technique, v.stage, "yes" if v.runs else "no, see below", pays, v.layer))
+    print("\n" + plain.table("Will it run, will it pay", head, rows))
+    if not all(v.steady for v in found.verdicts):
+        print(plain.paragraph("?: times varied by more than a third, so the machine was busy: repeat when it is idle"))
+    print("\n" + export_text(found.exports))
+    print("\n" + plain.findings(finding_rows(found.findings)))
 
 
 def finding_rows(findings: list[Finding]) -> list[tuple[str, str, str, str]]:
