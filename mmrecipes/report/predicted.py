@@ -84,7 +84,8 @@ def work(model: nn.Module, held: list[Weight], asked: dict) -> list[dict]:
     """Rows of stage, gflop, bytes read at each precision and layers, for the prompt `asked`; decode is one token.
 
     FLOP: two a weight and position, and attention in full. The vision stage has no gflop (None) where its patches are unknown.
-    Left out: what a resampler does with patches before they are visual tokens (Idefics2), and the recurrence of linear attention.
+    Left out: what a resampler does with patches before they are visual tokens (Idefics2), the recurrence of linear attention, and
+    that a vision encoder may merge patches between its layers (MiniCPM-V).
     """
     tokens, cached, embeddings = asked["prompt_tokens"], kv_cache(model), model.get_input_embeddings().weight
     layers = dict.fromkeys(STAGES, sum(cached["layers"].values())) | {"connector": 0}
