@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export JUPYTER_PREFER_ENV_PATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help tour test portable fuzz lab lint notebooks recipes readme results bench clean
+.PHONY: help tour test portable fuzz lab lint notebooks recipes readme results bench compat clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' Makefile | expand -t 16
@@ -67,6 +67,9 @@ results: .venv/.installed ## measure what results/ and the README say, on this m
 bench: .venv/.installed ## the real-size twin in every runtime, beside the peers: about an hour
 	@$(BIN)/python benchmarks/bench.py
 	@$(BIN)/python tools/readme.py
+
+compat: .venv/.installed ## every family of models through every technique and runtime: about an hour (by hand)
+	@$(BIN)/python tools/compat.py
 
 clean: ## remove what was generated; .venv and runs/ (training checkpoints) stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis tour.html
