@@ -167,9 +167,9 @@ def will_not_pay(capabilities: list[str], peaks: dict, times: list[dict]) -> Ite
     stages = {row["stage"]: row for row in times}
     if stages["ttft"]["int8"]["ms"] < 1.1 * stages["ttft"]["int4"]["ms"]:
         yield "4-bit weights: the first token comes no sooner than with int8, as its time is not spent on reading weights"
-    for stage, row in stages.items():
-        if row["fp32"]["bound_by"] == "launch":
-            yield f"all: {stage} takes as long as launching its layers' operations: fewer bits bring nothing in eager PyTorch"
+    launched = [stage for stage, row in stages.items() if row["fp32"]["bound_by"] == "launch"]
+    if launched:
+        yield f"all, in eager PyTorch: {', '.join(launched)}: launching operations takes longer than their float32 work"
 
 
 def show(found: dict) -> None:
@@ -196,7 +196,7 @@ def show(found: dict) -> None:
         print("\n" + plain.section("Tokens of one image", [f"not known: {found['no_visual_tokens']}"]))
     cache = found["kv_cache"]
     kept = {"all": "all tokens", "window": f"the last {cache['window']}", "state": "a state of fixed size"}
-    layers = ", ".join(f"{n} layers keep {kept[kind]}" for kind, n in cache["layers"].items() if n)
+    layers = ", ".join(f"layers that keep {kept[kind]}: {n}" for kind, n in cache["layers"].items() if n)
     print("\n" + plain.section("KV cache", [f"{cache['fp32']:,} bytes a token in fp32, {cache['bf16']:,} in bf16; {layers}"]))
     show_times(found["times"], found["prompt"], peaks, assumed=not found["visual_tokens"])
     print("\n" + plain.section("What will not pay off", found["will_not_pay"] or ["nothing that is known beforehand"]))
