@@ -17,6 +17,7 @@ PACKAGE = ROOT / "mmrecipes"
 # each imports only those before it; those in one row do not import one another
 LAYERS = (
     ("errors", "lazy", "quiet"),
+    ("families",),
     ("models",),
     ("data", "inference"),
     ("evaluate", "measure"),

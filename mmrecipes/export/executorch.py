@@ -84,8 +84,8 @@ def write_executorch(model: nn.Module, folder: Path, precisions: Mapping[str, st
             model = modules.clone(model)
             for name, part in modules.parts(model).items():
                 _quantize(part, precisions["language" if name in ("language", "head") else "vision"])
-        encoder, image = wrappers.vision_wrapper(model)
-        _write(encoder, {"pixel_values": image}, {"pixel_values": None}, folder / "vision.pte")
+        encoder, image, _ = wrappers.vision_graph(model)
+        _write(encoder, image, dict.fromkeys(image), folder / "vision.pte")
         decoder = ExecutorchLanguage(model)
         some = decoder.length // 4  # the exporter plans memory for four times the example, at most
         ids, features = torch.full((1, some), decoder.image_token_id), torch.randn(some + 1, decoder.config.hidden_size)

@@ -19,16 +19,24 @@ def write_openvino(model: nn.Module, folder: Path, precisions: Mapping[str, str]
     import openvino as ov
     from transformers.exporters.exporter_openvino import OpenVINOConfig, OpenVINOExporter
 
-    encoder, image = wrappers.vision_wrapper(model)
+    encoder, image, free = wrappers.vision_graph(model)
     decoder, example, axes = wrappers.language_wrapper(model)
     config = OpenVINOConfig(dynamic_shapes=axes)
     makers = {  # one after the other: of a large model each copy counts
-        "vision": lambda: ov.convert_model(torch.export.export(encoder.eval(), (image,))),
+        "vision": lambda: _vision(encoder.eval(), image, free),
         "language": lambda: shared_heads(OpenVINOExporter().export(decoder, example, config).program),
     }
     for part, make in makers.items():
         with quiet.library_logs(), torch.no_grad():
             ov.save_model(_quantized(make(), precisions[part], pixels), folder / f"{part}.xml", compress_to_fp16=False)
+
+
+def _vision(encoder: nn.Module, image: dict[str, torch.Tensor], free: dict[str, dict]):
+    import openvino as ov
+    from transformers.exporters.exporter_dynamo import patch_forward_signature
+
+    with patch_forward_signature(encoder, image):
+        return ov.convert_model(torch.export.export(encoder, (), image, dynamic_shapes=free or None))
 
 
 def shared_heads(graph):

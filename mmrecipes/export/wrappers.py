@@ -1,5 +1,6 @@
 """The modules that are exported: what makes visual tokens, and a decoder with its KV cache, with example inputs and free axes."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,10 +9,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.exporters.utils import patch_attribute
 
+from mmrecipes import families
 from mmrecipes.errors import UserError
+from mmrecipes.families.family import Family
 from mmrecipes.models import modules
 from mmrecipes.models.images import load_image
+
+NESTED = ("idefics3", "idefics2")  # whose image processors take a list of images for each text
 
 
 def check_float32(module: nn.Module) -> None:
@@ -24,20 +30,60 @@ def check_float32(module: nn.Module) -> None:
         raise UserError(f"export: the weights are {wrong}; it starts from float32, so load the model with dtype=torch.float32")
 
 
-def vision_wrapper(model: nn.Module) -> tuple[nn.Module, Tensor]:
-    """The module that makes visual tokens, and an example of what it takes: one image (or tile) of the model's own size."""
+def family_of(model: nn.Module) -> Family:
+    """What is special about `model`'s family; UserError for one that no file in `mmrecipes.families` describes."""
     core, name = getattr(model, "model", None), type(model).__name__
-    size = getattr(model.config.vision_config, "image_size", None)
-    if not isinstance(size, int):
-        raise UserError(f"export: {name} takes images of many shapes; there is no recipe for it yet")
-    encoder, image = getattr(core, "vision_model", None), torch.randn(1, 3, size, size)
-    if hasattr(core, "connector") and hasattr(encoder, "post_layernorm"):
-        return Idefics3Vision(model), image
-    if hasattr(core, "multi_modal_projector") and hasattr(core, "get_image_features"):
-        return ImageFeatures(model), image
-    if hasattr(core, "connector") and hasattr(encoder, "backbone"):  # distill.encoders.swapped.BackboneEncoder
-        return modules.VisionWithConnector(model), image
-    raise UserError(f"export: {name} is built neither like Idefics3 nor like LLaVA; there is no recipe for it yet")
+    found = next((f for kind in type(model).__mro__ if (f := families.family_of(kind.__name__))), None)
+    if found and found.name == "tiles" and hasattr(getattr(core, "vision_tower", None), "patch_conv"):
+        return families.BY_NAME["pixtral"]
+    if found is None and hasattr(core, "connector") and hasattr(getattr(core, "vision_model", None), "backbone"):
+        return families.BY_NAME["idefics3"]  # distill.encoders.swapped.BackboneEncoder
+    if found is None:
+        known = ", ".join(sorted({family.name for family in families.TABLE}))
+        raise UserError(f"export: {name} has no recipe yet; those known: {known}; CONTRIBUTING.md says how to add one")
+    return found
+
+
+def vision_graph(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], dict[str, dict[int, object]]]:
+    """The module that makes visual tokens, an example of what one run of it takes, and which of its axes are free."""
+    family = family_of(model)
+    if family.encode is None:
+        side = model.config.vision_config.image_size
+        whole = hasattr(model.model.vision_model, "post_layernorm")
+        return (Idefics3Vision if whole else modules.VisionWithConnector)(model), {"pixel_values": torch.randn(1, 3, side, side)}, {}
+    noise = np.random.default_rng(0).integers(0, 256, (448, 672, 3), dtype=np.uint8)  # any shape but a square
+    run = vision_inputs(model, [Image.fromarray(noise)])[0]
+    free = {name: dict.fromkeys(family.free.get(name, ()), torch.export.Dim.DYNAMIC) for name in run}
+    return VisionGraph(model, family), {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in run.items()}, free
+
+
+def vision_wrapper(model: nn.Module) -> tuple[nn.Module, Tensor]:
+    """As `vision_graph`, for models whose encoder takes pixels alone: the module, and an example (1, 3, H, W)."""
+    module, example, _ = vision_graph(model)
+    return module, example["pixel_values"]
+
+
+def vision_inputs(model: nn.Module, images: Sequence[Image.Image]) -> list[dict[str, np.ndarray]]:
+    """What the vision graph takes, one run an image or tile, as the model's processor and its family make it."""
+    family = family_of(model)
+    images = [load_image(image) for image in images]
+    seen = model.processor.image_processor(images=[images] if family.name in NESTED else images, return_tensors="np")
+    return family.images(seen, family.settings(model))
+
+
+class VisionGraph(nn.Module):
+    """One run of a family's vision encoder and connector: its inputs, by name -> visual tokens (N, D)."""
+
+    def __init__(self, model: nn.Module, family: Family):
+        super().__init__()
+        self.core, self.family = model.model, family
+        self.attentions = {type(m) for m in model.modules() if type(m).__name__ == family.attention}
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        with contextlib.ExitStack() as stack:
+            for kind in self.attentions:
+                stack.enter_context(patch_attribute(kind, "forward", lambda _: families.qwen_vl.attend_in_windows))
+            return self.family.encode(self.core, **inputs)
 
 
 class Idefics3Vision(nn.Module):
@@ -61,56 +107,66 @@ class Idefics3Vision(nn.Module):
         return self.connector(self.encoder.post_layernorm(hidden))
 
 
-class ImageFeatures(nn.Module):
-    """pixel_values (1, 3, H, W) -> visual tokens (T, D), by the model's own get_image_features (LLaVA and kin)."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.core = model.model
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        features = self.core.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
-        return features[0] if isinstance(features, list | tuple) else features.flatten(0, -2)
-
-
 def calibration_pixels(model: nn.Module, images: Sequence[Image.Image | str | Path]) -> list[np.ndarray]:
     """What the vision wrapper takes, (1, 3, H, W) each: the images (or their tiles) as the model's processor makes them."""
-    process = model.processor.image_processor
-    pixels = [process(images=[[load_image(image)]], return_tensors="np")["pixel_values"] for image in images]
-    return [tile[None] for each in pixels for tile in each.reshape(-1, *each.shape[-3:]).astype(np.float32)]
+    return [run["pixel_values"] for image in images for run in vision_inputs(model, [image])]
 
 
 def language_wrapper(model: nn.Module) -> tuple[nn.Module, dict[str, object], dict[str, object]]:
     """The module that computes the next token's logits, an example of what it takes, and which of its axes are free."""
     config, module = model.config.get_text_config(), LanguageWithCache(model).eval()
-    cache = DynamicCache(config=config)
+    cache = DynamicCache()  # all of it, in sliding layers, too: the mask keeps what lies outside the window unseen
     with torch.no_grad():  # a cache as the decoder itself makes it
         embeds = module.embed_tokens(torch.zeros(1, 5, dtype=torch.int64))
         module.decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
-    ids, features = torch.full((1, 3), module.image_token_id), torch.randn(4, config.hidden_size)
+    width = config.hidden_size * (1 + module.deepstack)
+    ids, features = torch.full((1, 3), module.image_token_id), torch.randn(4, width)
     dim = torch.export.Dim
-    axes = {"input_ids": {1: dim("tokens", min=1)}, "image_features": {0: dim("features", min=1)}}
+    tokens = dim("tokens", min=1)
+    example = {"input_ids": ids, "image_features": features, "past_key_values": cache}
+    axes = {"input_ids": {1: tokens}, "image_features": {0: dim("features", min=1)}}
     axes["past_key_values"] = [{2: dim("cache_length", min=0)}] * (2 * config.num_hidden_layers)
-    return module, {"input_ids": ids, "image_features": features, "past_key_values": cache}, axes
+    if module.family.positions:
+        example["position_ids"], axes["position_ids"] = torch.arange(5, 8).expand(3, 1, -1).contiguous(), {2: tokens}
+    return module, example, axes
 
 
 class LanguageWithCache(nn.Module):
     """input_ids (1, T), image_features (N, D), a cache -> {"logits": (1, 1, V) of the next token, "past_key_values": the cache}.
     The same graph reads a prompt and computes each further token. Without images N is 1 and its row is not read.
+    With M-RoPE it also takes position_ids (3, 1, T); with DeepStack the features of further layers lie beside the first D.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         parts = modules.parts(model)
-        self.decoder, self.head = parts["language"], parts["head"]
+        self.decoder, self.head, self.family = parts["language"], parts["head"], family_of(model)
         self.embed_tokens, self.image_token_id = model.get_input_embeddings(), model.config.image_token_id
+        self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self.deepstack = len(getattr(parts["vision"], "deepstack_visual_indexes", None) or ())
 
-    def forward(self, input_ids: Tensor, image_features: Tensor, past_key_values: object) -> dict[str, object]:
+    def forward(
+        self, input_ids: Tensor, image_features: Tensor, past_key_values: object, position_ids: Tensor | None = None
+    ) -> dict[str, object]:
         is_image = input_ids == self.image_token_id
         row = (is_image.long().cumsum(1) - 1).clamp(min=0)
-        embeds = torch.where(is_image.unsqueeze(-1), image_features[row], self.embed_tokens(input_ids))
-        out = self.decoder(inputs_embeds=embeds, past_key_values=past_key_values, use_cache=True)
-        return {"logits": self.head(out.last_hidden_state[:, -1:]), "past_key_values": out.past_key_values}
+        # the placeholder may lie outside the vocabulary
+        words = self.embed_tokens(torch.where(is_image, 0, input_ids))
+        first, *deeper = image_features[row].split(words.shape[-1], dim=-1)
+        embeds = torch.where(is_image.unsqueeze(-1), first, words)
+        given = {"inputs_embeds": embeds, "past_key_values": past_key_values, "use_cache": True, "position_ids": position_ids}
+        if self.family.masks:
+            given |= self.family.masks(self.decoder.config, is_image, past_key_values.get_seq_length())
+        with contextlib.ExitStack() as stack:
+            if deeper:  # zero where there is no image, so that they are added everywhere
+                given["visual_pos_masks"] = is_image
+                given["deepstack_visual_embeds"] = [torch.where(is_image.unsqueeze(-1), each, 0.0) for each in deeper]
+                stack.enter_context(patch_attribute(self.decoder, "_deepstack_process", lambda _: lambda x, _, more: x + more))
+            out = self.decoder(**given)
+        logits = self.head(out.last_hidden_state[:, -1:])
+        if self.softcap:
+            logits = (logits / self.softcap).tanh() * self.softcap
+        return {"logits": logits, "past_key_values": out.past_key_values}
 
 
 class LanguageWithoutCache(nn.Module):

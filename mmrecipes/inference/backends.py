@@ -1,5 +1,6 @@
 """The graphs of an exported model in each runtime: `encode` an image, then `step` through tokens with the KV cache."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,25 @@ def onnx_session(path: str | Path, threads: int = 0, as_written: bool = False): 
         raise UserError(f"{path}: ONNX Runtime cannot load it ({one_line(e)}); export it again") from e
 
 
+class Positions:
+    """Counts the positions of tokens, where a graph asks for them (M-RoPE): on from the largest of the prompt."""
+
+    def __init__(self, wanted: bool):
+        self.wanted, self.next = wanted, 0
+
+    def reset(self) -> None:
+        self.next = 0
+
+    def of(self, ids: np.ndarray, positions: np.ndarray | None) -> dict[str, np.ndarray]:
+        """The graph's further inputs for tokens (1, T) at `positions`, else at those that come next."""
+        if not self.wanted:
+            return {}
+        if positions is None:
+            positions = np.broadcast_to(self.next + np.arange(ids.shape[1]), (3, *ids.shape))
+        self.next = int(positions.max()) + 1
+        return {"position_ids": np.ascontiguousarray(positions, np.int64)}
+
+
 class OnnxGraphs:
     """vision.onnx and language.onnx in ONNX Runtime. The KV cache stays in the runtime's memory from step to step."""
 
@@ -42,8 +62,9 @@ class OnnxGraphs:
 
         self.vision, self.language = (onnx_session(folder / f"{part}.onnx", threads or 0) for part in PARTS)
         self.value = OrtValue.ortvalue_from_numpy
-        _, features, *past = self.language.get_inputs()
-        self.past_names = [i.name for i in past]
+        given = {i.name: i for i in self.language.get_inputs()}
+        features, past = given["image_features"], [i for name, i in given.items() if name.startswith("input.")]
+        self.past_names, self.positions = [i.name for i in past], Positions("position_ids" in given)
         self.outputs = ["logits", *(name.replace("input.", "output.", 1) for name in self.past_names)]
         self.empty = np.zeros((1, int(past[0].shape[1]), 0, int(past[0].shape[3])), np.float32)  # (1, heads, T, head_dim)
         self.no_image = np.zeros((1, int(features.shape[1])), np.float32)
@@ -51,15 +72,17 @@ class OnnxGraphs:
 
     def reset(self) -> None:
         self.past = [self.value(self.empty)] * len(self.past_names)
+        self.positions.reset()
 
-    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
-        """Visual tokens (..., D) of one image or tile (1, 3, H, W), float32."""
-        return self.vision.run(None, {self.vision.get_inputs()[0].name: pixel_values})[0]
+    def encode(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Visual tokens (..., D) of one image or tile, as the model's family prepares it: {"pixel_values": (1, 3, H, W)}, ..."""
+        return self.vision.run(None, dict(inputs))[0]
 
-    def step(self, ids: np.ndarray, features: np.ndarray | None = None) -> np.ndarray:
-        """Logits (V) after `ids` (1, T), which the cache then holds, too."""
-        given = self.value(ids.astype(np.int64)), self.value(self.no_image if features is None else features)
-        feeds = dict(zip(("input_ids", "image_features", *self.past_names), (*given, *self.past), strict=True))
+    def step(self, ids: np.ndarray, features: np.ndarray | None = None, positions: np.ndarray | None = None) -> np.ndarray:
+        """Logits (V) after `ids` (1, T), which the cache then holds, too. `positions` (3, 1, T): where M-RoPE puts a prompt."""
+        given = {"input_ids": ids.astype(np.int64), "image_features": self.no_image if features is None else features}
+        feeds = {name: self.value(x) for name, x in (given | self.positions.of(ids, positions)).items()}
+        feeds |= dict(zip(self.past_names, self.past, strict=True))
         logits, *self.past = self.language.run_with_ort_values(self.outputs, feeds)
         return logits.numpy()[0, -1]
 
@@ -79,15 +102,20 @@ class OpenVinoGraphs:
         self.vision, self.language = requests["vision"], requests["language"]
         width = self.language.get_compiled_model().input("image_features").get_partial_shape()[1]
         self.no_image = np.zeros((1, width.get_length() if width.is_static else 1), np.float32)
+        names = {name for port in self.language.get_compiled_model().inputs for name in port.get_names()}
+        self.positions = Positions("position_ids" in names)
 
     def reset(self) -> None:
         self.language.reset_state()
+        self.positions.reset()
 
-    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
-        return self.vision.infer([pixel_values])[0]
+    def encode(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        # in order: some graphs keep no names
+        return self.vision.infer([*inputs.values()] if len(inputs) == 1 else dict(inputs))[0]
 
-    def step(self, ids: np.ndarray, features: np.ndarray | None = None) -> np.ndarray:
+    def step(self, ids: np.ndarray, features: np.ndarray | None = None, positions: np.ndarray | None = None) -> np.ndarray:
         feeds = {"input_ids": ids.astype(np.int64), "image_features": self.no_image if features is None else features}
+        feeds |= self.positions.of(ids, positions)
         return self.language.infer(feeds | {"beam_idx": np.zeros(1, np.int32)})["logits"][0, -1]
 
 
@@ -110,10 +138,10 @@ class ExecutorchGraphs:
     def reset(self) -> None:
         self.cache_length = 0
 
-    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
-        return self._run(self.vision, pixel_values)
+    def encode(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        return self._run(self.vision, *inputs.values())
 
-    def step(self, ids: np.ndarray, features: np.ndarray | None = None) -> np.ndarray:
+    def step(self, ids: np.ndarray, features: np.ndarray | None = None, positions: None = None) -> np.ndarray:
         features = self.no_image if features is None else features
         logits = self._run(self.language, ids.astype(np.int64), features, np.array([self.cache_length]))
         self.cache_length += ids.shape[1]

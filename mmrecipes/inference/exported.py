@@ -2,19 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mmrecipes import families
 from mmrecipes.errors import ParityError, UserError, one_line, require
 from mmrecipes.inference.backends import GRAPHS, PACKAGES, PARTS
 from mmrecipes.models.images import load_image
 from mmrecipes.models.processors import load_processor
 
 MANIFEST = "mmrecipes_export.json"
-FORMAT = 2  # of the manifest; a newer one is refused
+FORMAT = 3  # of the manifest; a newer one is refused
 # format 1 was called like transformers' own manifest, and had other names for these
 OLD_MANIFEST, OLD_KEYS = "export.json", {"stop": "eos_token_ids", "longest": "max_length"}
 
@@ -35,6 +36,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = {OLD_KEYS.get(key, key): value for key, value in manifest.items()}
         _ = [manifest["precision"][part] for part in PARTS], manifest["sha256"].items()
         _ = [manifest[key] for key in ("image_token_id", "eos_token_ids", "max_length")]
+        # format 2 and older: models whose images are tiles of one size
+        manifest = {"family": "idefics3" if "Idefics3" in manifest["class"] else "tiles", "settings": {}} | manifest
+        if manifest["family"] not in families.BY_NAME:
+            raise UserError(f"{folder}: of a family {manifest['family']!r} that is not known here; upgrade mmrecipes")
         if manifest["runtime"] not in GRAPHS:
             raise UserError(f"{folder}: exported for {manifest['runtime']!r}; expected one of {', '.join(GRAPHS)}")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -54,6 +59,7 @@ class Exported:
         package = PACKAGES[manifest["runtime"]]
         require(package)
         self.folder, self.manifest = folder, manifest
+        self.family, self.settings = families.BY_NAME[manifest["family"]], manifest["settings"]
         self.processor = load_processor(folder)
         try:
             self.graphs = GRAPHS[manifest["runtime"]](folder, manifest["precision"], threads)
@@ -94,38 +100,53 @@ class Exported:
 
     def prefill(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """Logits (V) of the first new token; the cache then holds the prompt."""
-        ids, pixels = inputs["input_ids"], inputs.get("pixel_values")
+        ids = inputs["input_ids"]
         self.graphs.reset()
-        features = None if pixels is None else self.encode_images(pixels)
+        features = self.encode_images(inputs) if "pixel_values" in inputs else None
         places, given = int((ids == self.manifest["image_token_id"]).sum()), 0 if features is None else len(features)
         if places != given:
             raise UserError(f"{places} places for visual tokens in the text, {given} given: an image is missing or too many")
-        return self.graphs.step(ids, features)
+        positions = self.family.positions and self.family.positions(inputs, self.settings)
+        return self.graphs.step(ids, features, positions)
 
-    def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
-        """Visual tokens (T, D) of all images or tiles (..., 3, H, W), one after the other."""
-        images = pixel_values.reshape(-1, 1, *pixel_values.shape[-3:]).astype(np.float32)
-        tokens = np.stack([self.graphs.encode(image) for image in images])
-        return tokens.reshape(-1, tokens.shape[-1])
+    def encode_images(self, inputs: dict[str, np.ndarray] | np.ndarray) -> np.ndarray:
+        """Visual tokens (T, D) that stand for the placeholders of one conversation, from what the processor made of its images
+        (or from pixels (..., 3, H, W) alone)."""
+        inputs = inputs if isinstance(inputs, dict) else {"pixel_values": inputs}
+        tokens = [self.graphs.encode(run) for run in self.family.images(inputs, self.settings)]
+        return self.family.merge([each.reshape(-1, each.shape[-1]) for each in tokens], inputs, self.settings)
 
     def inputs(self, images: Any, text: str | Sequence[dict]) -> dict[str, np.ndarray]:
-        """What the processor makes of one conversation: input_ids (1, T), pixel_values; UserError where it does not fit."""
-        images = [] if images is None else [load_image(i) for i in (images if isinstance(images, list | tuple) else [images])]
-        if isinstance(text, str):
-            text = [{"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]}]
-        if not isinstance(text, list | tuple) or not all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in text):
-            raise UserError(f"text: {text!r:.80}; expected a question, or a list of messages with a role and a content each")
-        places = sum(part["type"] == "image" for turn in text for part in turn["content"] if isinstance(part, dict))
-        if places != len(images):
-            raise UserError(f"{len(images)} images, and {places} places for them in the messages: give as many")
-        prompt = self.processor.apply_chat_template(text, add_generation_prompt=True)
-        inputs = self.processor(text=[prompt], images=[images] if images else None, return_tensors="np")
-        if not np.asarray(inputs.get("pixel_attention_mask", 1)).all():
+        """What the processor makes of one conversation: input_ids (1, T), pixel_values, ...; UserError where it does not fit."""
+        inputs = dict(conversation(self.processor, images, text))
+        if self.family.name == "idefics3" and not np.asarray(inputs.get("pixel_attention_mask", 1)).all():
             raise UserError("an image is padded, and the vision encoder takes whole ones of its own size: resize the image to it")
         length, most = inputs["input_ids"].shape[1], self.manifest["max_length"]
         if length >= most:
             raise UserError(f"the prompt has {length} tokens, and the model takes {most}: shorten it")
-        return dict(inputs)
+        return inputs
+
+
+def conversation(processor: Any, images: Any, text: str | Sequence[dict]) -> Mapping[str, np.ndarray]:
+    """One conversation as `processor` prepares it: `images` None, one or a list, their places in `text` (or before a question).
+    Raises UserError for other messages, and where there are more or fewer places than images.
+    """
+    images = [] if images is None else [load_image(i) for i in (images if isinstance(images, list | tuple) else [images])]
+    if isinstance(text, str):
+        text = [{"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]}]
+    if not isinstance(text, list | tuple) or not all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in text):
+        raise UserError(f"text: {text!r:.80}; expected a question, or a list of messages with a role and a content each")
+    shown, turns = iter(images), []
+    places = sum(part.get("type") == "image" for turn in text for part in turn["content"] if isinstance(part, dict))
+    if places != len(images):
+        raise UserError(f"{len(images)} images, and {places} places for them in the messages: give as many")
+    for turn in text:
+        content = [{"type": "text", "text": turn["content"]}] if isinstance(turn["content"], str) else turn["content"]
+        content = [{"type": "image", "image": next(shown)} if part["type"] == "image" else part for part in content]
+        turns.append({**turn, "content": content})
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "np"}
+    made = processor.apply_chat_template(turns, **options)
+    return {k: v for k, v in made.items() if k != "labels"}
 
 
 def load_exported(folder: str | Path, threads: int | None = None, check: bool = True) -> Exported:

@@ -1,11 +1,13 @@
 """`export.export` for ONNX Runtime: vision.onnx and language.onnx, in fp32, int8 or with weights of 4 bits."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.exporters.utils import patch_attribute
 
 from mmrecipes import quiet
 from mmrecipes.errors import require
@@ -24,10 +26,10 @@ def write_onnx(model: nn.Module, folder: Path, precisions: Mapping[str, str], pi
     import onnx_ir
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    encoder, image = wrappers.vision_wrapper(model)
-    vision = graphs.to_onnx(encoder, {"pixel_values": image}, folder / "vision.onnx", {})
+    encoder, image, free = wrappers.vision_graph(model)
+    vision = graphs.to_onnx(encoder, image, folder / "vision.onnx", free)
     language, (decoder, example, axes) = folder / "language.onnx", wrappers.language_wrapper(model)
-    with quiet.library_logs():
+    with quiet.library_logs(), _fusions(causal=not decoder.family.masks):
         # fused: attention with cache and rotary embedding (GroupQueryAttention), norms with sums, products of one input
         config = OnnxConfig(dynamic_shapes=axes, ort_fusions="cpu", prefer_deferred_runtime_asserts_over_guards=True)
         onnx_ir.save(OnnxExporter().export(decoder, example, config).program, str(language), external_data="language.onnx.data")
@@ -46,6 +48,16 @@ def write_onnx(model: nn.Module, folder: Path, precisions: Mapping[str, str], pi
             config = quantize.StaticConfig(layers="all") if cnn else quantize.StaticConfig(reduce_range=True)
             quantize.static_int8(path, [torch.from_numpy(each) for each in pixels], path, config)
         graphs.strip_metadata(path)
+
+
+@contextlib.contextmanager
+def _fusions(causal: bool) -> Iterator[None]:
+    """ONNX Runtime's GroupQueryAttention looks back only, whatever mask it is given: not for images whose tokens see each other."""
+    from transformers.exporters import onnxruntime_fusions as fusions
+
+    kept = tuple(step for step in fusions._STEPS if causal or step[0] is not fusions._fuse_group_query_attention)
+    with patch_attribute(fusions, "_STEPS", lambda _: kept):
+        yield
 
 
 def to_nbits(path: Path, bits: int, only: Callable[..., bool] | None = None, rounded: bool = False) -> None:

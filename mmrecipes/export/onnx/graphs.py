@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers.exporters.exporter_dynamo import patch_forward_signature
 
 from mmrecipes.errors import UserError, require
 from mmrecipes.export.wrappers import check_float32
@@ -17,18 +18,18 @@ MAX_BYTES = 1_900_000_000  # bytes of weights: one ONNX file holds at most 2 GB
 
 def to_onnx(module: nn.Module, inputs: Mapping[str, Tensor], path: str | Path, free: Mapping[str, Mapping[int, str]]) -> Path:
     """One module as one ONNX file at `path`, by torch.export. `inputs` are an example, by the names of forward's parameters.
-    `free` names the axes whose length may change, {"pixel_values": {0: "batch"}}; give them a length of 2 or more in the
-    example. Attention without a mask becomes ONNX Runtime's fused MultiHeadAttention. Raises as `export`.
+    `free` names the axes whose length may change, {"pixel_values": {0: "batch"}} (or a Dim of torch.export's instead of a name);
+    give them a length of 2 or more in the example. Attention without a mask becomes ONNX Runtime's fused MultiHeadAttention. Raises as `export`.
     """
     require("onnx", "onnxscript")
     check_float32(module)
     if (size := sum(t.nbytes for t in (*module.parameters(), *module.buffers()))) > MAX_BYTES:
         raise UserError(f"export: {size / 1e9:.1f} GB of weights do not fit in one ONNX file of 2 GB; export a smaller part")
-    dims = {name: torch.export.Dim(name, min=1) for axes in free.values() for name in axes.values()}
-    shapes = {k: {axis: dims[name] for axis, name in free.get(k, {}).items()} for k in inputs}
+    dims = {name: torch.export.Dim(name, min=1) for axes in free.values() for name in axes.values() if isinstance(name, str)}
+    shapes = {k: {i: dims[d] if isinstance(d, str) else d for i, d in free.get(k, {}).items()} for k in inputs}
     options = {"input_names": list(inputs), "output_names": ["output"]}
     options["custom_translation_table"] = {torch.ops.aten.scaled_dot_product_attention.default: _attention()}
-    with library_logs(), written_aside(path) as aside, torch.no_grad():
+    with library_logs(), written_aside(path) as aside, torch.no_grad(), patch_forward_signature(module, inputs):
         program = torch.onnx.export(
             module.eval(), kwargs=dict(inputs), dynamic_shapes=shapes, dynamo=True, verbose=False, opset_version=20, **options
         )
@@ -59,7 +60,13 @@ def _attention() -> Callable:
         def flat(x):  # (B, heads, T, head_dim) -> (B, T, heads * head_dim)
             return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, -1]))
 
-        inputs = (flat(query), flat(key), flat(value), None, None, attn_mask)
+        def each_head(x):  # keys and values that heads share, once for each of them
+            if x.shape[1] == heads:
+                return x
+            x = op.Expand(op.Unsqueeze(x, op.Constant(value_ints=[2])), op.Constant(value_ints=[1, 1, heads // x.shape[1], 1, 1]))
+            return op.Reshape(x, op.Constant(value_ints=[0, heads, -1, head_dim]))
+
+        inputs = (flat(query), flat(each_head(key)), flat(each_head(value)), None, None, attn_mask)
         out = fused(*inputs, num_heads=heads, scale=scale or head_dim**-0.5)
         return op.Transpose(op.Reshape(out, op.Constant(value_ints=[0, 0, heads, -1])), perm=[0, 2, 1, 3])
 
