@@ -17,14 +17,14 @@ def write_openvino(model: nn.Module, folder: Path, precisions: Mapping[str, str]
     """Write both graphs to `folder`, each in its precision; "static" looks at `pixels` (1, 3, H, W). Raises as `export`."""
     require("openvino", "nncf")
     import openvino as ov
-    from transformers.exporters.exporter_openvino import OpenVINOConfig, OpenVINOExporter
+    from transformers.exporters.exporter_openvino import OpenVINOConfig
 
     encoder, image, free = wrappers.vision_graph(model)
     decoder, example, axes = wrappers.language_wrapper(model)
     config = OpenVINOConfig(dynamic_shapes=axes)
     makers = {  # one after the other: of a large model each copy counts
         "vision": lambda: _vision(encoder.eval(), image, free),
-        "language": lambda: shared_heads(OpenVINOExporter().export(decoder, example, config).program),
+        "language": lambda: _language(decoder, example, config),
     }
     for part, make in makers.items():
         with quiet.library_logs(), torch.no_grad():
@@ -59,6 +59,15 @@ def shared_heads(graph):
         merged = op.reshape(copied, op.constant(np.array([0, heads, -1, head_dim])), special_zero=True)
         node.input(port).replace_source_output(merged.output(0))
     graph.validate_nodes_and_infer_types()
+    return graph
+
+
+def _language(decoder: nn.Module, example: dict, config: object):
+    """The graph of the decoder; how wide `image_features` are, which the exporter leaves open, is said in it."""
+    from transformers.exporters.exporter_openvino import OpenVINOExporter
+
+    graph = shared_heads(OpenVINOExporter().export(decoder, example, config).program)
+    graph.reshape({"image_features": [-1, example["image_features"].shape[1]]})
     return graph
 
 

@@ -50,7 +50,11 @@ def vision_graph(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], dict[s
     if family.encode is None:
         side = model.config.vision_config.image_size
         whole = hasattr(model.model.vision_model, "post_layernorm")
-        return (Idefics3Vision if whole else modules.VisionWithConnector)(model), {"pixel_values": torch.randn(1, 3, side, side)}, {}
+        return (
+            (Idefics3Vision if whole else modules.VisionWithConnector)(model),
+            {"pixel_values": torch.randn(1, 3, side, side)},
+            {},
+        )
     noise = np.random.default_rng(0).integers(0, 256, (448, 672, 3), dtype=np.uint8)  # any shape but a square
     run = vision_inputs(model, [Image.fromarray(noise)])[0]
     free = {name: dict.fromkeys(family.free.get(name, ()), torch.export.Dim.DYNAMIC) for name in run}
@@ -152,7 +156,9 @@ class LanguageWithCache(nn.Module):
         row = (is_image.long().cumsum(1) - 1).clamp(min=0)
         # the placeholder may lie outside the vocabulary
         words = self.embed_tokens(torch.where(is_image, 0, input_ids))
-        first, *deeper = image_features[row].split(words.shape[-1], dim=-1)
+        first, deeper = image_features[row], ()
+        if self.deepstack:
+            first, *deeper = first.split(words.shape[-1], dim=-1)
         embeds = torch.where(is_image.unsqueeze(-1), first, words)
         given = {"inputs_embeds": embeds, "past_key_values": past_key_values, "use_cache": True, "position_ids": position_ids}
         if self.family.masks:

@@ -10,7 +10,9 @@ def images(inputs: Inputs, settings: Settings) -> list[dict[str, np.ndarray]]:
     """Each image (1, 3, H, W) without padding, and which learned position each of its patches has."""
     pixels = np.asarray(inputs["pixel_values"], np.float32)
     pixels = pixels.reshape(-1, *pixels.shape[-3:])
-    real = np.asarray(inputs.get("pixel_attention_mask", np.ones_like(pixels[:, 0])), bool).reshape(len(pixels), *pixels.shape[-2:])
+    real = np.asarray(inputs.get("pixel_attention_mask", np.ones_like(pixels[:, 0])), bool).reshape(
+        len(pixels), *pixels.shape[-2:]
+    )
     found, patch, side = [], settings["patch"], settings["side"]
     for image, mask in zip(pixels, real, strict=True):
         rows, columns = mask[:, 0].sum() // patch, mask[0].sum() // patch
@@ -34,8 +36,10 @@ def encode(core, pixel_values, position_ids):
     hidden = vision.post_layernorm(hidden.last_hidden_state)
     resampler, context = core.connector.perceiver_resampler, core.connector.modality_projection(hidden)
     latents = resampler.latents[None]
-    for layer in resampler.layers:  # no patch is padding: nothing is masked
-        latents = layer(latents, context, attention_mask=None, position_ids=None)
+    # no patch is padding, and nothing is masked; but without a mask heads would share keys in a way that not all exporters know
+    mask = context.new_zeros(1, 1, latents.shape[1], context.shape[1] + latents.shape[1])
+    for layer in resampler.layers:
+        latents = layer(latents, context, attention_mask=mask, position_ids=None)
     return resampler.norm(latents)[0]
 
 

@@ -17,7 +17,9 @@ def images(inputs: Inputs, settings: Settings) -> list[dict[str, np.ndarray]]:
         if settings["window"]:
             run |= dict(zip(("window_index", "windows"), windows(rows, columns, settings), strict=True))
         if settings["side"]:
-            run |= dict(zip(("interp_indices", "interp_weights"), interpolation(run["position_ids"], settings["side"]), strict=True))
+            run |= dict(
+                zip(("interp_indices", "interp_weights"), interpolation(run["position_ids"], settings["side"]), strict=True)
+            )
         found.append(run)
     return found
 

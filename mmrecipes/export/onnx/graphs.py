@@ -60,13 +60,7 @@ def _attention() -> Callable:
         def flat(x):  # (B, heads, T, head_dim) -> (B, T, heads * head_dim)
             return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, -1]))
 
-        def each_head(x):  # keys and values that heads share, once for each of them
-            if x.shape[1] == heads:
-                return x
-            x = op.Expand(op.Unsqueeze(x, op.Constant(value_ints=[2])), op.Constant(value_ints=[1, 1, heads // x.shape[1], 1, 1]))
-            return op.Reshape(x, op.Constant(value_ints=[0, heads, -1, head_dim]))
-
-        inputs = (flat(query), flat(each_head(key)), flat(each_head(value)), None, None, attn_mask)
+        inputs = (flat(query), flat(key), flat(value), None, None, attn_mask)
         out = fused(*inputs, num_heads=heads, scale=scale or head_dim**-0.5)
         return op.Transpose(op.Reshape(out, op.Constant(value_ints=[0, 0, heads, -1])), perm=[0, 2, 1, 3])
 
