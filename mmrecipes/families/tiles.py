@@ -17,7 +17,7 @@ def encode(core, pixel_values):
 
 
 def gemma3_masks(config, is_image, cache_length):
-    """Tokens of one image see each other (in sliding layers, too); all else looks back, sliding layers `sliding_window` tokens."""
+    """Tokens of one image see each other, in sliding layers, too; else tokens look back, there `sliding_window` far."""
     import torch
 
     new = torch.arange(is_image.shape[1])

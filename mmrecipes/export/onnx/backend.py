@@ -52,7 +52,7 @@ def write_onnx(model: nn.Module, folder: Path, precisions: Mapping[str, str], pi
 
 @contextlib.contextmanager
 def _fusions(causal: bool) -> Iterator[None]:
-    """ONNX Runtime's GroupQueryAttention looks back only, whatever mask it is given: not for images whose tokens see each other."""
+    """ONNX Runtime's GroupQueryAttention only looks back, whatever its mask: nothing for images whose tokens see each other."""
     from transformers.exporters import onnxruntime_fusions as fusions
 
     kept = tuple(step for step in fusions._STEPS if causal or step[0] is not fusions._fuse_group_query_attention)
