@@ -77,7 +77,7 @@ def run(work: Path = WORK, n: int | None = None, shrink: int = 1) -> dict:
     kept.row("NF4, before", lambda: _row(_four_bits(house), few, new))
     four = made["NF4 + LoRA"]()
     kept.row("NF4 + LoRA", lambda: _row(four.get_base_model(), few, new) | _spent(work / _slug("NF4 + LoRA")))
-    kept.row("NF4 + LoRA, merged and rounded again", lambda: _row(train.merge_lora(four), few, new))
+    kept.row("NF4 + LoRA, merged and rounded again", lambda: _row(_four_bits(train.merge_lora(four)), few, new))
     thin, taught = _thin(house), made["pruned + LoRA"]()
     kept.row("pruned", lambda: answers(thin, old) | {"zeros": _zeros(thin)})
     kept.row("pruned + LoRA", lambda: answers(taught.get_base_model(), old) | _spent(work / _slug("pruned + LoRA")))

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from mmrecipes import data, evaluate, measure, models, quantize
-from mmrecipes.data import families, scenes
+from mmrecipes.data import scenes
 from mmrecipes.errors import one_line
 from mmrecipes.export import onnx
 from mmrecipes.mini import cnn
+from mmrecipes.mini.clevr import sort_of_clevr
 
 PICTURES = 1000
 CALIBRATION = 64
@@ -26,7 +27,7 @@ CALIBRATION = 64
 def calibration_sets() -> dict[str, Tensor]:
     """Pixels (N, 3, 128, 128): the right pictures, too few of them, and wrong ones."""
     real, processor = cnn.images("calibration", CALIBRATION), cnn.make_image_processor()
-    clevr = [families.sort_of_clevr(seed)[0] for seed in range(CALIBRATION)]
+    clevr = [sort_of_clevr(seed)[0] for seed in range(CALIBRATION)]
     return {
         "real scenes": real,
         "two scenes": real[:2],

@@ -13,23 +13,10 @@ SPLITS = {
 }
 BLOCK_SIZE = 10**7
 BLOCKS = (  # training/what it draws; the blocks of the training split, in its order: append, never insert
-    "seen",  # what the committed models and their tokenizer were trained on; `data.questions("train")` begins here, too
-    "mini-vlm/vision",
-    "mini-vlm/reading",
-    "mini-vlm/align",
-    "mini-vlm/joint",
-    "mini-siglip/images",
-    "mini-siglip/captions",
-    "mini-cnn/images",
-    "student/images",
-    "student/chat",
-    "student/captions",
-    "recovery/chat",
-    "recovery/captions",
-    "lora/chat",
-    "connector/chat",
-    "encoder-swap/images",
-    "encoder-swap/chat",
+    # the first: what the committed models and their tokenizer were trained on; `data.questions("train")` begins here, too
+    *("seen", "mini-vlm/vision", "mini-vlm/reading", "mini-vlm/align", "mini-vlm/joint", "mini-siglip/images"),
+    *("mini-siglip/captions", "mini-cnn/images", "student/images", "student/chat", "student/captions", "recovery/chat"),
+    *("recovery/captions", "lora/chat", "connector/chat", "encoder-swap/images", "encoder-swap/chat"),
 )
 
 

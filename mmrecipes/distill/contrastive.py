@@ -34,7 +34,6 @@ CONTRAST_ONLY = ContrastiveWeights(affinity=0, feature=0, interactive=0)
 
 def set_trainable(model: nn.Module, trainable: Mapping[str, str]) -> nn.Module:
     """A copy of a dual encoder in which of "vision" and "language", with their projections, only what `trainable` says learns.
-
     "all", "small" (norms and biases, so that rounded or zeroed matrices stay) or "nothing". UserError for other parts or shares.
     """
     model = clone(model).requires_grad_(True)
@@ -56,7 +55,6 @@ def distill_dual(
     work: Path | None = None,
 ) -> nn.Module:
     """A trained copy of `student`, of which those parameters learn that require gradients; without a teacher from pairs alone.
-
     `batches[i]` has `images` (B, 3, H, W), token ids `captions` (B, T) and `negatives` (B, T), false captions. On several
     processes SigLIP's loss compares with all texts, the others with this process's own. With a folder `work` it is resumable.
     Raises UserError for weights that need a teacher where there is none, for embeddings of another width, and as `train.fit`.

@@ -30,7 +30,6 @@ ENCODERS = {  # name -> config of the backbone; MobileNetV2 keeps 8 x 8 position
 
 def swap_vision_encoder(model: nn.Module, backbone: dict, start: nn.Module | None = None, seed: int = 0) -> nn.Module:
     """A copy of an Idefics3 with another vision encoder, and a connector that fits it, with random weights.
-
     `backbone` is one of ENCODERS or a dict like those; with `start`, a trained backbone of that kind, it has its weights. Raises
     UserError for another class or pixel shuffle, a backbone that gives no map of the model's grid, or weights that do not fit.
     """
@@ -93,7 +92,6 @@ def match_features(
     images: Tensor | None = None,
 ) -> nn.Module:
     """Step one: a copy of `student` whose encoder gives `teacher`'s features through a linear map, now part of its connector.
-
     `batches[i][0]` are pixels (B, 3, H, W). It begins with the `least_squares_map` on `images` (N, 3, H, W), for an encoder that
     was trained before, or a random one. Raises UserError as `train.fit` does.
     """
@@ -118,7 +116,6 @@ def align_connector(
     student: nn.Module, teacher: nn.Module, batches: Sequence[Any], config: TrainConfig, work: Path | None = None
 ) -> nn.Module:
     """Step two: a copy of `student` whose connector alone learned what to say, by right answers and `teacher`'s logits.
-
     `batches` bring their own `answer_loss`, as for `distill.distill`. Raises UserError as `train.fit` does.
     """
     device, weights = student.device, LossWeights(hidden=0, vision=0)

@@ -3,6 +3,7 @@
 Built by hand in notebook 30. `recover` is the same after a cut (Minitron, arXiv:2407.14679): notebooks 20 and 21.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from mmrecipes.distill.losses import feature_loss, kl_loss, relation_loss, ridge
 from mmrecipes.errors import UserError
-from mmrecipes.models.modules import VisionWithConnector, clone, config_of, layers, linears
+from mmrecipes.models.modules import VisionWithConnector, clone, config_of, layers, linears, parts
 from mmrecipes.train.hooks import captured, layer_pairs
 from mmrecipes.train.loop import Loss, TrainConfig, fit, mean_over_processes, shard
 
@@ -105,7 +106,6 @@ def distill(
     work: Path | None = None,
 ) -> nn.Module:
     """A trained copy of `student`; without a teacher it learns from the right answers alone.
-
     `batches` bring their own `answer_loss`, as `train.RowBatches` do for any VLM. With a folder `work` it is resumable. Raises
     UserError for weights that need a teacher where none is given, and as `train.fit` does.
     """
@@ -126,7 +126,6 @@ def recover(
     model: nn.Module, batches: Sequence[Any], config: TrainConfig, teacher: nn.Module | None = None, work: Path | None = None
 ) -> nn.Module:
     """A trained copy of `model`, which was cut from `teacher`; without one it learns from the right answers alone.
-
     Zeros of linear layers stay zeros, so that a pruned model stays pruned. Features are compared where no width was cut.
     `batches` and `work` are as for `distill`. Raises UserError as `train.fit` does.
     """
@@ -155,12 +154,13 @@ def match_vision_encoder(
     student: nn.Module, teacher: nn.Module, batches: Sequence[Any], config: TrainConfig, work: Path | None = None
 ) -> nn.Module:
     """A copy of `student` whose vision encoder and connector give the visual tokens that the teacher's give: before any text.
-
     `batches[i][0]` are pixels (B, 3, H, W). UserError unless both language models read tokens of one width, and as `train.fit`.
     """
     sizes = [config_of(m, "language").hidden_size for m in (student, teacher)]
     if sizes[0] != sizes[1]:
         raise UserError(f"match_vision_encoder: visual tokens of {sizes[0]} and {sizes[1]} channels; slice the teacher as well")
+    if "grid_thw" in inspect.signature(parts(student)["vision"].forward).parameters:  # Qwen-VL's
+        raise UserError(f"match_vision_encoder: {type(student).__name__} takes images of many shapes; use distill instead")
     device, student = student.device, clone(student).requires_grad_(True)
     fit_outputs(VisionWithConnector(student), VisionWithConnector(clone(teacher)), batches, config, work)
     return student.to(device).eval()

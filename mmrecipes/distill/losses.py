@@ -13,7 +13,6 @@ RELATION_HEADS = 2  # the heads that vectors are split into for attention relati
 
 def kl_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, reverse: bool = False) -> Tensor:
     """KL(teacher || student) of logits (..., V), mean over rows, times temperature squared, in nats (arXiv:1503.02531).
-
     `reverse`: KL(student || teacher), which forgives what is left out, not what is invented (MiniLLM, arXiv:2306.08543).
     """
     log_probs = [logits.float().div(temperature).log_softmax(-1) for logits in (student, teacher)]
@@ -46,7 +45,6 @@ def embed(model: nn.Module, images: Tensor | None = None, ids: Tensor | None = N
 
 def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """SigLIP's loss (arXiv:2303.15343) of embeddings image (B, D) and text (M, D), M >= B; row i is a pair.
-
     The sum over all combinations is divided by B. On several processes every image is compared with the texts of all of them.
     """
     with torch.autocast(image.device.type, enabled=False):  # a scale of 100 is too much for 16 bits

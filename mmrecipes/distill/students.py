@@ -27,7 +27,6 @@ class StudentSize:
 
 def make_student(teacher: nn.Module, sizes: dict[str, StudentSize], rows: Any, inherit: bool = True, seed: int = 0) -> nn.Module:
     """A student of the teacher's class, with `sizes` of "vision" and "language"; UserError where they do not fit the teacher.
-
     With `inherit` it gets the principal directions of the hidden states (SliceGPT, fitted on calibration `rows`) and the FFN
     neurons with the largest weights; without, random weights of the same shapes.
     """
@@ -53,7 +52,6 @@ def make_student(teacher: nn.Module, sizes: dict[str, StudentSize], rows: Any, i
 
 def make_dual_student(teacher: nn.Module, layers: dict[str, Sequence[int]], intermediate_sizes: dict[str, int]) -> nn.Module:
     """A student with only the teacher's `layers` of "vision" and "language", and so many neurons in their FFNs.
-
     Weights are inherited (TinyCLIP, arXiv:2309.12314), of the neurons those with the largest; the width stays. UserError for
     what the teacher lacks.
     """

@@ -9,10 +9,9 @@ from tqdm.auto import tqdm
 
 from mmrecipes import quiet
 from mmrecipes.data.datasets import majority_floor
-from mmrecipes.errors import ParityError
 from mmrecipes.evaluate.statistics import Share, wilson
 from mmrecipes.inference.exported import Exported
-from mmrecipes.models.prompts import Rows, batch_inputs, chat_prompts, teacher_forced
+from mmrecipes.models.prompts import Rows, batch_inputs, chat_prompts, greedy, teacher_forced
 
 
 @dataclass(frozen=True)
@@ -31,15 +30,12 @@ def answer_tokens(
     model: nn.Module, images: Sequence, questions: Sequence, batch_size: int = 50, max_new_tokens: int = 8, progress: bool = True
 ) -> list[list[int]]:
     """Token ids of greedy answers, at most `max_new_tokens` each, the end of sequence included where the model stopped.
-    `progress` shows a bar, unless bars are switched off. Raises ParityError when the logits of the first batch are not finite."""
+    `progress` shows a bar, unless bars are switched off. Raises as `models.prompts.greedy`."""
     texts, stop, found = chat_prompts(model.processor, questions), eos_token_ids(model), []
     hidden = quiet.progress_hidden() or not progress
     for i in tqdm(range(0, len(texts), batch_size), disable=hidden, desc="answering", leave=False):
         inputs = batch_inputs(model, images[i : i + batch_size], texts[i : i + batch_size])
-        if i == 0 and not torch.isfinite(model(**inputs).logits).all():
-            raise ParityError("the model's logits are not finite: it is broken, not lossy; check the step that made it")
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        for answer in ids[:, inputs["input_ids"].shape[1] :].tolist():
+        for answer in greedy(model, inputs, max_new_tokens).tolist():
             end = next((k + 1 for k, token in enumerate(answer) if token in stop), len(answer))
             found.append(answer[:end])
     return found

@@ -2,14 +2,7 @@
 
 from mmrecipes.lazy import lazy_exports
 
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "flops": "roofline stage_budget",
-        "machine": "environment machine_peaks",
-        "memory": "peak_memory",
-        "process": "peak_mb profile_exported time_generation",
-        "size": "disk_bytes model_bytes parameters",
-        "timing": "STAGES cast clock latency wall",
-    },
-)
+_names = {"flops": "roofline stage_budget", "machine": "environment machine_peaks", "memory": "peak_memory"}
+_names |= {"process": "peak_mb profile_exported time_generation", "size": "disk_bytes model_bytes parameters"}
+_names |= {"timing": "STAGES cast clock latency wall"}
+__getattr__, __dir__, __all__ = lazy_exports(__name__, _names)

@@ -16,14 +16,19 @@ BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}  # a weight; scales
 
 def stage_budget(model: nn.Module, inputs: Mapping, new_tokens: int = 8) -> list[dict]:
     """Rows of stage, ms, share (of the total), calls, tokens, weight_bytes (read, all calls), gflop, gflop_per_s.
-    Decode is the sum over `new_tokens` tokens. Vision's tokens are its output positions. Median of three runs.
+    Decode is the sum over `new_tokens` tokens. Vision's tokens are its output positions. Median of three runs. GFLOP are
+    NaN, counts 0, where torch's counter fails.
     >>> [row["stage"] for row in stage_budget(model, inputs, 1)]
     ['vision', 'connector', 'prefill', 'decode']
     """
     own = cast(model, inputs)
     found = interleaved({"": lambda: walk_stages(model, own, new_tokens, clock)}, repeats=3, warmup=1)[""]
     ms, rows = {stage: t["median"] for stage, t in found.items()}, []
-    for stage, (flop, _, size, calls, tokens) in _work(model, own, new_tokens).items():
+    try:
+        work = _work(model, own, new_tokens)
+    except Exception:  # torch's counter, or what it meets in a model that does something unusual
+        work = {stage: (float("nan"), 0, 0, 0, 0) for stage in ms if ms[stage]}
+    for stage, (flop, _, size, calls, tokens) in work.items():
         row = {"stage": stage, "ms": ms[stage], "share": ms[stage] / sum(ms.values()), "calls": int(calls), "tokens": int(tokens)}
         rows.append(row | {"weight_bytes": int(size), "gflop": flop / 1e9, "gflop_per_s": flop / ms[stage] / 1e6})
     return rows
@@ -80,12 +85,16 @@ def _work(model: nn.Module, inputs: dict, new_tokens: int) -> dict[str, tuple]:
     watched = [m for m in model.modules() if held[m] or m in stages]
     hooks = [m.register_forward_pre_hook(lambda m, _: begun.update({m: counter.get_total_flops()})) for m in watched]
     hooks += [m.register_forward_hook(after) for m in watched]
+    # the counter asks for the gradient of a parameter that a module gets as its input (Idefics2), and there is none
+    learning = [p.requires_grad_(False) for p in model.parameters() if p.requires_grad]
     try:
         with counter:
             done = walk_stages(model, inputs, new_tokens, lambda: counts + np.array([counter.get_total_flops(), 0, 0, 0, 0]))
     finally:
         for hook in hooks:
             hook.remove()
+        for p in learning:
+            p.requires_grad_()
     done["prefill"][3:] = 1, inputs["input_ids"].numel()
     done["decode"][3:] = new_tokens, new_tokens * len(inputs["input_ids"])
     return {stage: tuple(v.tolist()) for stage, v in done.items() if np.any(v)}

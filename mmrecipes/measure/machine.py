@@ -35,21 +35,15 @@ def environment() -> dict:
     for limit in map(Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")):  # a container's share
         if limit.exists() and (text := limit.read_text().strip()).isdigit():
             memory = min(memory, int(text))
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "cpu": first.get("model name") or platform.processor() or platform.machine(),
-        "physical_cores": psutil.cpu_count(logical=False),
-        "logical_cores": psutil.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capabilities": ["neon" if c == "asimd" else c for c in CAPABILITIES if c in flags],
-        "torch_capability": torch.backends.cpu.get_cpu_capability(),
-        "memory_gb": round(memory / 1e9, 1),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": importlib.metadata.version("transformers"),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
+    found = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
+    found["cpu"] = first.get("model name") or platform.processor() or platform.machine()
+    found |= {"physical_cores": psutil.cpu_count(logical=False), "logical_cores": psutil.cpu_count()}
+    found["threads"] = torch.get_num_threads()
+    found["capabilities"] = ["neon" if c == "asimd" else c for c in CAPABILITIES if c in flags]
+    found |= {"torch_capability": torch.backends.cpu.get_cpu_capability(), "memory_gb": round(memory / 1e9, 1)}
+    found |= {"python": platform.python_version(), "torch": torch.__version__}
+    found["transformers"] = importlib.metadata.version("transformers")
+    return found | {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
 def commit() -> str | None:
@@ -102,12 +96,7 @@ def machine_peaks(seconds: float = 0.15, device: str = "cpu") -> dict:
             int8[name] = best(make)
     # parts of a buffer larger than the cache, each read in about a millisecond: the best one was not interrupted
     slices = torch.ones(64 * 2**20, device=device).view(16 if device == "cpu" else 1, -1)
-    return {
-        "fp32": best(partial(floats, torch.float32)),
-        "bf16": best(partial(floats, torch.bfloat16)),
-        "int8": max(int8.values(), default=0.0),
-        "int8_kernel": max(int8, key=int8.get, default=None),
-        "bandwidth": round(slices[0].nbytes / min(timed(part.sum) for _ in range(4) for part in slices) / 1e9, 2),
-        "threads": torch.get_num_threads(),
-        "device": device,
-    }
+    bandwidth = slices[0].nbytes / min(timed(part.sum) for _ in range(4) for part in slices) / 1e9
+    peaks = {name: best(partial(floats, dtype)) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+    peaks |= {"int8": max(int8.values(), default=0.0), "int8_kernel": max(int8, key=int8.get, default=None)}
+    return peaks | {"bandwidth": round(bandwidth, 2), "threads": torch.get_num_threads(), "device": device}

@@ -3,5 +3,5 @@
 from mmrecipes.lazy import lazy_exports
 
 __getattr__, __dir__, __all__ = lazy_exports(
-    __name__, dict.fromkeys(("batches", "cnn", "curriculum", "labels", "losses", "model", "siglip", "vlm"), "")
+    __name__, dict.fromkeys(("batches", "clevr", "cnn", "curriculum", "labels", "losses", "model", "siglip", "vlm"), "")
 )

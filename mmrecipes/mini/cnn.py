@@ -61,7 +61,6 @@ def cells(labels: np.ndarray | Tensor) -> np.ndarray | Tensor:
 
 def train_mini_cnn(out: Path, work: Path = Path("runs/mini-cnn"), config: TrainConfig = CONFIG) -> Path:
     """Train `mini-cnn` from nothing into directory `out`, with its log: minutes on two CPU cores. Returns `out`.
-
     A killed run goes on where its last checkpoint in `work` was. Raises UserError when `out` holds something that is not a model,
     before any work, and as `train.fit` does.
     """
@@ -87,7 +86,6 @@ def images(split: str, n: int) -> Tensor:
 
 def named(logits_of: Callable[[Tensor], Tensor], drawn: list[Scene], batch: int = 50) -> list[bool]:
     """For each object of the scenes: is the class that its cells vote for its own colour and shape?
-
     `logits_of` takes pixels (B, 3, 128, 128) in [-1, 1] and gives logits (B, 49, 8, 8): a model in any runtime.
     """
     right = []

@@ -37,7 +37,6 @@ class Probes(nn.Module):
 
     def places(self, hidden_states: Sequence[Tensor], is_image: Tensor, batch: ChatBatch) -> tuple[Tensor, dict[str, float]]:
         """Where things are, asked of the language model's hidden states (B, T, D): the sum of the losses, and how well it does.
-
         After layer 1 each patch must tell whether it holds the middle of an object (so that objects can be counted); after
         layer 2 each name whether its object is there, and its x and y; after layer 3 the token before the answer how far the
         last named object lies from the first.
@@ -83,7 +82,6 @@ def answer_loss(
     model: nn.Module, batch: ChatBatch, word_ids: Tensor, align: float, probes: Probes | None = None
 ) -> tuple[Tensor, dict[str, float]]:
     """Cross-entropy of the answers' tokens, in nats, with helpers -> loss, and the share of right answers per family.
-
     Added are `align` x the alignment of each visual token with the words for what it shows; with `probes`, what they and the
     supervised attention heads miss; and their patch loss where the vision encoder learns.
     """
@@ -130,7 +128,6 @@ def name_positions(batch: ChatBatch) -> tuple[Tensor, Tensor, Tensor]:
 
 def attention_supervision(run: LanguagePass, is_image: Tensor, batch: ChatBatch) -> tuple[Tensor, dict[str, float]]:
     """Seven attention heads are told where to look (attention supervision, as in Qiao et al. 2018, arXiv:1709.06308).
-
     Returns the sum of the mean negative log shares, and how much of the attention each head puts where it should.
     """
     before, first, last = name_positions(batch)

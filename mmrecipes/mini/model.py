@@ -9,6 +9,7 @@ from mmrecipes.data import families, scenes
 from mmrecipes.data.families import FAMILIES
 from mmrecipes.data.scenes import ALPHABET, COLOURS, SHAPES, SIZES
 from mmrecipes.errors import UserError
+from mmrecipes.mini.clevr import sort_of_clevr
 from mmrecipes.models.loading import as_dtype, data_dir
 from mmrecipes.models.preflight import check_memory
 
@@ -50,7 +51,7 @@ def _text(n: int) -> Iterable[str]:
         asked = (families.ask(scene, family, seed) for family in FAMILIES)
         yield from (f"User:{q.text}\nAssistant: {q.answer}" for q in asked if q)
         yield f"{families.caption(scene, full=True)} {words}"
-        yield "\n".join(q.text for q in families.sort_of_clevr(seed)[1])
+        yield "\n".join(q.text for q in sort_of_clevr(seed)[1])
 
 
 def make_processor(tokenizer=None, side: int = IMAGE_SIZE):  # -> transformers.Idefics3Processor

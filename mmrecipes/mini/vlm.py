@@ -42,7 +42,6 @@ def train_mini_vlm(
     model: nn.Module | None = None,
 ) -> Path:
     """Train `mini-vlm` from nothing into directory `out`; a killed run goes on where its last checkpoint in `work` was.
-
     `model`, one of its class with four layers in its language model, is trained in place instead. Returns `out`. Raises
     UserError when `out` holds something that is not a model, before any work, and as `train.fit` does.
     """

@@ -1,5 +1,6 @@
 """Users' images in: any format PIL knows, refused in one line when it is broken, not one, or too large to decode."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from PIL import Image, ImageOps
 from mmrecipes.errors import UserError, one_line
 
 MAX_PIXELS = 100_000_000
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
 
 
 def load_image(source: str | Path | Image.Image) -> Image.Image:
@@ -47,7 +48,8 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
 
 
 def load_images(folder: str | Path) -> list[tuple[str, Image.Image]]:
-    """The images in `folder` itself, sorted by name: [(file name, RGB image)]. UserError if none, or one is bad.
+    """The images in `folder` itself, sorted by name: [(file name, RGB image)]. Warns of files that are images and cannot be
+    read, and leaves them out. UserError where none is left.
     >>> rows[0]["image"].save(folder / "a.png")
     >>> [name for name, _ in load_images(folder)]
     ['a.png']
@@ -56,6 +58,14 @@ def load_images(folder: str | Path) -> list[tuple[str, Image.Image]]:
     if not folder.is_dir():
         raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; give a folder of images")
     files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
-    if not files:
-        raise UserError(f"{folder}: no images in it; put PNG, JPEG or WebP files there")
-    return [(f.name, load_image(f)) for f in files]
+    found, skipped = [], []
+    for file in files:
+        try:
+            found.append((file.name, load_image(file)))
+        except UserError as e:
+            skipped.append(str(e))
+    if not found:
+        raise UserError(skipped[0] if skipped else f"{folder}: no images in it; put PNG, JPEG or WebP files there")
+    if skipped:
+        warnings.warn(f"{len(skipped)} of {len(files)} images are left out: {'; '.join(skipped[:5])}", stacklevel=2)
+    return found

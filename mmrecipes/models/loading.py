@@ -42,7 +42,7 @@ def load(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """The Hugging Face model itself, in eval mode, its processor attached as `model.processor`.
+    """The Hugging Face model itself, in eval mode, with `processor`, and `saved_dtype`, which config.json names, as attributes.
     `name` is a house model (see HOUSE), a local directory or a hub id; `revision` is for hub ids; `dtype` "auto" takes
     the one the weights were saved in. Code from the model's own directory runs only with `trust_remote_code`.
     Weights come from safetensors files, which cannot run code. Raises UserError for anything missing, broken, misfitting, not
@@ -76,7 +76,7 @@ def load(
         if p.is_floating_point() and p.element_size() > 1 and not torch.isfinite(p.sum(dtype=torch.float32)):
             raise UserError(f"{path}: the weights are damaged ({key} is not finite); get a fresh copy")
     parts(model)  # refuses what is not multimodal
-    model.processor = processor
+    model.processor, model.saved_dtype = processor, config.get("dtype", config.get("torch_dtype"))
     return model.to(device).eval()
 
 

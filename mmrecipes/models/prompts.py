@@ -1,5 +1,6 @@
 """Images and questions as a model's inputs: one chat turn, or batches with their answers."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mmrecipes.errors import UserError, one_line
+from mmrecipes.errors import ParityError, UserError, one_line
 from mmrecipes.models.images import load_image
 from mmrecipes.models.modules import parts
 
@@ -25,15 +26,16 @@ def chat_prompts(processor: "ProcessorMixin", questions: Sequence[str], with_ima
     >>> chat_prompts(model.processor, ["What is {}?"])[0].endswith("What is {}?<end_of_utterance>\\nAssistant:")
     True
     """
-    token = getattr(processor, "image_token", None)
-    if with_image and token and (bad := [q for q in questions if token in q]):
-        raise UserError(f"{bad[0]!r:.80}: contains {token}, which stands for an image; ask without it")
     turns = [[{"role": "user", "content": _content(processor, int(with_image), q)}] for q in questions]
     return [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
 
 
 def _content(processor: "ProcessorMixin", n_images: int, question: str) -> list[dict] | str:
-    """The content of a turn: places for images, then the question; a string where the template takes only strings."""
+    """The content of a turn: places for images, then the question; a string where the template takes only strings. UserError
+    for a question with the image token."""
+    token = getattr(processor, "image_token", None)
+    if n_images and token and token in question:
+        raise UserError(f"{question!r:.80}: contains {token}, which stands for an image; ask without it")
     content = [{"type": "image"}] * n_images + [{"type": "text", "text": question}]
     try:
         if "{'type'" not in processor.apply_chat_template([{"role": "user", "content": content}]):
@@ -83,7 +85,7 @@ def teacher_forced(model: nn.Module, rows: Rows, batch_size: int = 50) -> Iterat
 
 def chat(model: nn.Module, images: Image.Image | str | Path | list | None, question: str) -> Mapping[str, Tensor]:
     """Inputs of one turn, images first, then the question, on the model's device, pixels in its dtype. None: no image.
-    Raises UserError for a model that does not chat, a processor without chat template, and a prompt refused or too long.
+    Warns of images that show nothing. UserError for a model that does not chat, no chat template, a prompt refused or too long.
     >>> sorted(chat(model, rows[0]["image"], "What is there?"))
     ['attention_mask', 'input_ids', 'pixel_attention_mask', 'pixel_values']
     """
@@ -94,9 +96,13 @@ def chat(model: nn.Module, images: Image.Image | str | Path | list | None, quest
     if not getattr(model.processor, "chat_template", None):
         raise UserError(f"{model.name_or_path or type(model).__name__}: it has no chat template; add chat_template.jinja")
     images = images if isinstance(images, list | tuple) else [] if images is None else [images]
+    images = [load_image(i) for i in images]
+    for w, h in (i.size for i in images):
+        if min(w, h) < 8 or max(w, h) > 50 * min(w, h):
+            warnings.warn(f"an image of {w} x {h} px shows nothing, too small or narrow: answers are guesses", stacklevel=2)
     turn = {"role": "user", "content": _content(model.processor, len(images), question)}
     text = model.processor.apply_chat_template([turn], add_generation_prompt=True)
-    inputs = batch_inputs(model, [[load_image(i) for i in images]] if images else None, [text])
+    inputs = batch_inputs(model, [images] if images else None, [text])
     length, most = inputs["input_ids"].shape[1], getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most and length >= most:
         raise UserError(f"the prompt has {length} tokens, and the model takes {most}: shorten it")
@@ -104,11 +110,48 @@ def chat(model: nn.Module, images: Image.Image | str | Path | list | None, quest
 
 
 @torch.inference_mode()
+def greedy(model: nn.Module, inputs: Mapping[str, Tensor], max_new_tokens: int) -> Tensor:
+    """Token ids (B, new) of greedy answers. Raises ParityError that names the first module whose output is not finite when logits
+    are not, and UserError where parts of several dtypes meet."""
+
+    def finite(_: Tensor, logits: Tensor) -> Tensor:
+        if not (logits < torch.inf).all():  # NaN is not; -inf is a token that is ruled out
+            where = first_not_finite(model, inputs) or "its head"
+            cure = "fp16 ends at 65504, load bf16" if model.dtype == torch.float16 else "check the step that made it"
+            raise ParityError(f"the model's logits are not finite: it is broken, not lossy; first in {where}: {cure}")
+        return logits
+
+    try:
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, logits_processor=[finite])
+    except RuntimeError as e:
+        dtypes = {name: {str(p.dtype) for p in m.parameters() if p.is_floating_point()} for name, m in parts(model).items()}
+        if len(set().union(*dtypes.values())) < 2 or "type" not in str(e):
+            raise
+        raise UserError(f"parts of several dtypes meet ({dtypes}: {one_line(e, 80)}); load the model with one dtype") from e
+    return ids[:, inputs["input_ids"].shape[1] :]
+
+
+@torch.no_grad()
+def first_not_finite(model: nn.Module, inputs: Mapping[str, Tensor]) -> str | None:
+    """The name of the first module whose output is not finite when `model` runs on `inputs`; None if all are."""
+    bad: list[str] = []
+
+    def see(name: str, out: object) -> None:
+        tensors = out if isinstance(out, tuple | list) else [out]
+        bad.extend(name for t in tensors if isinstance(t, Tensor) and not torch.isfinite(t).all())
+
+    hooks = [m.register_forward_hook(lambda _, __, out, name=name: see(name, out)) for name, m in model.named_modules()]
+    model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return next(iter(bad), None)
+
+
+@torch.inference_mode()
 def ask(model: nn.Module, image: Image.Image | str | Path | list | None, question: str, max_new_tokens: int = 16) -> str:
-    """The model's answer to `question` about `image`, decoded greedily, without special tokens, stripped.
+    """The model's answer to `question` about `image`, decoded greedily, without special tokens, stripped. Raises as `greedy`.
     >>> ask(model, rows[0]["image"], rows[0]["question"]) == rows[0]["answer"]
     True
     """
-    inputs = chat(model, image, question)
-    ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-    return model.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    ids = greedy(model, chat(model, image, question), max_new_tokens)[0]
+    return model.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()

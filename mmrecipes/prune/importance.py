@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmrecipes.errors import UserError
 from mmrecipes.models.modules import attention, ffn, head_dim, layers
 from mmrecipes.models.prompts import Rows, teacher_forced
 from mmrecipes.quantize.calibration import watched
@@ -11,7 +12,6 @@ from mmrecipes.quantize.calibration import watched
 
 def taylor_importance(model: nn.Module, rows: Rows, batch_size: int = 10) -> dict[str, dict[str, Tensor]]:
     """How much the loss of the right answers would change, to first order, were a structure cut: |activation x gradient|.
-
     For each part: "neurons" (L, F), "heads" (L, H), "layers" (L,) and "hidden" (D,), means over `rows` (arXiv:1611.06440;
     of heads: arXiv:1905.10650).
     """
@@ -53,19 +53,24 @@ def taylor_importance(model: nn.Module, rows: Rows, batch_size: int = 10) -> dic
 
 @torch.no_grad()
 def magnitude_importance(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """The same shapes as `taylor_importance`, from the weights alone: the norm of all weights that would go with a structure."""
+    """The same shapes as `taylor_importance`, from the weights alone: the norm of all weights that would go with a structure.
+    Without "heads" and "hidden" where queries, keys and values are not told apart (Qwen-VL's vision encoder)."""
     scores = {}
     for part, stack in layers(model).items():
         size, neurons, heads, hidden = head_dim(model, part), [], [], 0.0
         for layer in stack:
             into, out = ffn(layer)
-            q, k, v, o = attention(layer)
             neurons.append(sum(m.weight.square().sum(1) for m in into) + out.weight.square().sum(0))
+            try:
+                q, k, v, o = attention(layer)
+            except UserError:
+                continue
             heads.append((q.weight.square().sum(1) + o.weight.square().sum(0)).unflatten(0, (-1, size)).sum(1))
             hidden += sum(m.weight.square().sum(0) for m in (*into, q, k, v))
             hidden += sum(m.weight.square().sum(1) for m in (o, out))
         whole = torch.stack([sum(p.square().sum() for p in layer.parameters()) for layer in stack])
-        squares = {"neurons": torch.stack(neurons), "heads": torch.stack(heads), "layers": whole, "hidden": hidden}
+        squares = {"neurons": torch.stack(neurons), "layers": whole}
+        squares |= {"heads": torch.stack(heads), "hidden": hidden} if heads else {}
         scores[part] = {kind: total.sqrt() for kind, total in squares.items()}
     return scores
 

@@ -73,7 +73,6 @@ def slice_language(model: nn.Module, size: int, rows: Rows) -> nn.Module:
 @torch.no_grad()
 def slice_vision(model: nn.Module, size: int, rows: Rows) -> nn.Module:
     """A copy whose vision encoder has hidden size `size`, in as many heads as before, each of fewer channels.
-
     Heads are narrowed by low-rank approximation of Q^T K and O V. UserError for another encoder or an uneven size.
     """
     whole, heads = config_of(model, "vision").hidden_size, config_of(model, "vision").num_attention_heads

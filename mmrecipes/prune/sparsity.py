@@ -62,7 +62,6 @@ def wanda_prune(weight: Tensor, hessian: Tensor, sparsity: Sparsity) -> Tensor:
 
 def sparsegpt_prune(weight: Tensor, hessian: Tensor, sparsity: Sparsity, bits: int | None = None) -> Tensor:
     """`weight` (out, in) pruned by SparseGPT (arXiv:2301.00774). `hessian` is H (in, in).
-
     With `bits` (4 or 8), the weight was rounded in groups of 32 before: what remains stays on its quantization levels.
     """
     block = pattern(sparsity, weight.shape[1])[1] if isinstance(sparsity, str) else BLOCK

@@ -33,7 +33,6 @@ def keep_layers(model: nn.Module, part: str, keep: Sequence[int]) -> nn.Module:
 @torch.no_grad()
 def keep_ffn_neurons(model: nn.Module, keep: Mapping[str, Sequence[Sequence[int]]], rows: Rows | None = None) -> nn.Module:
     """A copy whose FFNs keep only the neurons `keep` {part: a list of indices for each layer, all of one length}.
-
     With calibration `rows`, `refit` lets what is left compensate what is gone. Raises UserError for lists of several lengths.
     """
     small, config = clone(model), copy.deepcopy(model.config)
@@ -41,6 +40,8 @@ def keep_ffn_neurons(model: nn.Module, keep: Mapping[str, Sequence[Sequence[int]
     for part, lists in keep.items():
         if len(counts := {len(kept) for kept in lists}) != 1:
             raise UserError(f"keep_ffn_neurons: {sorted(counts)} neurons in the {part} layers; config.json has one number")
+        if len(lists) != (depth := len(layers(small)[part])):
+            raise UserError(f"keep_ffn_neurons: {len(lists)} lists for the {depth} {part} layers; give one a layer")
         neurons |= zip(layers(small)[part], lists, strict=True)
         config_of(config, part).intermediate_size = len(lists[0])
     _refit_(small, {ffn(layer)[1]: kept for layer, kept in neurons.items()}, rows)
@@ -53,7 +54,6 @@ def keep_ffn_neurons(model: nn.Module, keep: Mapping[str, Sequence[Sequence[int]
 @torch.no_grad()
 def keep_heads(model: nn.Module, keep: Sequence[Sequence[int]], rows: Rows | None = None) -> nn.Module:
     """A copy whose language layers keep only the query heads `keep`, a list for each layer; `rows` as in `keep_ffn_neurons`.
-
     Of query heads that share a key and value head, each group keeps as many, or goes whole: UserError for other choices.
     """
     small, config, size = clone(model), copy.deepcopy(model.config), head_dim(model, "language")
@@ -80,7 +80,6 @@ def keep_heads(model: nn.Module, keep: Sequence[Sequence[int]], rows: Rows | Non
 @torch.no_grad()
 def keep_hidden_channels(model: nn.Module, part: str, channels: Sequence[int], heads: Sequence[Sequence[int]] = ()) -> nn.Module:
     """A copy whose hidden states in `part` keep only `channels`: embeddings, norms, every layer, and the connector.
-
     A vision encoder's config ties heads to the hidden size: each layer keeps as many channels in `heads`. Idefics3's connector
     reads s x s patches at once and loses a channel s x s times. UserError when heads and channels do not agree.
     """

@@ -63,7 +63,6 @@ def embed(model: nn.Module, inputs: Mapping, merge: float = 0.0) -> tuple[Tensor
 
 def received(block: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, asking: Tensor) -> Tensor:
     """Attention that each token gets in decoder layer `block`, mean of its heads, the most that one of `asking` gives: (B, T).
-
     `x` (B, T, D) goes into the layer, `keys` (B, H, T, d) are what it left in the cache, `asking` (A,) are positions.
     """
     from transformers.models.llama.modeling_llama import rotate_half
@@ -138,7 +137,6 @@ def prefill(
     model: nn.Module, inputs: Mapping, keep: float = 0.5, layer: int = 2, how: str = "attention", merge: float = 0.0
 ) -> Prefilled:
     """Read prompts of one length, dropping visual tokens: layers before `layer` see them all, the others a share `keep`.
-
     Ranked by the "attention" of the prompt's last token in the layer before (FastV, arXiv:2403.06764); "question": the most that
     any token after the image gave; "words": `likeness` to those; "distinct": `distinctness`; "random"; "uniform". `merge`: as in
     `features`. UserError for options or a model that do not fit.

@@ -12,7 +12,6 @@ from mmrecipes.models.modules import clone, parts
 
 def match(metric: Tensor, r: int, fixed: int = 0) -> Tensor:
     """Where each token goes when `r` of them join their likes: (B, N, D) -> (B, N), numbers below N - r.
-
     Bipartite soft matching (ToMe, arXiv:2210.09461): of pairs of an even token with its nearest odd one, by cosine, the `r`
     best merge, half of all tokens at most. The first `fixed` (a class token) stay alone.
     """
@@ -51,7 +50,6 @@ def merged_layer(layer: nn.Module, x: Tensor, size: Tensor, r: int, fixed: int =
 
 def merged_vision(model: nn.Module, pixels: Tensor, merge: float) -> Tensor:
     """Patches (images, N, D) as the connector wants them, from `pixels` (images, 3, H, W), a share `merge` merged on the way.
-
     Early layers merge more, as that saves more. At the end each patch gets a copy of its token. UserError for another encoder.
     """
     encoder = parts(model)["vision"]

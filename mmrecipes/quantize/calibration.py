@@ -32,7 +32,6 @@ def input_hessians(
     model: nn.Module, rows: Rows, names: list[str], balance: bool = False, batch_size: int = 25
 ) -> dict[str, Tensor]:
     """H (in, in), float32, of each named linear layer's inputs, over all tokens of `rows` (image, question, answer).
-
     With `balance`, the image tokens weigh as much in all as the text tokens where both flow, though most of a VLM's prompt is
     image. Padding never counts. Raises UserError when nothing flows through a layer.
     """
@@ -60,7 +59,6 @@ def calibrate(
     model: nn.Module, rows: Rows, bits: Any, method: Callable = gptq_round, group_size: int | None = None, balance: bool = False
 ) -> nn.Module:
     """A copy with every linear weight changed by `method(weight, hessian, bits, group_size)`, block after block.
-
     Each block is calibrated on `rows` behind those already changed. `bits`: what `method` takes, or {layer's name: that}.
     """
     small = clone(model)

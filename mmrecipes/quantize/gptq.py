@@ -21,7 +21,6 @@ def check_hessian(weight: Tensor, hessian: Tensor) -> None:
 
 def column_sweep(weight: Tensor, hessian: Tensor, change: Change, damp: float = 0.01) -> Tensor:
     """`weight` (out, in) with each column i replaced by `change(weight so far, i, factor)`, first to last.
-
     The columns after it compensate its error (Hassibi and Stork 1992). `factor` (in, in) is the upper Cholesky factor of the
     inverse of H, damped by `damp` of its mean diagonal (GPTQ, arXiv:2210.17323). UserError as `check_hessian`.
     """
@@ -39,7 +38,6 @@ def column_sweep(weight: Tensor, hessian: Tensor, change: Change, damp: float = 
 
 def round_columns(weight: Tensor, importance: Tensor, bits: int, group_size: int | None, zeros: Tensor | None = None) -> Change:
     """For `column_sweep`: round to `bits` bits, with the best scale of each group for `importance` (in,) of its inputs.
-
     The scale is chosen when the group's first column comes. `zeros` (out, in): what is or becomes zero. UserError as `grouped`.
     """
     size = grouped(weight, group_size).shape[1]
@@ -67,7 +65,6 @@ def gptq_round(weight: Tensor, hessian: Tensor, bits: int, group_size: int | Non
 
 def awq_round(weight: Tensor, hessian: Tensor, bits: int, group_size: int | None = None) -> Tensor:
     """`weight` (out, in) rounded by AWQ (arXiv:2306.00978): inputs with large activations get finer quantization levels.
-
     The inputs' scales are folded back into the weight; a runtime would fold them into the layer before. Errors: `gptq_round`'s.
     """
     check_hessian(weight, hessian)

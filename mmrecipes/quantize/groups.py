@@ -29,7 +29,6 @@ def fake_quantize(w: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 def best_scale(rows: Tensor, bits: int, importance: Tensor | None = None, signs: tuple[int, ...] = (1, -1)) -> Tensor:
     """The scale (N, 1) of each of `rows` (N, G) with the least squared error, weighted by `importance` (G,) or (N, G).
-
     Tries clipping ratios and both signs: levels reach one further on the negative side. UserError for fewer than 2 bits.
     """
     if bits < 2:
@@ -46,7 +45,6 @@ def best_scale(rows: Tensor, bits: int, importance: Tensor | None = None, signs:
 
 def pack(weight: Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """`weight` (out, in) as unsigned integers and scales: (out, groups, 32 * bits / 8) uint8, (out, groups) float32.
-
     ONNX Runtime's layout: a weight is its integer, less 2^(bits - 1), times its group's scale. UserError for bits not 4 or 8.
     """
     if bits not in (4, 8):

@@ -97,7 +97,6 @@ def greedy(costs: Sequence[Cost], budget: int) -> dict[str, int]:
 
 def knapsack(costs: Sequence[Cost], budget: int, slots: int = 4000) -> dict[str, int]:
     """{unit: bits} of at most `budget` bytes with the least sum of losses, up to bytes counted in 1/`slots` of it.
-
     Multiple-choice knapsack by dynamic programming. Assumes that losses add up: roughly so where they are small.
     """
     table, slot = _table(costs), budget / slots

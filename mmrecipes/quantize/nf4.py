@@ -1,6 +1,7 @@
 """A checkpoint that transformers loads by itself: 4-bit NormalFloat of bitsandbytes, the rest in bf16."""
 
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from mmrecipes.models.modules import linears
 from mmrecipes.models.processors import load_processor
 
 BLOCK = 64  # weights that share a scale; the scales are packed to 8 bits themselves ("double quantization")
+OUTPUTS = 32  # that bitsandbytes' kernel for CPUs with AVX512-BF16 takes at once ("N must be divisible by block_n")
 
 
 def nf4_rounded(weight: Tensor) -> Tensor:
@@ -29,10 +31,15 @@ def nf4_bytes(weight: Tensor) -> int:
 
 
 def write_nf4(model: nn.Module, four: set[str], folder: Path) -> None:
-    """Save `model` to `folder`: linear layers in `four` as NF4, all else in bf16, its processor beside it. Raises UserError."""
+    """Save `model` to `folder`: linear layers in `four` as NF4, all else in bf16, its processor beside it. Raises UserError.
+    Layers of `four` that are not in `can_nf4` stay in bf16, with a warning."""
     from transformers import BitsAndBytesConfig
 
     require("accelerate", "bitsandbytes")
+    if odd := sorted(four - can_nf4(model)):
+        cannot = f"no multiple of {BLOCK} inputs and {OUTPUTS} outputs, which the kernels need"
+        warnings.warn(f"{len(odd)} layers stay in bf16, such as {odd[0]}: {cannot}", stacklevel=2)
+    four = four - set(odd)
     skipped = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in four]  # transformers skips no other
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
     config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped, **nf4)
@@ -57,8 +64,8 @@ def load_nf4(folder: Path) -> nn.Module:
 
 
 def can_nf4(model: nn.Module) -> set[str]:
-    """Names of the linear layers whose inputs divide into NF4's blocks."""
-    return {name for name, layer in linears(model) if layer.in_features % BLOCK == 0}
+    """Names of the linear layers whose inputs divide into NF4's blocks, and their outputs into the kernel's."""
+    return {n for n, layer in linears(model) if layer.in_features % BLOCK == 0 and layer.out_features % OUTPUTS == 0}
 
 
 def _from(folder: Path, **options) -> nn.Module:

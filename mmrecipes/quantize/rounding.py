@@ -14,7 +14,6 @@ from mmrecipes.quantize.groups import best_scale, fake_quantize, grouped
 
 def round_to_nearest(weight: Tensor, bits: int, per: str = "channel", group_size: int = 32) -> Tensor:
     """`weight` (out, in, ...) rounded to `bits` bits (2 to 8), symmetric, and back: what a quantized layer computes with.
-
     One scale a "tensor", an output "channel", or a "group" of `group_size` inputs. UserError for others, and as `grouped`.
     """
     if not 2 <= bits <= 8:
@@ -41,7 +40,6 @@ def bf16(model: nn.Module) -> nn.Module:
 
 def dynamic_int8(model: nn.Module) -> nn.Module:
     """int8 weights (a scale an output channel) and activations quantized on the fly, in every linear layer, on the CPU.
-
     `quantize_dynamic` is deprecated but still the quickest eager int8 (FBGEMM, arXiv:2101.05615). UserError unless float32.
     The output projection of `nn.MultiheadAttention` stays: its weight is read past the layer, and a packed one is no tensor.
     """

@@ -111,7 +111,6 @@ class SingleOutput(nn.Module):
 
 def pt2e(model: nn.Module, images: Tensor, batch_size: int = 32, reduce_range: bool | None = None) -> nn.Module:
     """`model` exported with quantize and dequantize operators (uint8 activations, int8 weights), for torch.compile on x86.
-
     `reduce_range` leaves a bit of the activations free, as CPUs without VNNI need; None looks at this CPU.
     """
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e

@@ -110,7 +110,6 @@ def check_parity(
     model: torch.nn.Module, simulated: torch.nn.Module, inputs: list[dict[str, torch.Tensor]], tolerance: float = 0.15
 ) -> float:
     """Relative error of `model`'s last logits to those of `simulated`, the same arithmetic done slowly in float32.
-
     The median over `inputs` (what a processor returns, one a question): a value that rounds to the other side may throw one.
     A model that loses accuracy passes, as its simulation loses it too; one that computes something else raises ParityError.
     """
@@ -140,7 +139,6 @@ def compare(
     **variants: torch.nn.Module | Exported,
 ) -> Comparison:
     """Measure every model (name=model; the first, a PyTorch model, is the baseline) on the same questions.
-
     `rows` defaults to the first `n` of the committed test split; without an `answer` column agreement with the first
     model is measured instead of accuracy. A variant that would need more than `seconds` answers fewer questions, its n
     shown. `simulated` gives, for a variant that runs on other kernels, a simulation of the same arithmetic: a variant that

@@ -21,6 +21,7 @@ from mmrecipes.export import pipeline
 from mmrecipes.inference.backends import PACKAGES
 from mmrecipes.measure import machine, size, timing
 from mmrecipes.models import modules as models_modules
+from mmrecipes.models import prompts
 from mmrecipes.quantize import nf4, rounding
 from mmrecipes.report import plain
 
@@ -127,6 +128,7 @@ def examine(model: nn.Module, inputs: Mapping) -> Diagnosis:
     with torch.no_grad(), _hooks(model, watch, tokens), operators, watch:
         model(**inputs)
     findings = [*_direct_reads(model, watch), *_foreign(operators), *norms(model), *odd_groups(model), *_dtypes(model)]
+    findings += _overflows(model, inputs)
     capabilities = machine.environment()["capabilities"]
     return Diagnosis(size.parameters(model), findings, _verdicts(model, tokens, findings), capabilities, exports(model))
 
@@ -209,6 +211,16 @@ def _dtypes(model: nn.Module) -> Iterator[Finding]:
     elif "float32" not in found:
         what = f"they are {next(iter(found))}; eager int8 starts from float32"
         yield Finding("dynamic int8", "parameters", what, "load with dtype=torch.float32")
+
+
+def _overflows(model: nn.Module, inputs: Mapping) -> Iterator[Finding]:
+    """Where outputs are not finite: as loaded, and in fp16 where the checkpoint was saved in that."""
+    if where := prompts.first_not_finite(model, inputs):
+        yield Finding("all", where, f"its output is not finite in {model.dtype}", "load it in bfloat16, or mend its weights")
+    elif getattr(model, "saved_dtype", None) == "float16":
+        half = models_modules.clone(model).half()
+        if where := prompts.first_not_finite(half, timing.cast(half, inputs)):
+            yield Finding("fp16", where, "its output is not finite: fp16 ends at 65504", "load it in bfloat16")
 
 
 def _verdicts(model: nn.Module, tokens: dict[str, list[int]], findings: list[Finding]) -> list[Verdict]:

@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import nn
 
 from mmrecipes.data import datasets
-from mmrecipes.errors import UserError
+from mmrecipes.errors import UserError, one_line
 from mmrecipes.export import pipeline
 from mmrecipes.inference.exported import load_exported
 from mmrecipes.measure import flops, machine, size
@@ -19,7 +19,7 @@ from mmrecipes.models.prompts import Rows
 from mmrecipes.models.saving import written_aside
 from mmrecipes.quantize import mixed_precision, rounding
 from mmrecipes.report import page
-from mmrecipes.report.comparison import Comparison, compare
+from mmrecipes.report.comparison import Comparison, check_parity, compare
 
 INT8, FOUR_BIT, TWO_BIT = "int8 dynamic", "4-bit exported", "2-bit simulated"
 GPTQ_PARAMETERS = 20e6  # of more GPTQ would take minutes
@@ -34,7 +34,6 @@ def run(
     console: Console | None = None,
 ) -> Comparison:
     """Print the tour to `console`, write it as a self-contained page to `out`, and return the comparison.
-
     With `folder`, a folder of images, `question` is asked of each, and agreement with the uncompressed model stands where
     accuracy stood. Raises UserError for anything that the user can mend, before any long work.
     """
@@ -50,15 +49,18 @@ def run(
     console.print(f"{counts.total() / 1e6:.1f} million parameters: {parts}")
 
     console.print("\n[bold]2. Where its time goes[/] (one image, one question)")
-    stages = flops.stage_budget(base, prompts.chat(base, rows[0]["image"], rows[0]["question"]))
+    probes = [prompts.chat(base, r["image"], r["question"]) for r in rows.select(range(min(7, len(rows))))]
+    stages = flops.stage_budget(base, probes[0])
     console.print(_stage_table(stages))
 
     console.print("\n[bold]3. Compress it[/]")
     with tempfile.TemporaryDirectory(prefix="mmrecipes-") as aside, console.status("exporting, answering, timing ..."):
-        variants, notes = _variants(base, sum(r["gflop"] for r in stages if r["stage"] != "decode"), Path(aside) / "model")
-        found = compare(rows, seconds=25, simulated={INT8: rounding.simulate_dynamic_int8(base)}, **variants)
+        gflop = sum(r["gflop"] for r in stages if r["stage"] != "decode")
+        variants, refused, notes = _variants(base, probes, gflop, Path(aside) / "model")
+        found = compare(rows, seconds=25, **variants)
         variants.clear()  # an open graph could keep its files from being removed
-    found.notes.extend(notes)
+    found.rows.extend({"name": f"{name}: refused", "predictions": []} for name in refused)
+    found.notes.extend([*notes, *(f"{name} refused: {why}" for name, why in refused.items())])
     console.print(_example_table(rows, found))
     console.print(found)
     console.print(f"\n{_conclusion(found)}", highlight=False)
@@ -90,23 +92,27 @@ def _rows(folder: Path | None, question: str | None, n: int) -> Rows:
     return datasets.image_rows(images.load_images(folder), question)
 
 
-def _variants(base: nn.Module, gflop: float, aside: Path) -> tuple[dict[str, Any], list[str]]:
-    """The model in five precisions, and notes on what is left out; `gflop` is the work up to the first token."""
-    variants, notes = {"fp32": base}, []
-    peak = machine.machine_peaks()["bf16"]
-    if gflop / peak < 10:
-        variants["bf16"] = rounding.bf16(base)
-    else:
+def _variants(base: nn.Module, probes: list, gflop: float, aside: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """The model in five precisions, {variant: why it is refused}, and notes; `gflop` is the work up to the first token, or NaN.
+    A variant that cannot be made, fails on the inputs `probes` or is broken is refused, and the others stay."""
+    variants, refused, notes, peak = {"fp32": base}, {}, [], machine.machine_peaks()["bf16"]
+    ways = {"bf16": rounding.bf16, INT8: rounding.dynamic_int8, FOUR_BIT: lambda model: _exported(model, aside)}
+    ways[TWO_BIT] = lambda model: rounding.simulate(model, 2, per="group")
+    if gflop / peak >= 10:
+        del ways["bf16"]
         notes.append(f"bf16 is left out: this CPU runs it at {peak:.1f} GFLOP/s, {gflop / peak:.0f} s an answer.")
-    variants[INT8] = rounding.dynamic_int8(base)
-    try:
-        variants[FOUR_BIT] = _exported(base, aside)
+    for name, way in ways.items():
+        try:
+            made = way(base)
+            if name != FOUR_BIT:  # which its export compares with its source
+                check_parity(made, rounding.simulate_dynamic_int8(base) if name == INT8 else made, probes)
+            variants[name] = made
+        except Exception as e:  # whatever the libraries raise
+            refused[name] = one_line(e)
+    if FOUR_BIT in variants:
         notes.append(f"{FOUR_BIT}: ONNX Runtime, in a process of its own without PyTorch.")
-    except (ImportError, UserError) as e:
-        notes.append(f"{FOUR_BIT} is left out: {e}")
-    variants[TWO_BIT] = rounding.simulate(base, 2, per="group")
     notes.append(f"{TWO_BIT}: weights rounded but kept in floating point, so size and speed are those of fp32.")
-    return variants, notes
+    return variants, refused, notes
 
 
 def _exported(base: nn.Module, aside: Path):  # -> Exported
@@ -136,16 +142,17 @@ def _conclusion(found: Comparison) -> str:
 def _stage_table(stages: list[dict]) -> Table:
     table = Table("stage", *("ms", "share", "GFLOP", "GFLOP/s"))
     for row in stages:
-        rate = f"{row['gflop'] / row['ms'] * 1000:.0f}"
-        table.add_row(row["stage"], f"{row['ms']:.1f}", f"{row['share']:.0%}", f"{row['gflop']:.2f}", rate)
+        work = (f"{row['gflop']:.2f}", f"{row['gflop'] / row['ms'] * 1000:.0f}")
+        table.add_row(row["stage"], f"{row['ms']:.1f}", f"{row['share']:.0%}", *("-" if w == "nan" else w for w in work))
     return table
 
 
 def _example_table(rows: Rows, found: Comparison, count: int = 6) -> Table:
     """Questions, and every variant's answers; "=" where it is the first one's, so that the table fits 80 columns."""
-    table = Table("question", *(name.replace(" ", "\n") for name in [r["name"] for r in found.rows]), box=None, pad_edge=False)
+    answered = [r for r in found.rows if r["predictions"]]
+    table = Table("question", *(r["name"].replace(" ", "\n") for r in answered), box=None, pad_edge=False)
     for i in range(min(count, len(rows))):
-        first, *others = (_answer(r, i) for r in found.rows)
+        first, *others = (_answer(r, i) for r in answered)
         table.add_row(rows[i]["question"], first, *("=" if answer == first else answer for answer in others))
     return table
 
@@ -158,16 +165,8 @@ def _page(model_name: str, rows: Rows, stages: list[dict], found: Comparison) ->
     examples = []
     for i, row in enumerate(rows.select(range(min(8, len(rows))))):
         truth = row.get("answer") or _answer(found.rows[0], i)
-        lines = [(r["name"], _answer(r, i), _answer(r, i) != truth) for r in found.rows]
+        lines = [(r["name"], _answer(r, i), _answer(r, i) != truth) for r in found.rows if r["predictions"]]
         examples.append({"image": row["image"], "question": row["question"], "lines": lines})
-    return page.render(
-        "tour.html",
-        title="mmrecipes tour",
-        model=model_name,
-        hardware=page.hardware(found.environment),
-        conclusion=_conclusion(found),
-        examples=examples,
-        stages=[(r["stage"], f"{r['ms']:.1f}", f"{r['share']:.0%}") for r in stages],
-        comparison=found._repr_html_(),
-        plots=[found.plot(), found.plot("disk_mb")],
-    )
+    shown = {"title": "mmrecipes tour", "model": model_name, "hardware": page.hardware(found.environment), "examples": examples}
+    shown |= {"conclusion": _conclusion(found), "comparison": found._repr_html_(), "plots": [found.plot(), found.plot("disk_mb")]}
+    return page.render("tour.html", stages=[(r["stage"], f"{r['ms']:.1f}", f"{r['share']:.0%}") for r in stages], **shown)

@@ -60,7 +60,6 @@ def _example(name: str) -> str:
 
 def measured(source: Source, made: Path, verify: Evaluator, found: Mapping[str, Any]) -> dict[str, Any]:
     """Put example.py and an image into `made`, run it, and time original and result side by side.
-
     {"table": a Comparison of both, "times": milliseconds, "example": question and answer}
     """
     base, runtime, loss = source.model, source.runtime, found["loss"]

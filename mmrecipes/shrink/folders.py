@@ -2,8 +2,11 @@
 
 import functools
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from mmrecipes.data import datasets, scenes
 from mmrecipes.errors import UserError, one_line
@@ -59,7 +62,16 @@ def gather(side: int, calib: Path | None, images: Path | None, n: int) -> RowSet
     if other is None:
         other = _drawn("test", n, side)
         notes.append("verified on drawn scenes: images of your own, with --images, say more about your use")
+    if (seen := _span(calibrate) / max(_span(other), 1)) < 0.5:
+        notes.append(f"the images that calibrate span {seen:.0%} of the range of those that verify: too little; give others")
+        warnings.warn(notes[-1], stacklevel=2)
     return RowSets(calibrate, choose, other.select(range(min(n, len(other)))), notes)
+
+
+def _span(rows: Rows) -> float:
+    """How far the darkest and the brightest hundredth of the pixels of the first 64 rows lie apart, of 255."""
+    pixels = [np.asarray(image.convert("L").resize((64, 64))) for image in rows["image"][:64]]
+    return float(np.ptp(np.percentile(pixels, (1, 99))))
 
 
 def _drawn(split: str, n: int, side: int) -> Rows:
@@ -71,7 +83,6 @@ def _drawn(split: str, n: int, side: int) -> Rows:
 
 def read_folder(folder: Path) -> Rows:
     """RowSets of a folder of images: those of its questions.jsonl, or three general questions about each image.
-
     A line: {"image": "a.png", "question": "...", "answer": "..."}, the answer in all of them or in none. Raises UserError that
     names the line or the image.
     """

@@ -81,7 +81,6 @@ class Search:
 
 def run(request: Request, dry_run: bool = False, console: Console | None = None) -> dict[str, Any]:
     """Shrink a model as `request` says, and write it with its report to `request.out`; returns what report.json holds.
-
     With `dry_run` it stops before anything is written, and prints the plan and the predicted size. Raises UserError for what
     the user can mend, and where the loss is above what was allowed: then nothing is written.
     """

@@ -76,30 +76,15 @@ def write(made: Path, verify: Evaluator, found: dict[str, Any]) -> None:
     found["examples"] = _examples(made, verify, found)
     found["versions"] = {name: version for name in PACKAGES if (version := _version(name))}
     candidates, chosen = found["candidates"], found["chosen"]
-    content = {
-        "environment": found["table"].environment | {"versions": found["versions"]},
-        "request": {k: v if isinstance(v, int | float | None) else str(v) for k, v in vars(found["request"]).items()},
-        "verdict": verdict(found),
-        "measure": found["loss"].measure,
-        "loss": found["loss"],
-        "allowed_points": found["limit"],
-        "bytes": {
-            "float32": found["float_bytes"],
-            "predicted": candidates[chosen].bytes,
-            "files": {p.name: p.stat().st_size for p in sorted(made.iterdir()) if p.suffix in WEIGHT_FILES},
-            "all": found["bytes"],
-        },
-        "rows": found["table"].rows,
-        "times_ms": found["times"],
-        "data": found["rows"] | {"notes": found["notes"]},
-        "plan": candidates[chosen].plan,
-        "sensitivity": found["costs"],
-        "tried": candidates,
-        "findings": found["diagnosis"].findings,
-        "verdicts": found["diagnosis"].verdicts,
-        "answers": [{k: v for k, v in e.items() if k != "image"} for e in found["examples"]],
-        "example": found["example"],
-    }
+    request = {k: v if isinstance(v, int | float | None) else str(v) for k, v in vars(found["request"]).items()}
+    files = {p.name: p.stat().st_size for p in sorted(made.iterdir()) if p.suffix in WEIGHT_FILES}
+    sizes = {"float32": found["float_bytes"], "predicted": candidates[chosen].bytes, "files": files, "all": found["bytes"]}
+    content = {"environment": found["table"].environment | {"versions": found["versions"]}, "request": request}
+    content |= {"verdict": verdict(found), "measure": found["loss"].measure, "loss": found["loss"]}
+    content |= {"allowed_points": found["limit"], "bytes": sizes, "rows": found["table"].rows, "times_ms": found["times"]}
+    content |= {"data": found["rows"] | {"notes": found["notes"]}, "plan": candidates[chosen].plan, "sensitivity": found["costs"]}
+    content |= {"tried": candidates, "findings": found["diagnosis"].findings, "verdicts": found["diagnosis"].verdicts}
+    content |= {"answers": [{k: v for k, v in e.items() if k != "image"} for e in found["examples"]], "example": found["example"]}
     saving.write_json(made / "report.json", content)
     (made / "report.html").write_text(_page(found), encoding="utf-8")
 
@@ -139,27 +124,13 @@ def _page(found: Mapping[str, Any]) -> str:
     asked.append(("may lose", f"{found['limit']:g} points of {measure}"))
     asked.append(("verified on", f"{rows['verified on']} questions about {rows['images']} images"))
     asked.append(("calibrated on", f"{rows['calibrated on']} questions; plans compared on {rows['chosen on']} others"))
-    return page.render(
-        "shrink.html",
-        title=f"{name}, made smaller",
-        model=name,
-        verdict=verdict(found),
-        asked=asked,
-        notes=found["notes"],
-        comparison=found["table"]._repr_html_(),
-        meaning=MEANING[measure],
-        examples=found["examples"],
-        squares=_squares(found),
-        tried=[(*_row(c), "kept" if i == found["chosen"] else "") for i, c in enumerate(found["candidates"])],
-        findings=doctor.finding_rows(diagnosis.findings),
-        timed=[(v.technique, v.stage, f"{v.faster:.2f}x", v.layer) for v in diagnosis.verdicts],
-        hardware=page.hardware(env),
-        capabilities=env["capabilities"],
-        versions=found["versions"],
-        image_name=IMAGE,
-        question=found["example"]["question"],
-        runtime=request.runtime,
-    )
+    shown = {"title": f"{name}, made smaller", "model": name, "verdict": verdict(found), "asked": asked, "notes": found["notes"]}
+    shown |= {"comparison": found["table"]._repr_html_(), "meaning": MEANING[measure], "examples": found["examples"]}
+    shown |= {"squares": _squares(found), "findings": doctor.finding_rows(diagnosis.findings), "hardware": page.hardware(env)}
+    shown["tried"] = [(*_row(c), "kept" if i == found["chosen"] else "") for i, c in enumerate(found["candidates"])]
+    shown["timed"] = [(v.technique, v.stage, f"{v.faster:.2f}x", v.layer) for v in diagnosis.verdicts]
+    shown |= {"capabilities": env["capabilities"], "versions": found["versions"], "image_name": IMAGE}
+    return page.render("shrink.html", question=found["example"]["question"], runtime=request.runtime, **shown)
 
 
 def _squares(found: Mapping[str, Any]):  # -> matplotlib.figure.Figure

@@ -19,7 +19,6 @@ def layer_pairs(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[tu
 @contextlib.contextmanager
 def captured(model: nn.Module, attention: bool = False) -> Iterator[dict[str, Any]]:
     """While open, what the model computes is kept: "vision" (features), "hidden" (of each language layer) and "logits".
-
     With `attention` also queries, keys and values (B, T, D) of both transformers' last layers: {"vision q": ..., ...}.
     """
     outputs: dict[str, Any] = {"hidden": [], "attention": {}}

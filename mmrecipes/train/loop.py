@@ -62,7 +62,6 @@ def fit(
     after_step: Callable[[], None] | None = None,
 ) -> nn.Module:
     """Train what in `model` requires a gradient, in place: step `i` on `batches[i]`, a tensor, or a tuple or dict, rows first.
-
     `loss(model, batch)` gives the mean over the batch's rows (other losses, such as contrastive ones, cannot be accumulated), and
     numbers to log. With a folder `work` there are a log and a checkpoint, and a finished run is loaded. A GPU works in bf16 mixed
     precision unless `accelerate launch` says otherwise. Raises UserError when the loss is not finite, when rows do not divide
@@ -134,7 +133,6 @@ def _backward(accelerator: Any, module: nn.Module, batch: Any, config: TrainConf
 
 class RowBatches(Sequence):
     """Rows (image, question, answer) as batches for a model's own processor, over and over: dicts with "answers" (B, T).
-
     Without a column `image` they are text alone. Raises UserError for fewer rows than a batch.
     """
 

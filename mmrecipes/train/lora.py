@@ -94,11 +94,18 @@ def train_lora(model: nn.Module, batches: Any, config: TrainConfig, work: Path |
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> nn.Module:
     """A plain copy of the model with its adapters added to its matrices: no slower than it was, and zeros are zeros no more.
-    A 4-bit matrix is taken back to floats first, and rounded again after. Raises ParityError when the sum is not finite.
+    4-bit matrices are taken back to float32, all else with them: rounded to 4 bits again, most of what was learned would be lost.
+    Raises ParityError when the sum is not finite.
     """
-    with warnings.catch_warnings():  # "may get different generations due to rounding errors": as said above
-        warnings.filterwarnings("ignore", message="Merge lora module to 4-bit", category=UserWarning)
-        plain = _restore_layout(clone(model)).merge_and_unload()
+    adapted = _restore_layout(clone(model))
+    base = adapted.get_base_model()
+    if getattr(base, "is_loaded_in_4bit", False):
+        base.dequantize(torch.float32).float().is_loaded_in_4bit = False
+        base._weight_conversions = None  # how its 4-bit files were read, and would be written
+        for name, layer in [(n, m) for n, m in base.named_modules() if hasattr(m, "lora_A")]:
+            layer.base_layer.weight += layer.get_delta_weight("default")  # peft's own merge would look for packed weights
+            base.set_submodule(name, layer.base_layer)
+    plain = adapted.merge_and_unload()
     for name, p in plain.named_parameters():
         if p.is_floating_point() and not torch.isfinite(p).all():
             raise ParityError(f"merge_lora: {name} is not finite; train with a lower rate")

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal (Jordan et al. 2024), scaled as in arXiv:2502.16982; for matrices, and convolutions as such.
-
     `torch.optim.Muon` works in bfloat16, 200 times slower on a CPU without bf16 instructions: there this keeps the dtype.
     """
 

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmrecipes import data, models, quantize
-from mmrecipes.data import families, scenes
+from mmrecipes.data import scenes
 from mmrecipes.errors import UserError
 from mmrecipes.export import onnx as onnx_export
 from mmrecipes.mini import cnn
+from mmrecipes.mini.clevr import sort_of_clevr
 
 
 @torch.library.custom_op("mmrecipes_test_static::clip6", mutates_args=())
@@ -392,7 +393,7 @@ def test_nothing_half_written_is_left_and_logging_is_as_before(tower, floats, ca
 
 
 def test_the_wrong_domain_gives_other_ranges(tower, calibration):
-    strange = [families.sort_of_clevr(seed)[0] for seed in range(4)]
+    strange = [sort_of_clevr(seed)[0] for seed in range(4)]
     x = cnn.make_image_processor()(strange, return_tensors="pt")["pixel_values"]
     assert x.shape[1:] == (3, 128, 128)
     real, other = (quantize.ranges(quantize.histograms(tower, p), "min-max") for p in (calibration[:4], x))
