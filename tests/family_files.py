@@ -119,7 +119,9 @@ def make_tokenizer(family: Family):  # -> transformers.PreTrainedTokenizerFast
 
     backend = Tokenizer.from_str(tiny.processor().tokenizer.backend_tokenizer.to_str())
     tokens = {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", "pad_token": "<pad>"} | family.tokens
-    backend.add_special_tokens(sorted({t for t in [*tokens.values(), *family.more_tokens] if t}))
+    spoken = [t for t in family.more_tokens if t.startswith(("<loc", "<seg"))]  # PaliGemma's answers hold them: not special
+    backend.add_special_tokens(sorted({t for t in [*tokens.values(), *family.more_tokens] if t} - set(spoken)))
+    backend.add_tokens(spoken)
     if family.adds_bos:
         bos = tokens["bos_token"]
         pair = f"{bos}:0 $A:0 {bos}:1 $B:1"

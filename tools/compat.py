@@ -57,7 +57,11 @@ def page(found: dict) -> str:
     notes: dict[str, int] = {}
     for family, cells in found["families"].items():
         row = []
-        for cell in cells.values():
+        for column in columns:
+            if column not in cells:
+                row.append("-")
+                continue
+            cell = cells[column]
             word = WORDS[cell["result"]]
             if cell["sentence"]:
                 word += f" [{notes.setdefault(cell['sentence'], len(notes) + 1)}]"
@@ -78,7 +82,7 @@ INTRODUCTION = [
     "",
     "*yes*: for an export, its 12 greedy tokens are those of PyTorch on five image shapes, two images, none and two turns;",
     "for a technique, the changed model answers with finite logits. The number is the largest relative error of the logits.",
-    "*refused*: it ends in one line that says why. *fails*: anything else.",
+    "*refused*: it ends in one line that says why. *fails*: anything else. -: not run.",
 ]
 
 

@@ -38,7 +38,8 @@ class Prefilled(NamedTuple):
 
 def features(model: nn.Module, inputs: Mapping, merge: float = 0.0) -> Tensor:
     """Visual tokens (number in all, D) from a processor's `inputs`, a share `merge` of patches merged. Raises UserError."""
-    given = {k: inputs[k] for k in ("pixel_values", "pixel_attention_mask") if k in inputs}
+    seen = ("pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images")  # of tiles: how large the image was
+    given = {k: inputs[k] for k in seen if k in inputs}
     if merge == 0:
         return torch.cat([f.flatten(0, -2) for f in model.get_image_features(**given).pooler_output])
     if not 0 < merge < 1:
@@ -51,7 +52,7 @@ def features(model: nn.Module, inputs: Mapping, merge: float = 0.0) -> Tensor:
 
 def embed(model: nn.Module, inputs: Mapping, merge: float = 0.0) -> tuple[Tensor, Tensor]:
     """What the language model reads: embeddings (B, T, D), and which are visual (B, T). UserError unless prompts are alike."""
-    ids = inputs["input_ids"]
+    ids, _ = inputs["input_ids"], _language(model)  # refused before its vision encoder runs
     visual = ids == getattr(model.config, "image_token_id", -1)
     if not inputs.get("attention_mask", torch.ones(1)).all():
         raise UserError("token dropping: the prompts are padded; give prompts of one length, or one at a time (see `prompts`)")
