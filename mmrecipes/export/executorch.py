@@ -74,7 +74,9 @@ def attend(
     return torch.ops.llama.custom_sdpa(query, keys, values, cache_length, None, 0.0, True, scaling), None
 
 
-def write_executorch(model: nn.Module, folder: Path, precisions: Mapping[str, str], pixels: Sequence[np.ndarray] = ()) -> None:
+def write_executorch(
+    model: nn.Module, folder: Path, precisions: Mapping[str, str], pixels: Sequence[np.ndarray] = (), batches=False
+) -> None:
     """Write both programs to `folder`, each in its precision, of which none looks at `pixels`. Raises as `export.export`."""
     require("executorch")
     from torch.export import Dim

@@ -13,14 +13,16 @@ from mmrecipes.export import wrappers
 from mmrecipes.quantize.groups import GROUP, on_grid, pack
 
 
-def write_openvino(model: nn.Module, folder: Path, precisions: Mapping[str, str], pixels: Sequence[np.ndarray]) -> None:
+def write_openvino(
+    model: nn.Module, folder: Path, precisions: Mapping[str, str], pixels: Sequence[np.ndarray], batches: bool
+) -> None:
     """Write both graphs to `folder`, each in its precision; "static" looks at `pixels` (1, 3, H, W). Raises as `export`."""
     require("openvino", "nncf")
     import openvino as ov
     from transformers.exporters.exporter_openvino import OpenVINOConfig
 
     encoder, image, free = wrappers.vision_graph(model)
-    decoder, example, axes = wrappers.language_wrapper(model)
+    decoder, example, axes = wrappers.language_wrapper(model, batches)
     config = OpenVINOConfig(dynamic_shapes=axes)
     makers = {  # one after the other: of a large model each copy counts
         "vision": lambda: _vision(encoder.eval(), image, free),

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from transformers import GenerationConfig
 
 from mmrecipes.data import scenes
 from mmrecipes.errors import ParityError, UserError
@@ -34,7 +35,7 @@ class Backend:
     """What writes both graphs for one runtime, and what each part can be there."""
 
     name: str
-    write: Callable[[nn.Module, Path, Mapping[str, str], Sequence[np.ndarray]], None]
+    write: Callable[[nn.Module, Path, Mapping[str, str], Sequence[np.ndarray], bool], None]
     vision: tuple[str, ...]
     language: tuple[str, ...]
 
@@ -60,11 +61,13 @@ def export(
     precision: str | Mapping[str, str] = "fp32",
     check: bool = True,
     images: Sequence[Image.Image | str | Path] = (),
+    batches: bool = False,
 ) -> Path:
     """Write `model` (float32, as `models.load` gives it) to directory `out`, for a `runtime` of BACKENDS. Returns `out`.
     `precision` is one for both parts or {"vision": ..., "language": ...}, of those that the backend has; "static" fixes ranges on
-    `images`, a dozen like those to come. All or nothing: `out` appears, or takes an older export's place, once the graphs answer
-    as `model` does (`check`; ParityError).
+    `images`, a dozen like those to come. With `batches` it also answers several conversations together (`generate_batch`), and
+    takes a little longer for one. All or nothing: `out` appears, or takes an older export's place, once the graphs answer as
+    `model` does (`check`; ParityError).
     Raises UserError for an architecture, dtype or directory that it cannot take; ImportError where a package is missing.
     """
     if runtime not in BACKENDS:
@@ -77,11 +80,13 @@ def export(
         if precisions.get(part) not in known:
             raise UserError(f"precision of {part} for {runtime}: {precisions.get(part)!r}; expected one of {', '.join(known)}")
     supported(model)
+    if batches and runtime == "executorch":
+        raise UserError("export: batches in executorch, whose cache holds one conversation; use onnx or openvino")
     if (precisions["vision"] == "static") != bool(len(images)):
         raise UserError(f"export: {len(images)} images for vision in {precisions['vision']}; 'static' takes some, others none")
     with directory_aside(out) as aside:
-        backend.write(model, aside, precisions, calibration_pixels(model, images))
-        write_manifest(model, aside, backend, precisions)
+        backend.write(model, aside, precisions, calibration_pixels(model, images), batches)
+        write_manifest(model, aside, backend, precisions, batches)
         if check:
             parity(model, exported.load_exported(aside), max(TOLERANCE[p] for p in precisions.values()))
     return Path(out).expanduser().resolve()
@@ -100,7 +105,7 @@ def supported(model: nn.Module) -> None:
         raise UserError(f"export: {name} has no .processor with a chat template; load it with models.load")
 
 
-def write_manifest(model: nn.Module, folder: Path, backend: Backend, precisions: Mapping[str, str]) -> None:
+def write_manifest(model: nn.Module, folder: Path, backend: Backend, precisions: Mapping[str, str], batches=False) -> None:
     """Write to `folder`, which holds the graphs, what else an answer needs: processor, configs, manifest."""
     graphs = [p for p in sorted(folder.iterdir()) if p.is_file()]
     model.processor.save_pretrained(folder)
@@ -113,12 +118,14 @@ def write_manifest(model: nn.Module, folder: Path, backend: Backend, precisions:
     model.generation_config.save_pretrained(folder)
     manifest = {
         "format": exported.FORMAT,
+        "batches": batches,
         "runtime": backend.name,
         "precision": dict(precisions),
         "source": model.name_or_path or type(model).__name__,
         "class": type(model).__name__,
         "family": family_of(model).name,
         "settings": family_of(model).settings(model),
+        "generation": generation_rules(model.generation_config),
         "image_token_id": model.config.image_token_id,
         "eos_token_ids": sorted(eos_token_ids(model)),
         "max_length": max_length(model)
@@ -129,6 +136,13 @@ def write_manifest(model: nn.Module, folder: Path, backend: Backend, precisions:
         "sha256": {p.name: exported.sha256(p) for p in sorted(folder.iterdir()) if p.is_file()},
     }
     (folder / exported.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def generation_rules(config: GenerationConfig) -> dict[str, object]:
+    """What `config` asks of each token, as the exported model applies it: a repetition penalty, tokens that never come."""
+    never = {ids[0] for ids in config.bad_words_ids or () if len(ids) == 1} | set(config.suppress_tokens or ())
+    rules = {"repetition_penalty": config.repetition_penalty, "suppress_tokens": sorted(never)}
+    return {name: rule for name, rule in rules.items() if rule not in (None, 1.0, [])}
 
 
 def parity(model: nn.Module, loaded: exported.Exported, tolerance: float) -> dict[str, float]:

@@ -116,22 +116,28 @@ def calibration_pixels(model: nn.Module, images: Sequence[Image.Image | str | Pa
     return [run["pixel_values"] for image in images for run in vision_inputs(model, [image])]
 
 
-def language_wrapper(model: nn.Module) -> tuple[nn.Module, dict[str, object], dict[str, object]]:
-    """The module that computes the next token's logits, an example of what it takes, and which of its axes are free."""
+def language_wrapper(model: nn.Module, batches: bool = False) -> tuple[nn.Module, dict[str, object], dict[str, object]]:
+    """The module that computes the next token's logits, an example of what it takes, and which of its axes are free.
+    With `batches`, of several rows, and it takes their attention_mask (B, S) and position_ids besides."""
     config, module = model.config.get_text_config(), LanguageWithCache(model).eval()
-    cache = DynamicCache()  # all of it, in sliding layers, too: the mask keeps what lies outside the window unseen
+    rows, cache = 2 if batches else 1, DynamicCache()  # a full one, in sliding layers, too: the mask hides what is too far
     with torch.no_grad():  # a cache as the decoder itself makes it
-        embeds = module.embed_tokens(torch.zeros(1, 5, dtype=torch.int64))
+        embeds = module.embed_tokens(torch.zeros(rows, 5, dtype=torch.int64))
         module.decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
-    width = config.hidden_size * (1 + module.deepstack)
-    ids, features = torch.full((1, 3), module.image_token_id), torch.randn(4, width)
     dim = torch.export.Dim
-    tokens = dim("tokens", min=1)
-    example = {"input_ids": ids, "image_features": features, "past_key_values": cache}
-    axes = {"input_ids": {1: tokens}, "image_features": {0: dim("features", min=1)}}
-    axes["past_key_values"] = [{2: dim("cache_length", min=0)}] * (2 * config.num_hidden_layers)
+    first, tokens = {0: dim("batch", min=1)} if batches else {}, dim("tokens", min=1)
+    example = {"input_ids": torch.full((rows, 3), module.image_token_id)}
+    example |= {"image_features": torch.randn(4, config.hidden_size * (1 + module.deepstack)), "past_key_values": cache}
+    axes = {"input_ids": first | {1: tokens}, "image_features": {0: dim("features", min=1)}}
+    axes["past_key_values"] = [first | {2: dim("cache_length", min=0)}] * (2 * config.num_hidden_layers)
+    if batches:
+        example["attention_mask"], axes["attention_mask"] = torch.ones(rows, 8, dtype=torch.int64), first | {1: dim.DYNAMIC}
+        axes["past_key_values"] = [first | {2: dim.DYNAMIC}] * (2 * config.num_hidden_layers)
     if module.family.positions:
-        example["position_ids"], axes["position_ids"] = torch.arange(5, 8).expand(3, 1, -1).contiguous(), {2: tokens}
+        example["position_ids"] = torch.arange(5, 8).expand(3, rows, -1).contiguous()
+        axes["position_ids"] = {axis + 1: d for axis, d in first.items()} | {2: tokens}
+    elif batches:
+        example["position_ids"], axes["position_ids"] = torch.arange(5, 8).expand(rows, -1).contiguous(), first | {1: tokens}
     return module, example, axes
 
 
@@ -139,6 +145,7 @@ class LanguageWithCache(nn.Module):
     """input_ids (1, T), image_features (N, D), a cache -> {"logits": (1, 1, V) of the next token, "past_key_values": the cache}.
     The same graph reads a prompt and computes each further token. Without images N is 1 and its row is not read.
     With M-RoPE it also takes position_ids (3, 1, T); with DeepStack the features of further layers lie beside the first D.
+    Of a batch, whose rows are padded on the left, it takes attention_mask (B, S), 1 for real tokens, and position_ids (B, T).
     """
 
     def __init__(self, model: nn.Module):
@@ -150,7 +157,12 @@ class LanguageWithCache(nn.Module):
         self.deepstack = len(getattr(parts["vision"], "deepstack_visual_indexes", None) or ())
 
     def forward(
-        self, input_ids: Tensor, image_features: Tensor, past_key_values: object, position_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        image_features: Tensor,
+        past_key_values: object,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> dict[str, object]:
         is_image = input_ids == self.image_token_id
         row = (is_image.long().cumsum(1) - 1).clamp(min=0)
@@ -161,8 +173,9 @@ class LanguageWithCache(nn.Module):
             first, *deeper = first.split(words.shape[-1], dim=-1)
         embeds = torch.where(is_image.unsqueeze(-1), first, words)
         given = {"inputs_embeds": embeds, "past_key_values": past_key_values, "use_cache": True, "position_ids": position_ids}
+        given["attention_mask"] = attention_mask
         if self.family.masks:
-            given |= self.family.masks(self.decoder.config, is_image, past_key_values.get_seq_length())
+            given |= self.family.masks(self.decoder.config, is_image, past_key_values.get_seq_length(), attention_mask)
         with contextlib.ExitStack() as stack:
             if deeper:  # zero where there is no image, so that they are added everywhere
                 given["visual_pos_masks"] = is_image

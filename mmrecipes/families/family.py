@@ -22,7 +22,7 @@ class Family:
 
     `settings` reads from the model what these need to know; `free` names the axes of the graph's inputs that vary;
     `positions` gives positions (axes, 1, T) of a prompt where they are not 0, 1, 2, ... ; `masks` gives what the decoder needs
-    besides, traced: (config of the decoder, is_image (1, T), length of the cache) -> keyword arguments;
+    besides, traced: (config of the decoder, is_image (B, T), length of the cache, None or a mask of padding (B, S)) -> arguments;
     `attention` names the class of the vision encoder's attention where its own forward cannot be traced (`qwen_vl`).
     With DeepStack, layers of the decoder get visual tokens of their own, which lie beside the others: (N, (1 + layers) D).
     """

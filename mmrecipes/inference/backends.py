@@ -1,6 +1,6 @@
 """The graphs of an exported model in each runtime: `encode` an image, then `step` through tokens with the KV cache."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,23 +35,39 @@ def onnx_session(path: str | Path, threads: int = 0, as_written: bool = False): 
         raise UserError(f"{path}: ONNX Runtime cannot load it ({one_line(e)}); export it again") from e
 
 
-class Positions:
-    """Counts the positions of tokens, where a graph asks for them (M-RoPE): on from the largest of the prompt."""
+class Places:
+    """What a language graph asks about its tokens besides their ids, counted from step to step: position_ids, on from the largest
+    of the prompt, (B, T) or (3, B, T) with M-RoPE; attention_mask (B, S), zero where a row of a batch is padded."""
 
-    def __init__(self, wanted: bool):
-        self.wanted, self.next = wanted, 0
+    def __init__(self, ranks: Mapping[str, int]):
+        self.ranks = ranks  # of the graph's inputs, by name
+        self.reset()
 
     def reset(self) -> None:
-        self.next = 0
+        self.next, self.mask = np.zeros(1, np.int64), np.ones((1, 0), np.int64)
+
+    def begin(self, lengths: Sequence[int], following: Sequence[int]) -> None:
+        """Rows of a batch, whose caches hold so many tokens, padded on the left, and which positions follow them."""
+        self.next = np.array(following)
+        self.mask = (np.arange(max(lengths))[None] >= max(lengths) - np.array(lengths)[:, None]).astype(np.int64)
 
     def of(self, ids: np.ndarray, positions: np.ndarray | None) -> dict[str, np.ndarray]:
-        """The graph's further inputs for tokens (1, T) at `positions`, else at those that come next."""
-        if not self.wanted:
-            return {}
+        """The inputs for tokens (B, T) at `positions`, else at those that come next."""
         if positions is None:
-            positions = np.broadcast_to(self.next + np.arange(ids.shape[1]), (3, *ids.shape))
-        self.next = int(positions.max()) + 1
-        return {"position_ids": np.ascontiguousarray(positions, np.int64)}
+            positions = self.next[:, None] + np.arange(ids.shape[1])
+        self.next = positions.reshape(-1, *ids.shape).max(axis=(0, 2)) + 1
+        self.mask = np.concatenate([self.mask, np.ones_like(ids, np.int64)], axis=1)
+        if self.ranks.get("position_ids") == 3:
+            positions = np.broadcast_to(positions, (3, *ids.shape))
+        known = {"position_ids": np.ascontiguousarray(positions, np.int64), "attention_mask": self.mask}
+        return {name: value for name, value in known.items() if name in self.ranks}
+
+
+def left_padded(caches: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """Caches of several rows, a list of (1, heads, T, head_dim) each, as one of (rows, heads, longest T, head_dim)."""
+    longest = max(cache[0].shape[2] for cache in caches)
+    padded = [[np.pad(x, ((0, 0), (0, 0), (longest - x.shape[2], 0), (0, 0))) for x in cache] for cache in caches]
+    return [np.concatenate(layer) for layer in zip(*padded, strict=True)]
 
 
 class OnnxGraphs:
@@ -64,7 +80,7 @@ class OnnxGraphs:
         self.value = OrtValue.ortvalue_from_numpy
         given = {i.name: i for i in self.language.get_inputs()}
         features, past = given["image_features"], [i for name, i in given.items() if name.startswith("input.")]
-        self.past_names, self.positions = [i.name for i in past], Positions("position_ids" in given)
+        self.past_names, self.places = [i.name for i in past], Places({name: len(i.shape) for name, i in given.items()})
         self.outputs = ["logits", *(name.replace("input.", "output.", 1) for name in self.past_names)]
         self.empty = np.zeros((1, int(past[0].shape[1]), 0, int(past[0].shape[3])), np.float32)  # (1, heads, T, head_dim)
         self.no_image = np.zeros((1, int(features.shape[1])), np.float32)
@@ -72,19 +88,29 @@ class OnnxGraphs:
 
     def reset(self) -> None:
         self.past = [self.value(self.empty)] * len(self.past_names)
-        self.positions.reset()
+        self.places.reset()
 
     def encode(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Visual tokens (..., D) of one image or tile, as the model's family prepares it: {"pixel_values": (1, 3, H, W)}, ..."""
         return self.vision.run(None, dict(inputs))[0]
 
     def step(self, ids: np.ndarray, features: np.ndarray | None = None, positions: np.ndarray | None = None) -> np.ndarray:
-        """Logits (V) after `ids` (1, T), which the cache then holds, too. `positions` (3, 1, T): where M-RoPE puts a prompt."""
+        """Logits (V), or (B, V) of a batch, after `ids` (B, T), which the cache then holds, too. `positions` (3, 1, T): where
+        M-RoPE puts a prompt."""
         given = {"input_ids": ids.astype(np.int64), "image_features": self.no_image if features is None else features}
-        feeds = {name: self.value(x) for name, x in (given | self.positions.of(ids, positions)).items()}
+        feeds = {name: self.value(x) for name, x in (given | self.places.of(ids, positions)).items()}
         feeds |= dict(zip(self.past_names, self.past, strict=True))
         logits, *self.past = self.language.run_with_ort_values(self.outputs, feeds)
-        return logits.numpy()[0, -1]
+        return logits.numpy()[:, -1] if len(ids) > 1 else logits.numpy()[0, -1]
+
+    def cache(self) -> list[np.ndarray]:
+        """Keys and values, (1, heads, T, head_dim) each, of the conversation that was read."""
+        return [np.array(each.numpy()) for each in self.past]
+
+    def batch(self, caches: Sequence[Sequence[np.ndarray]], following: Sequence[int]) -> None:
+        """Go on with several conversations, whose caches these are and whose next positions are `following`."""
+        self.past = [self.value(np.ascontiguousarray(layer)) for layer in left_padded(caches)]
+        self.places.begin([cache[0].shape[2] for cache in caches], following)
 
 
 class OpenVinoGraphs:
@@ -102,12 +128,12 @@ class OpenVinoGraphs:
         self.vision, self.language = requests["vision"], requests["language"]
         width = self.language.get_compiled_model().input("image_features").get_partial_shape()[1]
         self.no_image = np.zeros((1, width.get_length() if width.is_static else 1), np.float32)
-        names = {name for port in self.language.get_compiled_model().inputs for name in port.get_names()}
-        self.positions = Positions("position_ids" in names)
+        ports = self.language.get_compiled_model().inputs
+        self.places = Places({name: len(port.get_partial_shape()) for port in ports for name in port.get_names()})
 
     def reset(self) -> None:
         self.language.reset_state()
-        self.positions.reset()
+        self.places.reset()
 
     def encode(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         # in order: some graphs keep no names
@@ -115,8 +141,19 @@ class OpenVinoGraphs:
 
     def step(self, ids: np.ndarray, features: np.ndarray | None = None, positions: np.ndarray | None = None) -> np.ndarray:
         feeds = {"input_ids": ids.astype(np.int64), "image_features": self.no_image if features is None else features}
-        feeds |= self.positions.of(ids, positions)
-        return self.language.infer(feeds | {"beam_idx": np.zeros(1, np.int32)})["logits"][0, -1]
+        feeds |= self.places.of(ids, positions)
+        logits = self.language.infer(feeds | {"beam_idx": np.arange(len(ids), dtype=np.int32)})["logits"]
+        return logits[:, -1].copy() if len(ids) > 1 else logits[0, -1]
+
+    def cache(self) -> list[np.ndarray]:
+        return [state.state.data.copy() for state in self.language.query_state()]
+
+    def batch(self, caches: Sequence[Sequence[np.ndarray]], following: Sequence[int]) -> None:
+        import openvino as ov
+
+        for state, layer in zip(self.language.query_state(), left_padded(caches), strict=True):
+            state.state = ov.Tensor(np.ascontiguousarray(layer))
+        self.places.begin([cache[0].shape[2] for cache in caches], following)
 
 
 class ExecutorchGraphs:

@@ -86,17 +86,54 @@ class Exported:
 
     def tokens(self, inputs: dict[str, np.ndarray], max_new_tokens: int) -> Iterator[int]:
         """Token ids, the likeliest each time, until the model stops, `max_new_tokens` are generated or the cache is full."""
-        logits = self.prefill(inputs)
-        room = self.manifest["max_length"] - inputs["input_ids"].shape[1] + 1  # the last token generated needs no place
+        logits, ids = self.prefill(inputs), inputs["input_ids"][0].tolist()
+        room = self.manifest["max_length"] - len(ids) + 1  # the last token generated needs no place
         for remaining in reversed(range(min(max_new_tokens, room))):
-            if not np.isfinite(logits).all():
-                raise ParityError("the model's logits are not finite: it is broken, not lossy; export it again")
-            token = int(logits.argmax())
+            token = self.likeliest(logits, ids)
             if token in self.manifest["eos_token_ids"]:
                 return
             yield token
+            ids.append(token)
             if remaining:
                 logits = self.graphs.step(np.array([[token]]))
+
+    def likeliest(self, logits: np.ndarray, ids: list[int]) -> int:
+        """The likeliest token after `ids`, by logits (V) and what the model's generation_config.json asks for."""
+        if not np.isfinite(logits).all():
+            raise ParityError("the model's logits are not finite: it is broken, not lossy; export it again")
+        rules, logits = self.manifest.get("generation", {}), np.array(logits)
+        if penalty := rules.get("repetition_penalty"):
+            seen = np.unique(ids)
+            logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+        logits[rules.get("suppress_tokens", [])] = -np.inf
+        return int(logits.argmax())
+
+    def generate_batch(self, conversations: Sequence[tuple[Any, str | Sequence[dict]]], max_new_tokens: int = 64) -> list[str]:
+        """Answers to several (images, text), the same as of `generate`, in less time: each new token of all rows is one step.
+        Prompts are read one by one: that is bound by compute, so together they would take as long, and nothing is padded.
+        Raises UserError for an export without batches.
+        """
+        if not self.manifest.get("batches"):
+            raise UserError(f"{self.folder}: exported for one conversation at a time; export it with batches=True")
+        rows = [self.inputs(images, text) for images, text in conversations]
+        ids, first, caches, following = [row["input_ids"][0].tolist() for row in rows], [], [], []
+        starts, stop = [len(row) for row in ids], set(self.manifest["eos_token_ids"])
+        for row in rows:
+            first.append(self.prefill(row))
+            caches.append(self.graphs.cache())
+            following.append(int(self.graphs.places.next[0]))
+        self.graphs.batch(caches, following)
+        unfinished, logits = set(range(len(rows))), np.stack(first)
+        for remaining in reversed(range(min(max_new_tokens, self.manifest["max_length"] - max(starts) + 1))):
+            for i in sorted(unfinished):
+                token = self.likeliest(logits[i], ids[i])
+                unfinished -= {i} if token in stop else set()
+                ids[i] += [token]
+            if not unfinished or not remaining:
+                break
+            logits = self.graphs.step(np.array([[row[-1]] for row in ids])).reshape(len(rows), -1)
+        decode = self.processor.tokenizer.decode
+        return [decode(row[start:], skip_special_tokens=True).strip() for row, start in zip(ids, starts, strict=True)]
 
     def prefill(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """Logits (V) of the first new token; the cache then holds the prompt."""

@@ -20,7 +20,9 @@ from mmrecipes.quantize.groups import GROUP, on_grid, pack
 OUTLIER_LAYERS = ("down_proj", "fc2", "w2")
 
 
-def write_onnx(model: nn.Module, folder: Path, precisions: Mapping[str, str], pixels: Sequence[np.ndarray]) -> None:
+def write_onnx(
+    model: nn.Module, folder: Path, precisions: Mapping[str, str], pixels: Sequence[np.ndarray], batches: bool
+) -> None:
     """Write both graphs to `folder`, each in its precision; "static" looks at `pixels` (1, 3, H, W). Raises as `export`."""
     require("onnx", "onnxscript", "onnxruntime")
     import onnx_ir
@@ -28,7 +30,7 @@ def write_onnx(model: nn.Module, folder: Path, precisions: Mapping[str, str], pi
 
     encoder, image, free = wrappers.vision_graph(model)
     vision = graphs.to_onnx(encoder, image, folder / "vision.onnx", free)
-    language, (decoder, example, axes) = folder / "language.onnx", wrappers.language_wrapper(model)
+    language, (decoder, example, axes) = folder / "language.onnx", wrappers.language_wrapper(model, batches)
     with quiet.library_logs(), _fusions(causal=not decoder.family.masks):
         # fused: attention with cache and rotary embedding (GroupQueryAttention), norms with sums, products of one input
         config = OnnxConfig(dynamic_shapes=axes, ort_fusions="cpu", prefer_deferred_runtime_asserts_over_guards=True)
@@ -56,7 +58,12 @@ def _fusions(causal: bool) -> Iterator[None]:
     from transformers.exporters import onnxruntime_fusions as fusions
 
     kept = tuple(step for step in fusions._STEPS if causal or step[0] is not fusions._fuse_group_query_attention)
-    with patch_attribute(fusions, "_STEPS", lambda _: kept):
+    size = fusions._static_dim
+    with (
+        patch_attribute(fusions, "_STEPS", lambda _: kept),
+        # fused of batches, too: several new tokens of several rows, which the kernel does not take, are never asked for
+        patch_attribute(fusions, "_static_dim", lambda _: lambda value, axis: size(value, axis) if axis else 1),
+    ):
         yield
 
 
