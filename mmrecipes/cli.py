@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -124,6 +125,7 @@ def _evaluate(
 
 def main() -> None:
     """Run the command line: errors a user can act on are one line, and exit with 1."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without the place in the code
     if not sys.stderr.isatty():  # a "0" would not do: other modules ask only whether it is set
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
