@@ -1,4 +1,4 @@
-"""The command line: `mmrecipes tour`, `mmrecipes doctor`, `mmrecipes shrink`, `mmrecipes train`, `mmrecipes evaluate`."""
+"""The command line: `mmrecipes tour`, `doctor`, `compare`, `shrink`, `train`, `evaluate`."""
 
 import json
 import os
@@ -54,6 +54,29 @@ def _doctor(
         echo(json.dumps(found, default=vars))
     else:
         show(found)
+
+
+@app.command("compare")
+def _compare(
+    a: Annotated[str, Argument(help="a checkpoint, an export, or a directory of optimum or transformers.js")],
+    b: Annotated[str, Argument(help="another version of the same model")],
+    images: Annotated[Path | None, Option(help="a folder of images; default: drawn scenes of several shapes")] = None,
+    question: Annotated[str, Option(help="the question of each prompt")] = "What is in this picture?",
+    n: Annotated[int, Option("-n", "--n", help="conversations to compare", min=1)] = 5,
+    tolerance: Annotated[float, Option(help="relative difference that does not count", min=0)] = 1e-3,
+    as_json: Annotated[bool, Option("--json", help="print one JSON object instead of text")] = False,
+) -> None:
+    """The first stage at which two versions of a model differ: preprocessing, vision encoder, connector, logits, answers.
+    Exits with 1 where one differs by more than the tolerance."""
+    from mmrecipes.report import stages
+
+    asked = stages.conversations(images, n)
+    found = stages.examine(stages.load_side(a), stages.load_side(b), asked, question, tolerance)
+    if as_json:
+        echo(json.dumps(found))
+    else:
+        stages.show(found)
+    sys.exit(found["first"] is not None)
 
 
 @app.command("shrink")

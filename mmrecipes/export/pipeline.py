@@ -151,7 +151,7 @@ def parity(model: nn.Module, loaded: exported.Exported, tolerance: float) -> dic
     {"prefill": after the prompt, "decode": one token further}. Raises ParityError beyond `tolerance` or where it is not finite.
     """
     errors: dict[str, list[float]] = {"prefill": [], "decode": []}
-    for images in _shown():
+    for images in shown():
         try:
             inputs = loaded.inputs(images, "What is in this picture?")
         except ValueError:  # some processors (PaliGemma's) take no text without an image
@@ -172,7 +172,7 @@ def parity(model: nn.Module, loaded: exported.Exported, tolerance: float) -> dic
     return {stage: max(values) for stage, values in errors.items()}
 
 
-def _shown() -> list[list[Image.Image]]:
+def shown() -> list[list[Image.Image]]:
     """Images of one conversation each: square, wide, tall, two of two shapes, none."""
     square, wide, tall = (scenes.render(scenes.make_scene(seed), 256) for seed in (1, 2, 3))
     wide, tall = wide.resize((512, 224)), tall.resize((160, 480))

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +55,15 @@ def sha256(path: Path) -> str:
 class Exported:
     """Answers like the model it came from, greedily. `generate` and `stream` take images and a text or messages."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None):
+    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None, graphs: Callable[..., Any] | None = None):
+        """`graphs` makes what runs the files, where they are not in our own layout."""
         package = PACKAGES[manifest["runtime"]]
         require(package)
         self.folder, self.manifest = folder, manifest
         self.family, self.settings = families.BY_NAME[manifest["family"]], manifest["settings"]
         self.processor = load_processor(folder)
         try:
-            self.graphs = GRAPHS[manifest["runtime"]](folder, manifest["precision"], threads)
+            self.graphs = (graphs or GRAPHS[manifest["runtime"]])(folder, manifest["precision"], threads)
         except UserError:
             raise
         except Exception as e:  # the runtimes' own kinds, without a common parent
