@@ -274,7 +274,8 @@ def _dual(model_type: str, name: str, images: dict) -> Family:
     else:
         config["text_config"] |= {"projection_size": 64}
     images = images | {"image_processor_type": f"{name}ImageProcessor"}
-    return Family(config, f"{name}Processor", images, {}, LLAMA_TOKENS, (), adds_bos=model_type == "clip", auto="AutoModel")
+    tokens = LLAMA_TOKENS | {"unk_token": "<pad>"}  # SigLIP 2's tokenizer wants one
+    return Family(config, f"{name}Processor", images, {}, tokens, (), adds_bos=model_type == "clip", auto="AutoModel")
 
 
 def _clip() -> Family:

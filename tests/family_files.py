@@ -127,7 +127,7 @@ def make_tokenizer(family: Family):  # -> transformers.PreTrainedTokenizerFast
         pair = f"{bos}:0 $A:0 {bos}:1 $B:1"
         ids = [(bos, backend.token_to_id(bos))]
         backend.post_processor = processors.TemplateProcessing(f"{bos}:0 $A:0", pair, ids)
-    own = {k: v for k, v in tokens.items() if k in ("bos_token", "eos_token", "pad_token")}
+    own = {k: v for k, v in tokens.items() if k in ("bos_token", "eos_token", "pad_token", "unk_token")}
     named = {k: v for k, v in tokens.items() if k not in own}
     own |= {"extra_special_tokens": named} if named else {}
     return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", model_max_length=2048, **own)
@@ -138,9 +138,7 @@ def with_ids(tree, tokenizer):
     if isinstance(tree, dict):
         return {k: with_ids(v, tokenizer) for k, v in tree.items()}
     if isinstance(tree, Token):
-        found = tokenizer.convert_tokens_to_ids(str(tree))
-        assert found is not None and found != tokenizer.unk_token_id, tree
-        return found
+        return tokenizer.get_vocab()[str(tree)]
     return len(tokenizer) if tree == "VOCABULARY" else tree
 
 

@@ -110,7 +110,7 @@ def pruned(s: Subject) -> None:
     _all_of(
         {
             "SparseGPT": lambda: s.error(prune.sparsegpt(s.model, s.rows, 0.5)),
-            "language layers": lambda: s.error(prune.keep_layers(s.model, "language", [0])),
+            "language layers": lambda: s.error(shallower(s.model)),
             "FFN neurons, language": lambda: s.error(neurons("language")),
             "FFN neurons, vision": lambda: s.error(neurons("vision")),
         }
@@ -125,11 +125,16 @@ def drop_tokens(s: Subject) -> None:
     token_dropping.answers(s.model, images, questions, 0.5, layer=1)
 
 
+def shallower(model: nn.Module) -> nn.Module:
+    """Without the last layer of the language model."""
+    return prune.keep_layers(model, "language", range(model.config.get_text_config().num_hidden_layers - 1))
+
+
 def distilled(s: Subject) -> None:
     config = train.TrainConfig(2, 4, 1e-3, 1e-3, device="cpu")
     if "head" in models.parts(s.model):
-        student = prune.keep_layers(s.model, "language", [0])
-        s.error(distill.distill(student, s.model, train.RowBatches(s.model, s.rows, config), config))
+        batches = train.RowBatches(s.model, s.rows, config)
+        s.error(distill.distill(shallower(s.model), s.model, batches, config))
     else:
         raise UserError("this cell is for models that answer; for two encoders there is distill.distill_dual")
 
@@ -213,6 +218,7 @@ def _case(name: str) -> equality.Case:
 
 def _same_inputs(model: nn.Module, case: equality.Case) -> None:
     """Our inputs are those that the library's own call makes of the same messages, and the model answers them."""
+    models.chat(model, case.images or None, QUESTION)  # refuses what does not answer
     equality.source_answer(model, case)
     left = iter(case.images)
     filled = [
@@ -237,7 +243,7 @@ def _all_of(steps: dict[str, Callable]) -> None:
             refused &= isinstance(e, UserError) and not isinstance(e, ParityError)
     if bad:
         good = ", ".join(n for n in steps if not any(b.startswith(f"{n}: ") for b in bad))
-        sentence = "; ".join(([f"{good} work"] if good else []) + bad)
+        sentence = "; ".join(([f"{good}: yes"] if good else []) + bad)
         raise UserError(sentence) if refused else Differs(sentence)
 
 

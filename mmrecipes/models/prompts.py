@@ -32,9 +32,11 @@ def chat_prompts(processor: "ProcessorMixin", questions: Sequence[str], with_ima
 
 def _content(processor: "ProcessorMixin", n_images: int, question: str) -> list[dict] | str:
     """The content of a turn: places for images, then the question; a string where the template takes only strings. UserError
-    for a question with the image token."""
+    for a question with the image token, and where there is no template."""
+    if not getattr(processor, "chat_template", None):
+        raise UserError(f"{type(processor).__name__}: no chat template; add chat_template.jinja if the model answers questions")
     token = getattr(processor, "image_token", None)
-    if n_images and token and token in question:
+    if n_images and token and str(token) in question:
         raise UserError(f"{question!r:.80}: contains {token}, which stands for an image; ask without it")
     content = [{"type": "image"}] * n_images + [{"type": "text", "text": question}]
     try:
@@ -93,8 +95,6 @@ def chat(model: nn.Module, images: Image.Image | str | Path | list | None, quest
         raise UserError(f"{type(model).__name__} compares images with texts and does not answer questions; give a VLM")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(f"{type(model).__name__} is an encoder-decoder, and only decoders are supported; give another model")
-    if not getattr(model.processor, "chat_template", None):
-        raise UserError(f"{model.name_or_path or type(model).__name__}: it has no chat template; add chat_template.jinja")
     images = images if isinstance(images, list | tuple) else [] if images is None else [images]
     images = [load_image(i) for i in images]
     for w, h in (i.size for i in images):
