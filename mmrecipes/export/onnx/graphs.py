@@ -18,8 +18,9 @@ MAX_BYTES = 1_900_000_000  # bytes of weights: one ONNX file holds at most 2 GB
 
 def to_onnx(module: nn.Module, inputs: Mapping[str, Tensor], path: str | Path, free: Mapping[str, Mapping[int, str]]) -> Path:
     """One module as one ONNX file at `path`, by torch.export. `inputs` are an example, by the names of forward's parameters.
-    `free` names the axes whose length may change, {"pixel_values": {0: "batch"}} (or a Dim of torch.export's instead of a name);
-    give them a length of 2 or more in the example. Attention without a mask becomes ONNX Runtime's fused MultiHeadAttention. Raises as `export`.
+    `free` names the axes whose length may change, {"pixel_values": {0: "batch"}} (or gives a Dim of torch.export's for a name);
+    give them a length of 2 or more in the example. Attention without a mask becomes ONNX Runtime's fused MultiHeadAttention.
+    Raises as `export`.
     """
     require("onnx", "onnxscript")
     check_float32(module)
