@@ -40,7 +40,8 @@ def family_of(model: nn.Module) -> Family:
         return families.BY_NAME["idefics3"]  # distill.encoders.swapped.BackboneEncoder
     if found is None:
         known = ", ".join(sorted({family.name for family in families.TABLE}))
-        raise UserError(f"export: {name} has no recipe yet; those known: {known}; CONTRIBUTING.md says how to add one")
+        why = f": {families.NOT_YET[name]}" if name in families.NOT_YET else ""
+        raise UserError(f"export: there is no recipe for {name} yet{why}; known are {known}; CONTRIBUTING.md says how to add one")
     return found
 
 
