@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from transformers import GenerationConfig
 
 from mmrecipes.data import scenes
 from mmrecipes.errors import ParityError, UserError
@@ -125,7 +124,7 @@ def write_manifest(model: nn.Module, folder: Path, backend: Backend, precisions:
         "class": type(model).__name__,
         "family": family_of(model).name,
         "settings": family_of(model).settings(model),
-        "generation": generation_rules(model.generation_config),
+        "generation": exported.generation_rules(model.generation_config),
         "image_token_id": model.config.image_token_id,
         "eos_token_ids": sorted(eos_token_ids(model)),
         "max_length": max_length(model)
@@ -136,13 +135,6 @@ def write_manifest(model: nn.Module, folder: Path, backend: Backend, precisions:
         "sha256": {p.name: exported.sha256(p) for p in sorted(folder.iterdir()) if p.is_file()},
     }
     (folder / exported.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-
-
-def generation_rules(config: GenerationConfig) -> dict[str, object]:
-    """What `config` asks of each token, as the exported model applies it: a repetition penalty, tokens that never come."""
-    never = {ids[0] for ids in config.bad_words_ids or () if len(ids) == 1} | set(config.suppress_tokens or ())
-    rules = {"repetition_penalty": config.repetition_penalty, "suppress_tokens": sorted(never)}
-    return {name: rule for name, rule in rules.items() if rule not in (None, 1.0, [])}
 
 
 def parity(model: nn.Module, loaded: exported.Exported, tolerance: float) -> dict[str, float]:

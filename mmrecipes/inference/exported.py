@@ -52,6 +52,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def generation_rules(config: Any) -> dict[str, object]:
+    """What `config` asks of each token, as the exported model applies it: a repetition penalty, tokens that never come."""
+    never = {ids[0] for ids in config.bad_words_ids or () if len(ids) == 1} | set(config.suppress_tokens or ())
+    rules = {"repetition_penalty": config.repetition_penalty, "suppress_tokens": sorted(never)}
+    return {name: rule for name, rule in rules.items() if rule not in (None, 1.0, [])}
+
+
 class Exported:
     """Answers like the model it came from, greedily. `generate` and `stream` take images and a text or messages."""
 

@@ -14,7 +14,7 @@ import numpy as np
 from mmrecipes import families
 from mmrecipes.errors import UserError, one_line
 from mmrecipes.inference.backends import onnx_session
-from mmrecipes.inference.exported import Exported
+from mmrecipes.inference.exported import Exported, generation_rules
 
 FILES = {
     "onnx": ("vision_encoder.onnx", "embed_tokens.onnx", "decoder_model_merged.onnx"),
@@ -46,17 +46,19 @@ def load_optimum(folder: str | Path, threads: int | None = None) -> Exported:
     home = graphs if (graphs / "config.json").is_file() else graphs.parent
     try:
         config = AutoConfig.from_pretrained(home)
-        stops = (home / "generation_config.json").is_file() and GenerationConfig.from_pretrained(home).eos_token_id
+        known = (home / "generation_config.json").is_file()
+        generation = GenerationConfig.from_pretrained(home) if known else GenerationConfig.from_model_config(config)
     except Exception as e:  # whatever a broken file makes the library raise
         raise UserError(f"{home}: config.json cannot be read ({one_line(e, 80)}); copy the configs of the model here") from e
     if config.model_type not in FAMILIES:
         raise UserError(f"{graphs}: a {config.model_type} in optimum's layout, of which only {', '.join(FAMILIES)} are read yet")
-    stops = stops or config.get_text_config().eos_token_id
+    stops = generation.eos_token_id or config.get_text_config().eos_token_id
     manifest = {
         "runtime": runtime,
         "precision": dict.fromkeys(("vision", "language"), "as written"),
         "family": FAMILIES[config.model_type],
         "settings": {},
+        "generation": generation_rules(generation),
         "image_token_id": config.image_token_id,
         "eos_token_ids": sorted({stops} if isinstance(stops, int) else stops or ()),
         "max_length": config.get_text_config().max_position_embeddings,

@@ -17,9 +17,8 @@ from PIL import Image
 from torch import nn
 
 from mmrecipes.data import scenes
-from mmrecipes.errors import UserError, one_line
+from mmrecipes.errors import ParityError, UserError, one_line
 from mmrecipes.evaluate import statistics
-from mmrecipes.evaluate.generation import eos_token_ids
 from mmrecipes.export import pipeline
 from mmrecipes.inference import exported, optimum
 from mmrecipes.models import images as models_images
@@ -49,14 +48,13 @@ class Side:
     """One of the two: `prepare` is its own preprocessing (images, question), `run` answers greedily, or along given tokens."""
 
     name: str
-    stops: set[int]
     prepare: Callable[[list[Image.Image], str], Inputs]
     run: Callable[[Inputs, list[int] | None], Trace]
 
 
 def load_side(name: str) -> Side:
     """What is at `name`: an export of ours, the files of optimum or transformers.js, else what `models.load` takes.
-    Raises UserError as these do, and for a model that does not answer questions."""
+    Raises UserError as these do."""
     folder = Path(name).expanduser()
     if any((folder / manifest).is_file() for manifest in (exported.MANIFEST, exported.OLD_MANIFEST)):
         model = exported.load_exported(folder)
@@ -64,14 +62,12 @@ def load_side(name: str) -> Side:
         model = optimum.load_optimum(folder)
     else:
         model = loading.load(name)
-        if "head" not in modules.parts(model):
-            raise UserError(f"{name}: {type(model).__name__} compares images with texts and has no stages; give a VLM")
 
         def prepare(images: list[Image.Image], question: str) -> Inputs:
             return {key: value.numpy() for key, value in prompts.chat(model, images or None, question).items()}
 
-        return Side(name, eos_token_ids(model), prepare, functools.partial(run_torch, model))
-    return Side(name, set(model.manifest["eos_token_ids"]), model.inputs, functools.partial(run_graphs, model))
+        return Side(name, prepare, functools.partial(run_torch, model))
+    return Side(name, model.inputs, functools.partial(run_graphs, model))
 
 
 def run_torch(model: nn.Module, inputs: Inputs, tokens: list[int] | None) -> Trace:
@@ -116,7 +112,9 @@ def run_graphs(model: exported.Exported, inputs: Inputs, tokens: list[int] | Non
     for i in range(min(room, MAX_TOKENS if tokens is None else len(tokens))):
         if i:
             logits.append(model.graphs.step(np.array([made[-1:]])))
-        made.append(int(logits[-1].argmax()) if tokens is None else tokens[i])
+        if not np.isfinite(logits[-1]).all():
+            break
+        made.append(model.likeliest(logits[-1], [*inputs["input_ids"][0], *made]) if tokens is None else tokens[i])
         if tokens is None and made[-1] in model.manifest["eos_token_ids"]:
             break
     return Trace(None, visual, made, logits)
@@ -147,7 +145,9 @@ def examine(a: Side, b: Side, conversations: Sequence[list[Image.Image]], questi
             notes["preprocessing"] = why
         try:
             wanted = a.run(inputs, None)
-            found = b.run(inputs, wanted.tokens)
+            if not wanted.tokens:
+                raise ParityError(f"{a.name}: its first logits are not finite; give the other one first")
+            found, own = b.run(inputs, wanted.tokens), b.run(inputs, None)
         except UserError:
             raise
         except Exception as e:  # whatever a model makes of inputs that are not its own
@@ -158,10 +158,9 @@ def examine(a: Side, b: Side, conversations: Sequence[list[Image.Image]], questi
         errors = [distance(x, y) for x, y in zip(found.logits, wanted.logits, strict=False)]
         rows["first logits"].append(errors[0])
         rows["decode steps"].append(max(errors[1:], default=None))
-        top = [int(x.argmax()) == token for x, token in zip(found.logits, wanted.tokens, strict=False)]
+        top = [int(x.argmax()) == int(y.argmax()) for x, y in zip(found.logits, wanted.logits, strict=False)]
         agree, steps = agree + sum(top), steps + len(top)
-        ends = all((token in a.stops) == (token in b.stops) for token in wanted.tokens)
-        same.append(all(top) and ends)  # what is likeliest at each step is what it would have answered itself
+        same.append(own.tokens == wanted.tokens)
         rows["answers"].append(0.0 if same[-1] else math.inf)
     share = statistics.wilson(sum(same), len(same))
     notes["decode steps"] = f"the likeliest token is the same in {agree} of {steps}"

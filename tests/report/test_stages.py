@@ -106,6 +106,15 @@ def test_the_part_whose_weights_changed_is_named(compare, llava, tmp_path, part,
     assert code == 1 and found["first"] == stage and {verdicts(found)[name] for name in before} == {"equal"}
 
 
+def test_rules_of_generation_change_answers_alone(compare, llava, tmp_path):
+    out = shutil.copytree(llava, tmp_path / "copy")
+    rules = json.loads((out / "generation_config.json").read_text()) | {"repetition_penalty": 5.0}
+    (out / "generation_config.json").write_text(json.dumps(rules))
+    code, found = compare(llava, out, "--json")
+    assert code == 1 and found["first"] == "answers" and found["tokens"]["same"] == found["tokens"]["n"]
+    assert compare(out, out)[0] == 0
+
+
 def test_images_of_ones_own(compare, llava, tmp_path):
     (tmp_path / "mine").mkdir()
     for i in range(3):
@@ -151,6 +160,17 @@ def test_a_decoder_that_loses_count_differs_in_the_second_token(compare, llava, 
     out = optimum_files.write_onnx(families.load("llava"), tmp_path / "theirs", decoder=optimum_files.Restarting)
     code, found = compare(llava, out, "--json")
     assert code == 1 and found["first"] == "decode steps" and verdicts(found)["first logits"] == "equal"
+
+
+@TRACED
+def test_logits_that_are_not_finite_differ(compare, llava, tmp_path):
+    model = families.load("llava")
+    with torch.no_grad():
+        model.lm_head.weight[:] = torch.inf
+    code, found = compare(llava, optimum_files.write_onnx(model, tmp_path / "broken"), "--json")
+    assert code == 1 and found["first"] == "first logits" and verdicts(found)["connector"] == "equal"
+    code, shown = compare(tmp_path / "broken", llava)
+    assert code == 1 and "not finite" in shown and len(shown.splitlines()) == 1
 
 
 def test_what_cannot_be_compared_is_one_line(compare, llava, tmp_path):
