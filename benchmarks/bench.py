@@ -78,9 +78,9 @@ def prepare(runtime: str, how: str) -> None:
         _plain_openvino(model, how.removeprefix("nncf-"))
     elif how == "static":
         seen = [scenes.render(scenes.make_scene(seed), 512) for seed in range(10, 14)]
-        export.export(model, folder(runtime, how), runtime, {"vision": "static", "language": "int4"}, False, seen)
+        export.export_unchecked(model, folder(runtime, how), runtime, {"vision": "static", "language": "int4"}, seen)
     else:
-        export.export(model, folder(runtime, how), runtime, how, check=how == "fp32")
+        (export.export if how == "fp32" else export.export_unchecked)(model, folder(runtime, how), runtime, how)
 
 
 def _plain_onnx(model, how: str) -> None:

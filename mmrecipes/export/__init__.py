@@ -3,5 +3,6 @@
 from mmrecipes.lazy import lazy_exports
 
 __getattr__, __dir__, __all__ = lazy_exports(
-    __name__, {"pipeline": "BACKENDS PARTS TOLERANCE export parity supported write_manifest", "wrappers": "", "onnx": ""}
+    __name__,
+    {"pipeline": "BACKENDS PARTS TOLERANCE export export_unchecked parity supported write_manifest", "wrappers": "", "onnx": ""},
 )

@@ -14,7 +14,7 @@ from mmrecipes.quantize.groups import GROUP, on_grid, pack
 
 
 def write_openvino(
-    model: nn.Module, folder: Path, precisions: Mapping[str, str], pixels: Sequence[np.ndarray], batches: bool
+    model: nn.Module, folder: Path, precisions: Mapping[str, str], pixels: Sequence[np.ndarray], batches: bool = False
 ) -> None:
     """Write both graphs to `folder`, each in its precision; "static" looks at `pixels` (1, 3, H, W). Raises as `export`."""
     require("openvino", "nncf")

@@ -5,8 +5,9 @@ the logits of the next token). One graph does prefill and decode, so its weights
 no mask, and the cache can stay in the runtime. `inference.load_exported` reads it back.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -58,7 +59,6 @@ def export(
     out: str | Path,
     runtime: str = "onnx",
     precision: str | Mapping[str, str] = "fp32",
-    check: bool = True,
     images: Sequence[Image.Image | str | Path] = (),
     batches: bool = False,
 ) -> Path:
@@ -66,9 +66,32 @@ def export(
     `precision` is one for both parts or {"vision": ..., "language": ...}, of those that the backend has; "static" fixes ranges on
     `images`, a dozen like those to come. With `batches` it also answers several conversations together (`generate_batch`), and
     takes a little longer for one. All or nothing: `out` appears, or takes an older export's place, once the graphs answer as
-    `model` does (`check`; ParityError).
+    `model` does (`parity`; ParityError).
     Raises UserError for an architecture, dtype or directory that it cannot take; ImportError where a package is missing.
     """
+    with _written(model, out, runtime, precision, images, batches) as (aside, precisions):
+        parity(model, exported.load_exported(aside), max(TOLERANCE[p] for p in precisions.values()))
+    return Path(out).expanduser().resolve()
+
+
+def export_unchecked(
+    model: nn.Module,
+    out: str | Path,
+    runtime: str = "onnx",
+    precision: str | Mapping[str, str] = "fp32",
+    images: Sequence[Image.Image | str | Path] = (),
+    batches: bool = False,
+) -> Path:
+    """As `export` without its check: for timings of random weights, whose rounded logits prove nothing."""
+    with _written(model, out, runtime, precision, images, batches):
+        return Path(out).expanduser().resolve()
+
+
+@contextlib.contextmanager
+def _written(
+    model: nn.Module, out: str | Path, runtime: str, precision: str | Mapping[str, str], images: Sequence, batches: bool
+) -> Iterator[tuple[Path, dict[str, str]]]:
+    """A directory beside `out` with the graphs and the manifest, and the precision of each part; it becomes `out` in the end."""
     if runtime not in BACKENDS:
         raise UserError(f"export: runtime={runtime!r}; expected one of {', '.join(BACKENDS)}")
     backend = BACKENDS[runtime]
@@ -86,9 +109,7 @@ def export(
     with directory_aside(out) as aside:
         backend.write(model, aside, precisions, calibration_pixels(model, images), batches)
         write_manifest(model, aside, backend, precisions, batches)
-        if check:
-            parity(model, exported.load_exported(aside), max(TOLERANCE[p] for p in precisions.values()))
-    return Path(out).expanduser().resolve()
+        yield aside, precisions
 
 
 def supported(model: nn.Module) -> None:
@@ -108,6 +129,10 @@ def write_manifest(model: nn.Module, folder: Path, backend: Backend, precisions:
     """Write to `folder`, which holds the graphs, what else an answer needs: processor, configs, manifest."""
     graphs = [p for p in sorted(folder.iterdir()) if p.is_file()]
     model.processor.save_pretrained(folder)
+    if 0 <= model.config.image_token_id < model.get_input_embeddings().weight.shape[0]:  # what it is where no image is given
+        with torch.no_grad():
+            row = model.get_input_embeddings()(torch.tensor([model.config.image_token_id]))
+        np.save(folder / exported.IMAGE_TOKEN, row.numpy())
     if type(model.config)._auto_class:  # code of the model's own (swapped.py), which the graphs do not need: nor shall a reader
         config = {k: v for k, v in model.config.to_dict().items() if k != "auto_map"}
         config["model_type"] = type(model.config).__base__.model_type

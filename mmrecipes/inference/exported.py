@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import numpy as np
 from mmrecipes import families
 from mmrecipes.errors import ParityError, UserError, one_line, require
 from mmrecipes.inference.backends import GRAPHS, PACKAGES, PARTS
-from mmrecipes.models.images import load_image
+from mmrecipes.models.messages import conversation
 from mmrecipes.models.processors import load_processor
 
 MANIFEST = "mmrecipes_export.json"
+IMAGE_TOKEN = "image_token.npy"  # its own embedding (1, D): a model may generate the placeholder, and no image is there then
 FORMAT = 3  # of the manifest; a newer one is refused
 # format 1 was called like transformers' own manifest, and had other names for these
 OLD_MANIFEST, OLD_KEYS = "export.json", {"stop": "eos_token_ids", "longest": "max_length"}
@@ -75,6 +76,9 @@ class Exported:
             raise
         except Exception as e:  # the runtimes' own kinds, without a common parent
             raise UserError(f"{folder}: {package} cannot load it ({one_line(e)}); export the model again") from e
+        if (folder / IMAGE_TOKEN).is_file():  # of DeepStack's further layers: nothing
+            row = np.load(folder / IMAGE_TOKEN)
+            self.graphs.no_image[:, : row.shape[1]] = row
 
     def generate(self, images: Any, text: str | Sequence[dict], max_new_tokens: int = 64) -> str:
         """The answer. `images`: None, an image (PIL, path) or a list; `text`: a question, or messages for a chat template."""
@@ -170,28 +174,6 @@ class Exported:
         if length >= most:
             raise UserError(f"the prompt has {length} tokens, and the model takes {most}: shorten it")
         return inputs
-
-
-def conversation(processor: Any, images: Any, text: str | Sequence[dict]) -> Mapping[str, np.ndarray]:
-    """One conversation as `processor` prepares it: `images` None, one or a list, their places in `text` (or before a question).
-    Raises UserError for other messages, and where there are more or fewer places than images.
-    """
-    images = [] if images is None else [load_image(i) for i in (images if isinstance(images, list | tuple) else [images])]
-    if isinstance(text, str):
-        text = [{"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]}]
-    if not isinstance(text, list | tuple) or not all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in text):
-        raise UserError(f"text: {text!r:.80}; expected a question, or a list of messages with a role and a content each")
-    shown, turns = iter(images), []
-    places = sum(part.get("type") == "image" for turn in text for part in turn["content"] if isinstance(part, dict))
-    if places != len(images):
-        raise UserError(f"{len(images)} images, and {places} places for them in the messages: give as many")
-    for turn in text:
-        content = [{"type": "text", "text": turn["content"]}] if isinstance(turn["content"], str) else turn["content"]
-        content = [{"type": "image", "image": next(shown)} if part["type"] == "image" else part for part in content]
-        turns.append({**turn, "content": content})
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "np"}
-    made = processor.apply_chat_template(turns, **options)
-    return {k: v for k, v in made.items() if k != "labels"}
 
 
 def load_exported(folder: str | Path, threads: int | None = None, check: bool = True) -> Exported:

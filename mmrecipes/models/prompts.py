@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmrecipes.errors import ParityError, UserError, one_line
 from mmrecipes.models.images import load_image
+from mmrecipes.models.messages import content, processed
 from mmrecipes.models.modules import parts
 
 if TYPE_CHECKING:
@@ -26,48 +27,14 @@ def chat_prompts(processor: "ProcessorMixin", questions: Sequence[str], with_ima
     >>> chat_prompts(model.processor, ["What is {}?"])[0].endswith("What is {}?<end_of_utterance>\\nAssistant:")
     True
     """
-    turns = [[{"role": "user", "content": _content(processor, int(with_image), q)}] for q in questions]
+    turns = [[{"role": "user", "content": content(processor, int(with_image), q)}] for q in questions]
     return [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
-
-
-def _content(processor: "ProcessorMixin", n_images: int, question: str) -> list[dict] | str:
-    """The content of a turn: places for images, then the question; a string where the template takes only strings. UserError
-    for a question with the image token, and where there is no template."""
-    if not getattr(processor, "chat_template", None):
-        raise UserError(f"{type(processor).__name__}: no chat template; add chat_template.jinja if the model answers questions")
-    token = getattr(processor, "image_token", None)
-    if n_images and token and str(token) in question:
-        raise UserError(f"{question!r:.80}: contains {token}, which stands for an image; ask without it")
-    content = [{"type": "image"}] * n_images + [{"type": "text", "text": question}]
-    try:
-        if "{'type'" not in processor.apply_chat_template([{"role": "user", "content": content}]):
-            return content
-    except TypeError:  # it joined the content to a string
-        pass
-    return f"{getattr(processor, 'image_token', '<image>')}\n" * n_images + question
 
 
 def batch_inputs(model: nn.Module, images: Sequence[Image.Image | list] | None, texts: Sequence[str]) -> Mapping[str, Tensor]:
     """`processed` on the model's device, pixels in the vision encoder's dtype. Raises UserError as it does."""
     dtypes = (p.dtype for p in parts(model)["vision"].parameters() if p.is_floating_point())  # a model may mix them
     return processed(model.processor, images, texts).to(model.device, next(dtypes, torch.float32))
-
-
-def processed(processor: "ProcessorMixin", images: Sequence | None, texts: Sequence[str]) -> Mapping[str, Tensor]:
-    """`texts` (B) with an image or several each, padded on the left to input_ids (B, T). One BOS, also where the template writes
-    it and the tokenizer adds it. UserError where refused."""
-    options = {"padding": True, "return_tensors": "pt"}
-    processor.tokenizer.padding_side = "left"  # generation continues at the right end
-    if images is not None:
-        options["images"] = [[i.convert("RGB") for i in (row if isinstance(row, list) else [row])] for row in images]
-    if processor.tokenizer.bos_token and texts[0].startswith(processor.tokenizer.bos_token):
-        options["add_special_tokens"] = False
-    try:
-        inputs = processor(text=list(texts), **options)
-    except ValueError as e:  # such as PaliGemma's without an image
-        raise UserError(f"{type(processor).__name__} cannot prepare this prompt ({one_line(e)}); give what it asks for") from e
-    inputs.pop("labels", None)  # PaliGemma's: with them the model computes a loss
-    return inputs
 
 
 def teacher_forced(model: nn.Module, rows: Rows, batch_size: int = 50) -> Iterator[tuple[Mapping[str, Tensor], list[int]]]:
@@ -100,7 +67,7 @@ def chat(model: nn.Module, images: Image.Image | str | Path | list | None, quest
     for w, h in (i.size for i in images):
         if min(w, h) < 8 or max(w, h) > 50 * min(w, h):
             warnings.warn(f"an image of {w} x {h} px shows nothing, too small or narrow: answers are guesses", stacklevel=2)
-    turn = {"role": "user", "content": _content(model.processor, len(images), question)}
+    turn = {"role": "user", "content": content(model.processor, len(images), question)}
     text = model.processor.apply_chat_template([turn], add_generation_prompt=True)
     inputs = batch_inputs(model, [images] if images else None, [text])
     length, most = inputs["input_ids"].shape[1], getattr(model.config.get_text_config(), "max_position_embeddings", None)

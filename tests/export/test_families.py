@@ -9,7 +9,7 @@ from mmrecipes import export, inference
 from mmrecipes.errors import UserError
 from mmrecipes.export import wrappers
 from mmrecipes.families import BY_NAME, idefics2, llava_next, qwen_vl
-from mmrecipes.inference.exported import conversation
+from mmrecipes.models.messages import conversation
 from tests import equality, families
 
 GRIDS = [(2, 2), (4, 10), (14, 4), (6, 6), (2, 30), (34, 22)]  # patches: rows and columns, multiples of the merge of 2

@@ -21,7 +21,7 @@ OUTLIER_LAYERS = ("down_proj", "fc2", "w2")
 
 
 def write_onnx(
-    model: nn.Module, folder: Path, precisions: Mapping[str, str], pixels: Sequence[np.ndarray], batches: bool
+    model: nn.Module, folder: Path, precisions: Mapping[str, str], pixels: Sequence[np.ndarray], batches: bool = False
 ) -> None:
     """Write both graphs to `folder`, each in its precision; "static" looks at `pixels` (1, 3, H, W). Raises as `export`."""
     require("onnx", "onnxscript", "onnxruntime")
