@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import traceback
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,17 @@ from typing import Annotated
 
 from typer import Argument, Option, Typer, echo
 
-from mmrecipes.errors import UserError
+from mmrecipes.errors import UserError, unsupported
 
 Model = Annotated[str, Argument(help="a house model, a local directory, or a hub id")]
 app = Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, Option("--debug", help="show the traceback of an error; anywhere in the line")] = False,
+) -> None:
+    pass
 
 
 @app.command("tour")
@@ -146,15 +154,28 @@ def _evaluate(
         saving.write_json(out, {"environment": machine.environment(), "model": model, **found})
 
 
+def _tried() -> tuple[str, str]:
+    """The model and the command of this command line, to name them."""
+    command, *rest = [each for each in sys.argv[1:] if not each.startswith("-")]
+    models = [each for each in rest if (Path(each).expanduser() / "config.json").is_file()]
+    kinds = [json.loads((Path(each).expanduser() / "config.json").read_text()).get("model_type") for each in models]
+    return (kinds or ["this model"])[0], command
+
+
 def main() -> None:
-    """Run the command line: errors a user can act on are one line, and exit with 1."""
+    """Run the command line: errors are one line, and exit with 1; with --debug, after their traceback."""
+    debug = "--debug" in sys.argv
+    sys.argv[:] = [each for each in sys.argv if each != "--debug"]
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without the place in the code
     if not sys.stderr.isatty():  # a "0" would not do: other modules ask only whether it is set
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
-    except UserError as e:
-        echo(f"error: {e}", err=True)
+    except Exception as e:
+        if debug:
+            traceback.print_exc()
+        known = isinstance(e, UserError | ImportError)  # the second names the package that is missing
+        echo(f"error: {e if known else unsupported(*_tried(), e)}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         echo("interrupted", err=True)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -16,6 +15,7 @@ from transformers import AttentionInterface
 from mmrecipes import quiet
 from mmrecipes.errors import require
 from mmrecipes.export import wrappers
+from mmrecipes.families.family import Family
 from mmrecipes.models import modules
 from mmrecipes.quantize import groups
 
@@ -26,6 +26,26 @@ MAX_LENGTH = 2048  # tokens that the cache has room for, unless the model takes 
 def max_length(model: nn.Module) -> int:
     """Tokens of one conversation, images' included, that an exported `model` takes."""
     return min(MAX_LENGTH, model.config.get_text_config().max_position_embeddings)
+
+
+def obstacle(model: nn.Module, family: Family) -> str:
+    """Why the programs would answer otherwise than `model`, silently: `attend` looks back on all tokens, and knows no mask, no
+    window and no further positions; a program takes images of one shape. "" where nothing stands in the way."""
+    config = model.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if family.free:
+        return "its images have any shape, and a program takes one"
+    if family.positions:
+        return "its tokens have positions in several directions, and a program counts them in one"
+    if family.masks:
+        return "its image tokens see each other, and ExecuTorch's attention only looks back"
+    for window in filter(None, windows):
+        if window < max_length(model) and (kinds or not getattr(config, "layer_types", None)):
+            return f"its layers look back only {window} tokens, and ExecuTorch's attention knows no windows"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "its attention caps scores, and ExecuTorch's does not"
+    return ""
 
 
 class ExecutorchLanguage(wrappers.LanguageWithCache):
@@ -75,9 +95,9 @@ def attend(
 
 
 def write_executorch(
-    model: nn.Module, folder: Path, precisions: Mapping[str, str], pixels: Sequence[np.ndarray] = (), batches=False
+    model: nn.Module, folder: Path, precisions: Mapping[str, str], runs: Sequence = (), batches=False
 ) -> None:
-    """Write both programs to `folder`, each in its precision, of which none looks at `pixels`. Raises as `export.export`."""
+    """Write both programs to `folder`, each in its precision, of which none looks at `runs`. Raises as `export.export`."""
     require("executorch")
     from torch.export import Dim
 

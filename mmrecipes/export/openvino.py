@@ -14,9 +14,10 @@ from mmrecipes.quantize.groups import GROUP, on_grid, pack
 
 
 def write_openvino(
-    model: nn.Module, folder: Path, precisions: Mapping[str, str], pixels: Sequence[np.ndarray], batches: bool = False
+    model: nn.Module, folder: Path, precisions: Mapping[str, str], runs: Sequence[Mapping[str, np.ndarray]], batches: bool = False
 ) -> None:
-    """Write both graphs to `folder`, each in its precision; "static" looks at `pixels` (1, 3, H, W). Raises as `export`."""
+    """Write both graphs to `folder`, each in its precision; "static" looks at `runs` of the vision graph. Raises as `export`.
+    """
     require("openvino", "nncf")
     import openvino as ov
     from transformers.exporters.exporter_openvino import OpenVINOConfig
@@ -30,7 +31,7 @@ def write_openvino(
     }
     for part, make in makers.items():
         with quiet.library_logs(), torch.no_grad():
-            ov.save_model(_quantized(make(), precisions[part], pixels), folder / f"{part}.xml", compress_to_fp16=False)
+            ov.save_model(_quantized(make(), precisions[part], runs), folder / f"{part}.xml", compress_to_fp16=False)
 
 
 def _vision(encoder: nn.Module, image: dict[str, torch.Tensor], free: dict[str, dict]):
@@ -73,14 +74,17 @@ def _language(decoder: nn.Module, example: dict, config: object):
     return graph
 
 
-def _quantized(graph, precision: str, pixels: Sequence[np.ndarray]):
-    """int8: weights and embeddings, a scale a channel; int4, mixed: `_four_bits`; static: activations, too, fixed on `pixels`."""
+def _quantized(graph, precision: str, runs: Sequence[Mapping[str, np.ndarray]]):
+    """int8: weights and embeddings, a scale a channel; int4, mixed: `_four_bits`; static: activations, too, fixed on `runs`."""
     if precision in ("fp32", "bf16"):  # loading chooses between these
         return graph
     import nncf
 
     if precision == "static":
-        return nncf.quantize(graph, nncf.Dataset(pixels), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(pixels))
+        seen = nncf.Dataset(
+            [dict(run) if len(run) > 1 else next(iter(run.values())) for run in runs]
+        )  # one input may lack a name
+        return nncf.quantize(graph, seen, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(runs))
     if precision in ("int4", "mixed"):
         _four_bits(graph, rounded=precision == "mixed")
     return graph if precision == "int4" else nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)

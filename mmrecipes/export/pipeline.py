@@ -20,10 +20,10 @@ from torch import nn
 from mmrecipes.data import scenes
 from mmrecipes.errors import ParityError, UserError
 from mmrecipes.evaluate.generation import eos_token_ids
-from mmrecipes.export.executorch import max_length, write_executorch
+from mmrecipes.export.executorch import max_length, obstacle, write_executorch
 from mmrecipes.export.onnx.backend import write_onnx
 from mmrecipes.export.openvino import write_openvino
-from mmrecipes.export.wrappers import calibration_pixels, check_float32, family_of
+from mmrecipes.export.wrappers import check_float32, family_of, vision_inputs
 from mmrecipes.inference import exported
 from mmrecipes.inference.backends import PACKAGES, PARTS
 from mmrecipes.models import modules
@@ -35,7 +35,7 @@ class Backend:
     """What writes both graphs for one runtime, and what each part can be there."""
 
     name: str
-    write: Callable[[nn.Module, Path, Mapping[str, str], Sequence[np.ndarray], bool], None]
+    write: Callable[[nn.Module, Path, Mapping[str, str], Sequence[Mapping[str, np.ndarray]], bool], None]
     vision: tuple[str, ...]
     language: tuple[str, ...]
 
@@ -101,26 +101,29 @@ def _written(
     for part, known in (("vision", backend.vision), ("language", backend.language)):
         if precisions.get(part) not in known:
             raise UserError(f"precision of {part} for {runtime}: {precisions.get(part)!r}; expected one of {', '.join(known)}")
-    supported(model)
+    supported(model, runtime)
     if batches and runtime == "executorch":
         raise UserError("export: batches in executorch, whose cache holds one conversation; use onnx or openvino")
     if (precisions["vision"] == "static") != bool(len(images)):
         raise UserError(f"export: {len(images)} images for vision in {precisions['vision']}; 'static' takes some, others none")
     with directory_aside(out) as aside:
-        backend.write(model, aside, precisions, calibration_pixels(model, images), batches)
+        runs = [run for image in images for run in vision_inputs(model, [image])]
+        backend.write(model, aside, precisions, runs, batches)
         write_manifest(model, aside, backend, precisions, batches)
         yield aside, precisions
 
 
-def supported(model: nn.Module) -> None:
-    """UserError for a model that `export` has no recipe for, before any work is done."""
+def supported(model: nn.Module, runtime: str = "onnx") -> None:
+    """UserError for a model that `export` has no recipe for in this `runtime`, before any work is done."""
     name = type(model).__name__
     if "head" not in modules.parts(model):
         raise UserError(f"export: {name} compares images with texts; give a model that answers")
     check_float32(model)
     if not isinstance(getattr(model.config, "image_token_id", None), int):
         raise UserError(f"export: {name} has no image_token_id in its config; there is no recipe for it yet")
-    family_of(model)
+    family = family_of(model)
+    if runtime == "executorch" and (why := obstacle(model, family)):
+        raise UserError(f"export: {name} ({family.name}) cannot be exported for executorch: {why}; use onnx or openvino")
     if not getattr(getattr(model, "processor", None), "chat_template", None):
         raise UserError(f"export: {name} has no .processor with a chat template; load it with models.load")
 

@@ -57,6 +57,12 @@ def pack(weight: Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]:
     return q.view(len(weight), -1, GROUP * bits // 8).numpy(), scale.view(len(weight), -1).numpy()
 
 
+def grouped_bytes(weight: Tensor, bits: int) -> int:
+    """Bytes of what `pack` makes of `weight` (out, in): rows that do not divide into groups are padded."""
+    groups = len(weight) * -(-weight.shape[1] // GROUP)
+    return groups * (GROUP * bits // 8 + 4)
+
+
 def group_scales(weight: Tensor, bits: int, signs: tuple[int, ...] = (1, -1)) -> Tensor:
     """The scale of each group of 32 of `weight` (out, in): (out, groups). Weights on quantization levels stay on them."""
     w = _padded(weight)

@@ -141,7 +141,7 @@ def exports(model: nn.Module) -> list[Export]:
         missing = "" if importlib.util.find_spec(PACKAGES[runtime]) else f"; {PACKAGES[runtime]} is not installed here"
         try:
             with next(model.parameters()).device:
-                pipeline.supported(model)
+                pipeline.supported(model, runtime)
             found.append(Export(runtime, True, "as an architecture; `mmrecipes shrink` checks its answers" + missing))
         except UserError as e:
             if "processor" in str(e) and getattr(model, "processor", None) is None:

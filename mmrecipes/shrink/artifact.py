@@ -1,6 +1,9 @@
 """What `shrink` writes: the model, an example that runs it, and both models' time and memory side by side."""
 
+import inspect
+import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,20 +13,22 @@ import numpy as np
 import torch
 from torch import nn
 
+from mmrecipes import errors, families
 from mmrecipes.errors import UserError
 from mmrecipes.evaluate.statistics import wilson
 from mmrecipes.export import pipeline
+from mmrecipes.export.wrappers import family_of
 from mmrecipes.inference.backends import PACKAGES
 from mmrecipes.inference.exported import Exported, load_exported
 from mmrecipes.measure import machine, memory, process, size, timing
-from mmrecipes.models import prompts
+from mmrecipes.models import processors, prompts
 from mmrecipes.quantize import nf4
 from mmrecipes.report import comparison
 from mmrecipes.shrink.candidates import Candidate, mixed
 from mmrecipes.shrink.fidelity import Evaluator
 from mmrecipes.shrink.source import Source
 
-EXAMPLE, IMAGE = "example.py", "example.png"
+EXAMPLE, FAMILY, IMAGE = "example.py", "model_family.py", "example.png"
 NEW_TOKENS = 8
 
 
@@ -51,7 +56,18 @@ def example_code(runtime: str) -> str:
     if runtime == "torch":
         return _example("torch")
     code = _example("exported").replace("RUNTIME", PACKAGES[runtime] + (", torch" if runtime == "executorch" else ""))
-    return code.replace("from mmrecipes.shrink.examples.onnx import load\n", _example(runtime))
+    return code.replace("from mmrecipes.shrink.examples.onnx import load, np\n", _example(runtime))
+
+
+def family_code(model: nn.Module) -> str:
+    """What `example_code` imports from the file beside it: the model's family and the loader of its processor, cut out of this
+    package with all that they need of it. Without PyTorch and, for images, without torchvision."""
+    family = family_of(model)
+    sources = [errors, processors, families.family, sys.modules[family.images.__module__]]
+    code = "\n".join(inspect.getsource(module) for module in dict.fromkeys(sources))
+    code = re.sub(r"^from mmrecipes\..*\n", "", code, flags=re.MULTILINE)
+    table = "FAMILIES" if hasattr(sources[-1], "FAMILIES") else "(FAMILY,)"
+    return f"{code}\nFAMILY = next(family for family in {table} if family.name == {family.name!r})\n"
 
 
 def _example(name: str) -> str:
@@ -66,7 +82,9 @@ def measured(source: Source, made: Path, verify: Evaluator, found: Mapping[str, 
     image, question = verify.rows[0]["image"].convert("RGB"), verify.rows[0]["question"]
     image.save(made / IMAGE)
     (made / EXAMPLE).write_text(example_code(runtime), encoding="utf-8")
-    answer, peak = _run_example(made, question)
+    if runtime != "torch":
+        (made / FAMILY).write_text(family_code(base), encoding="utf-8")
+    answer, peak = _run_example(made, question, runtime)
     if runtime != "torch":
         peak = process.profile_exported(made, image, question, NEW_TOKENS, 1)["peak_mb"]
     small, inputs, notes = open_artifact(made, runtime), prompts.chat(base, image, question), []
@@ -79,6 +97,10 @@ def measured(source: Source, made: Path, verify: Evaluator, found: Mapping[str, 
     except UserError as e:
         peak_before = None
         notes.append(f"The original's memory was not measured: {e}")
+    if source.own_bytes:
+        notes.append(
+            f"The source's own files take {source.own_bytes / 1e6:.2f} MB; disk MB of the original are those in float32."
+        )
     before = {"name": "original, float32", "peak_mb": peak_before, "disk_mb": source.float_bytes / 1e6}
     after = {"name": f"shrunk, {runtime}", "peak_mb": peak, "disk_mb": found["bytes"] / 1e6, loss.measure: loss.share}
     for row, spent in zip((before, after), times.values(), strict=True):
@@ -105,14 +127,17 @@ def _timed(model: nn.Module | Exported, inputs: Mapping) -> dict[str, float]:
     return {"ttft_ms": first, "ms_a_token": further}
 
 
-def _run_example(made: Path, question: str) -> tuple[str, float]:
-    """What example.py says in a fresh process without this package, and that process's peak memory in MB. UserError where it
-    fails."""
+def _run_example(made: Path, question: str, runtime: str) -> tuple[str, float]:
+    """What example.py says in a fresh process without this package (and without PyTorch, where the `runtime` needs none), and
+    that process's peak memory in MB. UserError where it fails."""
+    blocked = () if runtime in ("torch", "executorch") else ("torch", "torchao", "torchvision")
     with tempfile.TemporaryDirectory(prefix="mmrecipes-") as elsewhere:
         code = (
-            "import contextlib, io, json, os, runpy, sys\nfrom mmrecipes.measure.process import peak_mb\n"
+            f"import contextlib, io, json, os, runpy, sys\nsys.modules.update(dict.fromkeys({blocked}))\n"
+            "from mmrecipes.measure.process import peak_mb\n"
             "sys.modules.update((name, None) for name in list(sys.modules) if name.startswith('mmrecipes'))\n"
             f"sys.argv = {[str(made / EXAMPLE), str(made / IMAGE), question]!r}\nos.chdir({elsewhere!r})\n"
+            f"sys.path.insert(0, {str(made)!r}); sys.dont_write_bytecode = True\n"  # as for any script
             "with contextlib.redirect_stdout(io.StringIO()) as said:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
             "print(json.dumps({'answer': said.getvalue().strip(), 'peak_mb': peak_mb()}))"
         )

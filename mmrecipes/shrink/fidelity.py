@@ -1,8 +1,9 @@
 """How a compressed model's answers compare with the original's: accuracy on labels, or agreement token by token without."""
 
+import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +12,16 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from mmrecipes import quiet
+from mmrecipes.errors import ParityError
 from mmrecipes.evaluate import generation
 from mmrecipes.evaluate.statistics import Paired, Share, clustered, paired, wilson
 from mmrecipes.inference.exported import Exported
 from mmrecipes.models.prompts import Rows, chat
 
 MAX_ANSWER_TOKENS = 12
+# what changes the likeliest token besides the model itself, and what leaves it alone: compared without, on both sides
+NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "min_length": 0, "min_new_tokens": None}
+NEUTRAL |= dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id", "sequence_bias"))
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ class Evaluator:
         if self.right is None:
             same = token_agreement(model, self.rows, self.tokens)
             return agreement_loss(same, self.rows["name"]), same
-        answers = _answers(model, self.rows)
-        return accuracy_loss(self.right, right(answers, self.rows["answer"])), answers
+        given = answers(model, self.rows)
+        return accuracy_loss(self.right, right(given, self.rows["answer"])), given
 
 
 def make_evaluator(base: nn.Module, rows: Rows, labelled: bool | None = None) -> Evaluator:
@@ -71,16 +76,44 @@ def make_evaluator(base: nn.Module, rows: Rows, labelled: bool | None = None) ->
 def with_answers(model: nn.Module, rows: Rows) -> Rows:
     """`rows` with the model's own answers in the place of labels."""
     kept = rows.remove_columns("answer") if "answer" in rows.column_names else rows
-    return kept.add_column("answer", _answers(model, rows))
+    return kept.add_column("answer", answers(model, rows))
 
 
-def _answers(model: nn.Module | Exported, rows: Rows) -> list[str]:
-    return generation.answers(model, rows["image"][:], rows["question"][:], 8, MAX_ANSWER_TOKENS)
+def answers(model: nn.Module | Exported, rows: Rows) -> list[str]:
+    """The text of `greedy_tokens`, without special tokens."""
+    tokenizer = model.processor.tokenizer
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in greedy_tokens(model, rows)]
 
 
-def greedy_tokens(model: nn.Module, rows: Rows) -> list[list[int]]:
-    """Token ids of the model's own greedy answers, at most MAX_ANSWER_TOKENS each, the end of sequence included."""
-    return generation.answer_tokens(model, rows["image"][:], rows["question"][:], 8, MAX_ANSWER_TOKENS)
+def greedy_tokens(model: nn.Module | Exported, rows: Rows) -> list[list[int]]:
+    """Token ids of the model's own greedy answers, at most MAX_ANSWER_TOKENS each, the end of sequence included; without a
+    penalty on repetition and other settings of generation (NEUTRAL)."""
+    if isinstance(model, nn.Module):
+        with plain_generation(model):
+            return generation.answer_tokens(model, rows["image"][:], rows["question"][:], 8, MAX_ANSWER_TOKENS)
+    asked = zip(rows["image"], rows["question"], strict=True)
+    bar = tqdm(asked, total=len(rows), disable=quiet.progress_hidden(), desc="answering", leave=False)
+    return [_exported_tokens(model, image, question) for image, question in bar]
+
+
+def settings(model: nn.Module) -> dict[str, object]:
+    """What of the model's generation settings is not neutral, but for sampling, which greedy answers have not."""
+    config = model.generation_config
+    found = {name: getattr(config, name, None) for name in NEUTRAL}
+    return {name: value for name, value in found.items() if value not in (None, NEUTRAL[name])}
+
+
+@contextlib.contextmanager
+def plain_generation(model: nn.Module) -> Iterator[None]:
+    """Meanwhile `model` generates by its likeliest tokens alone."""
+    found = settings(model)
+    for name in found:
+        setattr(model.generation_config, name, NEUTRAL[name])
+    try:
+        yield
+    finally:
+        for name, value in found.items():
+            setattr(model.generation_config, name, value)
 
 
 def token_agreement(model: nn.Module | Exported, rows: Rows, wanted: Sequence[list[int]]) -> list[list[bool]]:
@@ -102,9 +135,26 @@ def _choices(model: nn.Module, image, question: str, ids: list[int]) -> list[int
     return model(**inputs).logits[0, shape[1] - 1 :].argmax(-1).tolist()
 
 
+def _exported_tokens(model: Exported, image, question: str) -> list[int]:
+    logits, found = model.prefill(model.inputs(image, question)), []
+    while len(found) < MAX_ANSWER_TOKENS:
+        found.append(finite_choice(logits))
+        if found[-1] in model.manifest["eos_token_ids"]:
+            break
+        logits = model.graphs.step(np.array([found[-1:]]))
+    return found
+
+
+def finite_choice(logits: np.ndarray) -> int:
+    """The likeliest token of `logits` (V). ParityError where they are not finite."""
+    if not np.isfinite(logits).all():
+        raise ParityError("the exported model's logits are not finite: it is broken, not lossy")
+    return int(logits.argmax())
+
+
 def _exported_choices(model: Exported, image, question: str, ids: list[int]) -> list[int]:
     first = model.prefill(model.inputs(image, question))
-    return [int(logits.argmax()) for logits in (first, *(model.graphs.step(np.array([[token]])) for token in ids[:-1]))]
+    return [finite_choice(logits) for logits in (first, *(model.graphs.step(np.array([[token]])) for token in ids[:-1]))]
 
 
 def right(predictions: Sequence[str], answers: Sequence[str]) -> list[bool]:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import random
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from mmrecipes.models import images as models_images
 from mmrecipes.models.prompts import Rows
 
 QUESTIONS_FILE = "questions.jsonl"
+SEED = 0  # of the order of images and questions: file names say what is in an image, and neighbours are alike
 GENERAL_QUESTIONS = ("What is in this picture?", "Describe this picture in one sentence.", "Which colours are there?")
 NEEDED = "give 2 images or more: some to calibrate on and others to verify on"
 
@@ -36,18 +38,18 @@ class RowSets:
 
 def gather(side: int, calib: Path | None, images: Path | None, n: int) -> RowSets:
     """RowSets from the user's folders; from drawn scenes where there is none, `side` px wide or as near to it as they are drawn.
-    At most `n` to verify on.
+    At most `n` to verify on, spread over the images.
 
-    `images` alone is halved, image by image. Raises UserError where an image would be on both sides.
+    `images` alone is halved, image by image, in an order drawn with SEED. Raises UserError where an image would be on both sides.
     """
     if images and calib and images.expanduser().resolve() == calib.expanduser().resolve():
         calib = None
     side = min(max(side, scenes.SMALLEST), scenes.LARGEST)
-    own, other = (None if folder is None else read_folder(folder) for folder in (calib, images))
+    own, other = (None if folder is None else _spread(read_folder(folder)) for folder in (calib, images))
     notes = []
     if own is None and other is not None:
         own, other = _cut(other, 0.5)
-        notes.append(f"the first half of the images in {images.name} calibrates, the other half verifies")
+        notes.append(f"half of the images in {images.name}, drawn with seed {SEED}, calibrates, the other half verifies")
     if own is not None and other is not None:
         _apart(own, other)
     if own is None:
@@ -55,7 +57,7 @@ def gather(side: int, calib: Path | None, images: Path | None, n: int) -> RowSet
         notes.append("calibrated and chosen on drawn scenes")
     elif len(set(own["name"])) >= 8:
         calibrate, choose = _cut(own, 0.75)
-        notes.append("of the images that calibrate, the last quarter only chooses between plans")
+        notes.append("a quarter of the images that calibrate only chooses between plans")
     else:
         calibrate = choose = own
         notes.append("few images to calibrate on: plans are chosen on these, too, not on the ones that verify")
@@ -132,12 +134,32 @@ def _lines(asked: Path) -> list[tuple[str, dict]]:
     return found
 
 
+def _spread(rows: Rows) -> Rows:
+    """The rows in an order drawn with SEED: one question about each image, then another about each, and so on."""
+    draw = random.Random(SEED)
+    places: dict[str, list[int]] = {}
+    for i, name in enumerate(rows["name"]):
+        places.setdefault(name, []).append(i)
+    asked = list(places.values())
+    draw.shuffle(asked)
+    for at in asked:
+        draw.shuffle(at)
+    return _take(rows, [at[k] for k in range(max(map(len, asked))) for at in asked if k < len(at)])
+
+
 def _cut(rows: Rows, share: float) -> tuple[Rows, Rows]:
     """The rows of the first `share` of the images, and the others; each has one image or more."""
     names = list(dict.fromkeys(rows["name"]))
     first = set(names[: max(1, min(len(names) - 1, round(share * len(names))))])
     at = [[i for i, name in enumerate(rows["name"]) if (name in first) is side] for side in (True, False)]
-    return rows.select(at[0]), rows.select(at[1])
+    return _take(rows, at[0]), _take(rows, at[1])
+
+
+def _take(rows: Rows, at: list[int]) -> Rows:
+    """The rows at these places, copied: `select` would copy them later, with a bar, when a column is added."""
+    from datasets import Dataset
+
+    return Dataset(rows.data.table.take(at), info=rows.info)
 
 
 def _apart(own: Rows, other: Rows) -> None:

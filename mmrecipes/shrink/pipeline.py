@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import nn
 
 from mmrecipes import quiet
-from mmrecipes.errors import UserError, require
+from mmrecipes.errors import UserError, require, unsupported
 from mmrecipes.evaluate import generation
 from mmrecipes.export import pipeline
 from mmrecipes.models import loading, prompts
@@ -89,8 +89,9 @@ def run(request: Request, dry_run: bool = False, console: Console | None = None)
     check_request(request)
     with stage("loading the model"):
         source = Source(loading.load(request.model), request.runtime)
+        stage.model = type(source.model).__name__
         if request.runtime != "torch":
-            pipeline.supported(source.model)
+            pipeline.supported(source.model, request.runtime)
         elif "head" not in parts(source.model):
             raise UserError(
                 f"shrink: {type(source.model).__name__} compares images with texts; give a model that answers questions"
@@ -99,6 +100,9 @@ def run(request: Request, dry_run: bool = False, console: Console | None = None)
         side = getattr(source.model.config.vision_config, "image_size", None)
         rows = folders.gather(side if isinstance(side, int) else 256, request.calib, request.images, request.n or 600)
     with stage("the doctor examines it"):
+        if ignored := fidelity.settings(source.model):
+            said = ", ".join(f"{name} {value}" for name, value in ignored.items())
+            rows.notes.append(f"compared by the likeliest tokens alone, on both sides without the model's {said}")
         first = rows.verify[0]
         diagnosis = doctor.examine(source.model, prompts.chat(source.model, first["image"], first["question"]))
         four = eligible_units(source, {f.where for f in diagnosis.findings if "4-bit layers" in f.technique})
@@ -118,6 +122,7 @@ def run(request: Request, dry_run: bool = False, console: Console | None = None)
         return {"candidates": candidates, "chosen": chosen, "costs": table}
     found = {"request": request, "limit": limit, "rows": rows.counts(), "notes": rows.notes, "diagnosis": diagnosis}
     found |= {"costs": table, "part": source.part, "float_bytes": source.float_bytes}
+    found |= {"own_bytes": source.own_bytes, "kept": source.kept}
     _write(search, candidates, chosen, out, stage, found)
     report.show(console, found, request.out)
     return found
@@ -139,17 +144,22 @@ def _write(search: Search, candidates: list[Candidate], chosen: int, out: Path, 
 
 
 class _Stages:
-    """Says which stage runs, and how long each took."""
+    """Says which stage runs, and how long each took. What breaks in one for an unknown reason is told in one line."""
 
     def __init__(self, console: Console, count: int):
-        self.console, self.count, self.done = console, count, 0
+        self.console, self.count, self.done, self.model = console, count, 0, "this model"
 
     @contextlib.contextmanager
     def __call__(self, what: str) -> Iterator[None]:
         self.done += 1
         began, label = time.perf_counter(), f"[bold]{self.done}/{self.count}[/] {what}"
         with contextlib.nullcontext() if quiet.progress_hidden() else self.console.status(f"{label} ..."):
-            yield
+            try:
+                yield
+            except (UserError, ImportError):
+                raise
+            except Exception as e:  # whatever an architecture that nobody tried makes the libraries raise
+                raise unsupported(self.model, what, e) from e
         self.console.print(f"{label} [dim]{time.perf_counter() - began:.0f} s[/]", highlight=False)
 
 

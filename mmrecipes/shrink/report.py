@@ -11,7 +11,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mmrecipes.evaluate import generation
 from mmrecipes.measure.size import WEIGHT_FILES
 from mmrecipes.models import saving
 from mmrecipes.report import doctor, page
@@ -40,7 +39,17 @@ def show_plan(console: Console, source: Source, candidates: Sequence[Candidate],
     console.print(table)
     counts = Counter((source.part[unit], bits) for unit, bits in candidates[chosen].plan.items())
     text = ", ".join(f"{part} {bits} bits in {count} units" for (part, bits), count in sorted(counts.items()))
-    console.print(f"The plan for {source.runtime}: {text}.", highlight=False)
+    console.print(f"The plan for {source.runtime}: {text}. {kept_text(source.kept)}", highlight=False)
+    if source.own_bytes:
+        console.print(f"The source's own files take {source.own_bytes / 1e6:.2f} MB.", highlight=False)
+
+
+def kept_text(kept: Mapping[str, int]) -> str:
+    """What no plan reaches, in words."""
+    largest = sorted(kept.items(), key=lambda item: -item[1])[:SHOWN]
+    named = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in largest)
+    more = f", and {len(kept) - SHOWN} smaller ones" if len(kept) > SHOWN else ""
+    return f"Kept in float: {named}{more} (in all {sum(kept.values()) / 1e6:.2f} MB)."
 
 
 def _row(candidate: Candidate) -> tuple[str, str, str]:
@@ -60,8 +69,9 @@ def show(console: Console, found: Mapping[str, Any], out: Path) -> None:
 
 def verdict(found: Mapping[str, Any]) -> str:
     """The result in two or three sentences."""
-    whole, size, loss = found["float_bytes"], found["bytes"], found["loss"]
-    text = f"{size / 1e6:.1f} MB instead of {whole / 1e6:.1f} MB in float32 ({size / whole:.2f}x). "
+    whole, size, own, loss = found["float_bytes"], found["bytes"], found["own_bytes"], found["loss"]
+    text = f"{size / 1e6:.1f} MB instead of {whole / 1e6:.1f} MB in float32 ({size / whole:.2f}x)"
+    text += f", and of {own / 1e6:.1f} MB of the source's own files ({size / own:.2f}x). " if own else ". "
     if loss.measure == "accuracy":
         text += f"It lost {loss.points:.1f} points of accuracy [{loss.low:.1f}, {loss.high:.1f}] on {loss.n} questions"
     else:
@@ -79,10 +89,12 @@ def write(made: Path, verify: Evaluator, found: dict[str, Any]) -> None:
     request = {k: v if isinstance(v, int | float | None) else str(v) for k, v in vars(found["request"]).items()}
     files = {p.name: p.stat().st_size for p in sorted(made.iterdir()) if p.suffix in WEIGHT_FILES}
     sizes = {"float32": found["float_bytes"], "predicted": candidates[chosen].bytes, "files": files, "all": found["bytes"]}
+    sizes["source_files"] = found["own_bytes"]
     content = {"environment": found["table"].environment | {"versions": found["versions"]}, "request": request}
     content |= {"verdict": verdict(found), "measure": found["loss"].measure, "loss": found["loss"]}
     content |= {"allowed_points": found["limit"], "bytes": sizes, "rows": found["table"].rows, "times_ms": found["times"]}
     content |= {"data": found["rows"] | {"notes": found["notes"]}, "plan": candidates[chosen].plan, "sensitivity": found["costs"]}
+    content["kept_in_float"] = found["kept"]
     content |= {"tried": candidates, "findings": found["diagnosis"].findings, "verdicts": found["diagnosis"].verdicts}
     content |= {"answers": [{k: v for k, v in e.items() if k != "image"} for e in found["examples"]], "example": found["example"]}
     saving.write_json(made / "report.json", content)
@@ -104,11 +116,7 @@ def _examples(made: Path, verify: Evaluator, found: Mapping[str, Any]) -> list[d
     order = sorted(range(len(differs)), key=lambda i: not differs[i])
     order = [i for i in order if differs[i]][:SHOWN] + [i for i in order if not differs[i]][:SHOWN]
     rows = verify.rows.select(order)
-    if labelled:
-        now = [given[i] for i in order]
-    else:
-        small, most = open_artifact(made, found["request"].runtime), fidelity.MAX_ANSWER_TOKENS
-        now = generation.answers(small, rows["image"][:], rows["question"][:], 1, max_new_tokens=most, progress=False)
+    now = [given[i] for i in order] if labelled else fidelity.answers(open_artifact(made, found["request"].runtime), rows)
     keys = ("image", "name", "question", *(("answer",) if labelled else ()))
     return [
         {k: row[k] for k in keys} | {"original": verify.answers[i], "shrunk": answer}
@@ -130,6 +138,7 @@ def _page(found: Mapping[str, Any]) -> str:
     shown["tried"] = [(*_row(c), "kept" if i == found["chosen"] else "") for i, c in enumerate(found["candidates"])]
     shown["timed"] = [(v.technique, v.stage, f"{v.faster:.2f}x", v.layer) for v in diagnosis.verdicts]
     shown |= {"capabilities": env["capabilities"], "versions": found["versions"], "image_name": IMAGE}
+    shown["kept"] = kept_text(found["kept"])
     return page.render("shrink.html", question=found["example"]["question"], runtime=request.runtime, **shown)
 
 

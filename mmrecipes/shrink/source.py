@@ -4,13 +4,15 @@ import functools
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import nn
 
 from mmrecipes.errors import UserError
+from mmrecipes.measure import size
 from mmrecipes.models import modules
 from mmrecipes.quantize import mixed_precision, nf4
-from mmrecipes.quantize.groups import GROUP
+from mmrecipes.quantize.groups import grouped_bytes
 from mmrecipes.quantize.rounding import packed_weight_bytes
 
 UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -46,6 +48,24 @@ class Source:
         return 4 * sum(p.numel() for p in self.model.parameters())
 
     @functools.cached_property
+    def own_bytes(self) -> int | None:
+        """Bytes of the weight files that the model was loaded from, in whatever dtype; None where there are none."""
+        folder = Path(self.model.name_or_path or "?")
+        return size.disk_bytes(folder) if folder.is_dir() else None
+
+    @functools.cached_property
+    def kept(self) -> dict[str, int]:
+        """What has no unit, and stays in float: {module with its class: bytes}; norms and biases are one entry."""
+        packed = {id(module.weight) for module in self.modules.values()}
+        packed |= {id(m.weight) for m in self.model.modules() if self.runtime == "openvino" and isinstance(m, nn.Conv2d)}
+        found, plain = {}, 2 if self.runtime == "torch" else 4
+        for name, p in self.model.named_parameters():
+            if id(p) not in packed:
+                owner = name.rpartition(".")[0] if p.ndim > 1 else "norms and biases"
+                found[owner] = found.get(owner, 0) + plain * p.numel()
+        return found
+
+    @functools.cached_property
     def blocks(self) -> int:
         """Numbered blocks of layers."""
         return len({modules.block_of(name) for name, _ in modules.linears(self.model)})
@@ -77,11 +97,14 @@ def budget_bytes(text: str, whole: int) -> int:
 
 def predicted_bytes(source: Source, plan: Mapping[str, int]) -> int:
     """Bytes of the files in which each unit has the bits of `plan` (4, or `source.high`), before they are written."""
-    plain = 2 if source.runtime == "torch" else 4
-    rest = source.float_bytes * plain // 4 - sum(plain * m.weight.numel() for m in source.modules.values())
+    return weight_bytes(source, plan) + source.blocks * GRAPH_BYTES.get(source.runtime, 0)
+
+
+def weight_bytes(source: Source, plan: Mapping[str, int]) -> int:
+    """As `predicted_bytes`, without what describes the graphs themselves."""
+    rest = sum(source.kept.values())
     if source.runtime == "openvino":  # whose 8 bits reach convolutions, too
-        rest -= sum(m.weight.numel() * 3 - 4 * len(m.weight) for m in source.model.modules() if isinstance(m, nn.Conv2d))
-    rest += source.blocks * GRAPH_BYTES.get(source.runtime, 0)
+        rest += sum(m.weight.numel() + 4 * len(m.weight) for m in source.model.modules() if isinstance(m, nn.Conv2d))
     return rest + sum(unit_bytes(source, unit, bits) for unit, bits in plan.items())
 
 
@@ -96,7 +119,7 @@ def _packed_bytes(source: Source, name: str, bits: int) -> int:
         return nf4.nf4_bytes(weight) if bits == 4 else 2 * weight.numel()
     head = getattr(source.model.get_output_embeddings(), "weight", None)
     copies = 2 if embedding and head is weight else 1  # a tied head is stored a second time, to multiply with
-    grouped = packed_weight_bytes(weight, bits, "group", GROUP, scale_bytes=4)
+    grouped = grouped_bytes(weight, bits)
     channels = packed_weight_bytes(weight, 8, "channel", scale_bytes=5)  # a float32 scale and a zero point a row
     whole = grouped if bits == 4 else channels
     if runtime == "executorch" and embedding:  # only the head's copy is rounded

@@ -21,9 +21,10 @@ OUTLIER_LAYERS = ("down_proj", "fc2", "w2")
 
 
 def write_onnx(
-    model: nn.Module, folder: Path, precisions: Mapping[str, str], pixels: Sequence[np.ndarray], batches: bool = False
+    model: nn.Module, folder: Path, precisions: Mapping[str, str], runs: Sequence[Mapping[str, np.ndarray]], batches: bool = False
 ) -> None:
-    """Write both graphs to `folder`, each in its precision; "static" looks at `pixels` (1, 3, H, W). Raises as `export`."""
+    """Write both graphs to `folder`, each in its precision; "static" looks at `runs` of the vision graph. Raises as `export`.
+    """
     require("onnx", "onnxscript", "onnxruntime")
     import onnx_ir
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
@@ -48,7 +49,7 @@ def write_onnx(
         if precision == "static":  # of a ViT, whose one convolution cuts the patches, the matrix products
             cnn = sum(isinstance(m, nn.Conv2d) for m in encoder.modules()) > 1
             config = quantize.StaticConfig(layers="all") if cnn else quantize.StaticConfig(reduce_range=True)
-            quantize.static_int8(path, [torch.from_numpy(each) for each in pixels], path, config)
+            quantize.static_int8(path, runs, path, config)
         graphs.strip_metadata(path)
 
 

@@ -1,3 +1,4 @@
+import numpy as np  # noqa: F401 - for what follows
 import torch
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 - the kernels of the language program's attention
 from executorch.runtime import Runtime
@@ -10,15 +11,15 @@ def load(folder):
     vision, language = (program.load_method("forward") for program in programs)
     cached = 0  # how many tokens of the cache, which is inside, count
 
-    def encode(tiles):
-        found = [vision.execute([torch.tensor(tile)])[0].clone() for tile in tiles]
-        return torch.cat([tokens.reshape(-1, tokens.shape[-1]) for tokens in found])
+    def encode(run):
+        tokens = vision.execute([torch.tensor(each) for each in run.values()])[0].clone().numpy()
+        return tokens.reshape(-1, tokens.shape[-1])
 
-    def step(ids, features):
+    def step(ids, features, positions):
         nonlocal cached
-        logits = language.execute([torch.tensor([ids]), features, torch.tensor([cached])])[0]
+        logits = language.execute([torch.tensor([ids]), torch.from_numpy(features), torch.tensor([cached])])[0]
         cached += len(ids)
-        return logits
+        return logits[0, -1].clone().numpy()
 
     encode.programs = programs  # the methods need them alive
     return encode, step

@@ -7,10 +7,10 @@ import json
 import sys
 from pathlib import Path
 
+from model_family import FAMILY, load_processor  # beside this file: how images become visual tokens in this family of models
 from PIL import Image, ImageOps
-from transformers import AutoProcessor
 
-from mmrecipes.shrink.examples.onnx import load
+from mmrecipes.shrink.examples.onnx import load, np
 
 HERE = Path(__file__).resolve().parent
 MAX_NEW_TOKENS = 64
@@ -18,22 +18,27 @@ if len(sys.argv) != 3:
     sys.exit(__doc__)
 
 # The image, scaled as the model wants it, and the question in the model's chat format, as token ids.
-processor = AutoProcessor.from_pretrained(HERE)
+processor = load_processor(HERE)
 image, question = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB"), sys.argv[2]
-messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-inputs = processor(text=[prompt], images=[[image]], return_tensors="np")
+messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "np"}
+inputs = processor.apply_chat_template(messages, **options)
 
 encode, step = load(HERE)
-pixels = inputs["pixel_values"].astype("float32")
-features = encode(pixels.reshape(-1, 1, *pixels.shape[-3:]))  # of images, or tiles of one
-eos_token_ids = json.loads((HERE / "mmrecipes_export.json").read_text())["eos_token_ids"]
-ids, answer = inputs["input_ids"][0].tolist(), []
+manifest, generation = (json.loads((HERE / f"{name}.json").read_text()) for name in ("mmrecipes_export", "generation_config"))
+settings, penalty = manifest["settings"], generation.get("repetition_penalty") or 1.0
+features = FAMILY.merge([encode(run) for run in FAMILY.images(inputs, settings)], inputs, settings)
+positions = FAMILY.positions and FAMILY.positions(inputs, settings)  # None: 0, 1, 2, ...
+prompt, answer = inputs["input_ids"][0].tolist(), []
+logits = step(prompt, features, positions)
 while len(answer) < MAX_NEW_TOKENS:
-    token = int(step(ids, features)[0, -1].argmax())  # greedy: always the likeliest
-    if token in eos_token_ids:
+    said = np.unique(prompt + answer)  # less likely a second time, where the model asks for it
+    logits[said] = np.where(logits[said] > 0, logits[said] / penalty, logits[said] * penalty)
+    token = int(logits.argmax())  # greedy: always the likeliest
+    if token in manifest["eos_token_ids"]:
         break
     answer.append(token)
-    ids = [token]  # from now on only the new token goes in
+    positions = None if positions is None else positions[:, :, -1:] * 0 + positions.max() + 1
+    logits = step([token], features, positions)  # from now on only the new token goes in
 
 print(processor.tokenizer.decode(answer, skip_special_tokens=True).strip())

@@ -7,16 +7,19 @@ def load(folder):
     files, cpu = [folder / f"{name}.onnx" for name in ("vision", "language")], ["CPUExecutionProvider"]
     vision, language = (ort.InferenceSession(file, providers=cpu) for file in files)
     # the cache starts empty: its third axis counts tokens
-    cache = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in language.get_inputs()[2:]}
+    past = [i for i in language.get_inputs() if i.name.startswith("input.")]
+    cache = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in past}
     outputs = ["logits", *(name.replace("input.", "output.", 1) for name in cache)]
 
-    def encode(tiles):
-        found = [vision.run(None, {vision.get_inputs()[0].name: tile})[0] for tile in tiles]
-        return np.concatenate([tokens.reshape(-1, tokens.shape[-1]) for tokens in found])
+    def encode(run):
+        tokens = vision.run(None, run)[0]
+        return tokens.reshape(-1, tokens.shape[-1])
 
-    def step(ids, features):
-        logits, *new = language.run(outputs, {"input_ids": np.array([ids]), "image_features": features, **cache})
+    def step(ids, features, positions):
+        given = {"input_ids": np.array([ids]), "image_features": features, **cache}
+        given |= {} if positions is None else {"position_ids": positions}
+        logits, *new = language.run(outputs, given)
         cache.update(zip(cache, new, strict=True))
-        return logits
+        return logits[0, -1]
 
     return encode, step

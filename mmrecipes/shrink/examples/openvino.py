@@ -9,12 +9,13 @@ def load(folder):
     graphs = [core.compile_model(folder / f"{name}.xml", "CPU", settings) for name in ("vision", "language")]
     vision, language = (graph.create_infer_request() for graph in graphs)  # the second keeps the cache
 
-    def encode(tiles):
-        found = [vision.infer([tile])[0].copy() for tile in tiles]
-        return np.concatenate([tokens.reshape(-1, tokens.shape[-1]) for tokens in found])
+    def encode(run):
+        tokens = vision.infer([*run.values()] if len(run) == 1 else run)[0].copy()
+        return tokens.reshape(-1, tokens.shape[-1])
 
-    def step(ids, features):
+    def step(ids, features, positions):
         given = {"input_ids": np.array([ids]), "image_features": features, "beam_idx": np.zeros(1, np.int32)}
-        return language.infer(given)["logits"]
+        given |= {} if positions is None else {"position_ids": positions}
+        return language.infer(given)["logits"][0, -1].copy()
 
     return encode, step
