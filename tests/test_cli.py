@@ -158,6 +158,21 @@ def test_bad_pictures_are_one_line(kind, tmp_path):
     )
 
 
+def test_debug_shows_where_an_error_comes_from(tmp_path):
+    for line in (["--debug", "doctor", "nowhere"], ["doctor", "nowhere", "--debug"]):
+        done = run(*line, cwd=tmp_path)
+        assert done.returncode == 1 and "Traceback" in done.stderr
+        assert done.stderr.splitlines()[-1].startswith("error: no model at 'nowhere'")
+    assert "--debug" in run("--help", cwd=tmp_path).stdout
+
+
+def test_what_nobody_foresaw_is_one_line(tmp_path):
+    folder = bad_model("as it is", tmp_path / "odd")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"text_config": 7}))
+    check(run("doctor", "odd", cwd=tmp_path), tmp_path, "odd")
+
+
 def test_pictures_and_question_belong_together(tmp_path):
     (tmp_path / "mine").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "mine" / "a.png")

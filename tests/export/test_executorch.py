@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+
 import tiny
+from tests import families
 from mmrecipes import data, export, inference, measure, models, quantize
 from mmrecipes.data import scenes
 from mmrecipes.errors import UserError
@@ -72,6 +74,27 @@ def test_weights_rounded_before_are_not_rounded_again(vlm):
     bias = 0 if layer.bias is None else layer.bias
     off = ((found - bias).T - before).norm() / before.norm()
     assert off < 0.05, "XNNPACK has no negative scales, so a few groups lose their outermost mark"
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [("qwen3_vl", "any shape"), ("pixtral", "any shape"), ("gemma3", "see each other"), ("paligemma", "see each other")],
+)
+def test_what_its_attention_would_get_wrong_silently_is_refused(family, why, tmp_path):
+    model = families.FAMILIES[family]()
+    with pytest.raises(UserError, match=rf"\({family}\) cannot be exported for executorch: .*{why}.*; use onnx or openvino"):
+        export.export(model, tmp_path / "out", "executorch")
+    export.supported(model, "onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["idefics3", "smolvlm", "llava", "internvl"])
+def test_decoders_that_only_look_back_are_taken_unless_through_a_window(family):
+    model = families.FAMILIES[family]()
+    export.supported(model, "executorch")
+    model.config.get_text_config().sliding_window = 16
+    with pytest.raises(UserError, match="look back only 16 tokens"):
+        export.supported(model, "executorch")
 
 
 def test_the_cache_has_room_for_what_the_manifest_promises(vlm, loaded):

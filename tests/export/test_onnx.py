@@ -10,6 +10,7 @@ import tiny
 from mmrecipes import data, evaluate, export, inference, models, quantize
 from mmrecipes.errors import UserError
 from mmrecipes.export import onnx as onnx_export
+from mmrecipes.export.onnx import backend
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +148,25 @@ def test_plain_modules_export_too(tmp_path):
         with torch.no_grad():
             wanted = Pooled()(x)
         assert np.allclose(inference.onnx_session(path).run(None, {"pixel_values": x.numpy()})[0], wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_that_do_not_divide_into_groups_and_products_with_a_bias_are_packed(bits, tmp_path):
+    """A look-up 36 wide, whose rows are padded to 64; a product that the exporter writes as Gemm, bias included."""
+    import onnx
+
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Embedding(50, 36), torch.nn.Flatten(0, 1), torch.nn.Linear(36, 20)).eval()
+    ids = torch.arange(6).reshape(1, 6)
+    path = onnx_export.to_onnx(plain, {"input": ids}, tmp_path / "graph.onnx", {})
+    assert "Gemm" in [node.op_type for node in onnx.load(path).graph.node], "the test must see one"
+    backend.to_nbits(path, bits)
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert "MatMulNBits" in kinds and "GatherBlockQuantized" in kinds and "Gemm" not in kinds
+    with torch.inference_mode():
+        wanted = plain(ids).numpy()
+    found = run(path, ids.numpy())
+    assert found.shape == wanted.shape and np.linalg.norm(found - wanted) < {4: 0.25, 8: 0.03}[bits] * np.linalg.norm(wanted)
 
 
 # ---- refusals

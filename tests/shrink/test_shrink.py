@@ -1,6 +1,7 @@
 """`mmrecipes shrink`: the whole way on models that are known, foreign and hard; what it promises is kept, or nothing is left."""
 
 import html
+import io
 import json
 import os
 import re
@@ -15,15 +16,19 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+
 import tiny
+from tests import families
 from mmrecipes import data, evaluate, inference, measure, models, quantize, shrink
 from mmrecipes.data import scenes
 from mmrecipes.errors import UserError
 from mmrecipes.shrink import artifact, candidates, fidelity, folders
+from mmrecipes.shrink import pipeline as shrink_pipeline
 from mmrecipes.shrink import source as shrink_source
 from mmrecipes.shrink.source import Source
 
-ALONE = "import runpy, sys; sys.modules['mmrecipes'] = None; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+ALONE = """import os, runpy, sys; sys.modules.update(dict.fromkeys(("mmrecipes", "torch", "torchvision"))); sys.argv.pop(0)
+sys.path.insert(0, os.path.dirname(sys.argv[0])); runpy.run_path(sys.argv[0], run_name="__main__")"""  # as Python runs a script
 MB = 1e6
 
 
@@ -193,6 +198,31 @@ def test_the_example_runs_anywhere(small, tmp_path):
     assert done.stdout.strip() == inference.load_exported(copy).generate(picture, question)
 
 
+@pytest.mark.parametrize(("family", "runtime"), [("smolvlm", "openvino"), ("qwen3_vl", "onnx")])
+def test_a_family_whose_processor_wants_torchvision_goes_the_whole_way(family, runtime, tmp_path):
+    """Images of any shape, M-RoPE, DeepStack; the example runs without PyTorch and without torchvision."""
+    draw(tmp_path / "mine", 3)
+    Image.open(tmp_path / "mine" / "1.png").resize((96, 48)).save(tmp_path / "mine" / "1.png")
+    model, out = families.family_dir(family), tmp_path / "out"
+    found, printed = run(model=str(model), out=out, runtime=runtime, images=tmp_path / "mine", n=2, max_loss=100)
+    loaded, verify = inference.load_exported(out), found["example"]
+    assert verify["answer"] == loaded.generate(out / "example.png", verify["question"])
+    assert "mmrecipes" not in (out / "model_family.py").read_text()
+    plan = found["candidates"][found["chosen"]].plan
+    predicted = shrink_source.weight_bytes(Source(models.load(model), runtime), plan)
+    if runtime == "onnx":
+        import onnx
+
+        graphs = [onnx.load(out / f"{part}.onnx").graph for part in ("vision", "language")]
+        written = sum(len(tensor.raw_data) for graph in graphs for tensor in graph.initializer)
+    else:
+        written = sum(path.stat().st_size for path in out.glob("*.bin"))
+    assert predicted == pytest.approx(written, rel=0.02), "the weights alone, without what describes the graphs"
+    assert "patch_embed" in printed and json.loads((out / "report.json").read_text())["kept_in_float"] == found["kept"]
+    own = (model / "model.safetensors").stat().st_size
+    assert found["own_bytes"] == own and "the source's own files" in printed
+
+
 # ---- plans
 
 
@@ -257,6 +287,18 @@ def test_other_budgets_are_refused(text):
 
 
 # ---- how answers compare
+
+
+def test_a_penalty_on_repetition_is_no_loss(foreign_vlm):
+    """The original's setting; both sides are compared by their likeliest tokens, and the original keeps it."""
+    rows = folders.gather(64, None, None, 4).verify
+    model = models.load(foreign_vlm)
+    plain = fidelity.greedy_tokens(model, rows)
+    model.generation_config.update(repetition_penalty=1.9, no_repeat_ngram_size=1)
+    assert evaluate.generation.answer_tokens(model, rows["image"][:], rows["question"][:], 8, 12) != plain, "it changes answers"
+    judge = fidelity.make_evaluator(model, rows)
+    assert judge.tokens == plain and judge.loss(model)[0].points == 0
+    assert fidelity.settings(model) == {"repetition_penalty": 1.9, "no_repeat_ngram_size": 1}
 
 
 def test_a_model_agrees_with_itself_and_a_broken_one_does_not(house_vlm):
@@ -377,7 +419,32 @@ def test_bad_folders_are_named(tmp_path):
         assert len(set(folders.read_folder(tmp_path / "bad")["name"])) == 2
 
 
+def test_questions_are_spread_over_images_in_a_drawn_order(tmp_path):
+    draw(tmp_path / "mine", 16)
+    rows = folders.gather(64, None, tmp_path / "mine", 8)
+    verify, calibrate = rows.verify["name"][:], rows.calibrate["name"][:]
+    assert len(set(verify)) == 8, "one question about each image before a second one"
+    assert len(set(rows.verify["question"])) > 1, "and not the same one"
+    assert verify != sorted(verify) and not {f"{i}.png" for i in range(8)} in (set(verify), set(calibrate))
+    assert folders.gather(64, None, tmp_path / "mine", 8).verify["name"][:] == verify, "the same each time"
+
+
 # ---- what cannot be done
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "idefics2"])
+def test_a_dry_run_refuses_first_what_the_runtime_cannot_do(family, tmp_path):
+    with pytest.raises(UserError, match=rf"\({family}\) cannot be exported for executorch: .*; use onnx or openvino"):
+        run(dry_run=True, model=str(families.family_dir(family)), out=tmp_path / "out", runtime="executorch")
+
+
+def test_what_nobody_foresaw_is_one_line_with_model_and_stage():
+    stage = shrink_pipeline._Stages(Console(file=io.StringIO()), 8)
+    stage.model = "NewForConditionalGeneration"
+    with pytest.raises(UserError, match=r"not supported yet: NewFor\w+, choosing a plan \(KeyError: 'x'\); --debug") as error:
+        with stage("choosing a plan"):
+            raise KeyError("x")
+    assert isinstance(error.value.__cause__, KeyError)
 
 
 @pytest.mark.parametrize(

@@ -107,22 +107,25 @@ def to_dynamic_int8(path: Path) -> None:
 def _replace_nodes(path: Path, replacement: Callable[..., tuple | None]) -> None:
     """Let kernels of ONNX Runtime's own read what is a constant matrix in the graph at `path`.
     `replacement` gets a node and its weight, (out, in) or (rows, width), and gives None, or the kernel's name, an ending for the
-    names of what it reads, (numbers, scales) and the kernel's attributes. One weight is in memory at a time.
+    names of what it reads, (numbers, scales) and the kernel's attributes. One weight is in memory at a time. The kernels add no
+    bias (Gemm's), and look up whole groups: an Add or a Slice after them does the rest.
     """
     import onnx
     from onnx import helper, numpy_helper
 
     model = onnx.load(str(path), load_external_data=False)
-    constants, added = {t.name: t for t in model.graph.initializer}, {}
+    constants, added, nodes = {t.name: t for t in model.graph.initializer}, {}, []
     for node in model.graph.node:
+        nodes.append(node)
         port = 0 if node.op_type == "Gather" else 1
-        if node.op_type not in ("MatMul", "FusedMatMul", "Gather") or node.input[port] not in constants:
+        if node.op_type not in ("MatMul", "FusedMatMul", "Gemm", "Gather") or node.input[port] not in constants:
             continue
         constant = constants[node.input[port]]
-        attributes = {a.name: a.f if a.name == "alpha" else a.i for a in node.attribute}
+        attributes = {a.name: a.f if a.name in ("alpha", "beta") else a.i for a in node.attribute}
         transposed = bool(attributes.pop("transB", 0))
         # a factor, or an input turned round: these kernels have neither
-        plain = port == 0 or (attributes.pop("alpha", 1) == 1 and not any(attributes.values()))
+        factors = {attributes.pop(name, 1) for name in ("alpha", "beta")}
+        plain = port == 0 or (factors == {1} and not any(attributes.values()))
         if len(constant.dims) != 2 or constant.data_type != onnx.TensorProto.FLOAT or not plain:
             continue
         weight = torch.from_numpy(numpy_helper.to_array(constant, str(path.parent)).copy())
@@ -133,9 +136,19 @@ def _replace_nodes(path: Path, replacement: Callable[..., tuple | None]) -> None
         names = [f"{constant.name}_{ending}", f"{constant.name}_{ending}_scales"]
         added |= {name: numpy_helper.from_array(value, name) for name, value in zip(names, stored, strict=True)}
         inputs = [node.input[0], *names] if port else [names[0], node.input[1], names[1]]
-        new = helper.make_node(kernel, inputs, [*node.output], node.name, domain="com.microsoft", **options)
+        out, whole = node.output[0], f"{node.output[0]}_whole"
+        rest = []
+        if node.op_type == "Gemm" and len(node.input) > 2:
+            rest = [helper.make_node("Add", [whole, node.input[2]], [out], f"{node.name}_bias")]
+        elif not port and weight.shape[1] % GROUP:
+            ends = {f"{out}_{k}": np.array([v]) for k, v in (("first", 0), ("last", weight.shape[1]), ("axis", -1))}
+            added |= {name: numpy_helper.from_array(value, name) for name, value in ends.items()}
+            rest = [helper.make_node("Slice", [whole, *ends], [out], f"{node.name}_width")]
+        new = helper.make_node(kernel, inputs, [whole if rest else out], node.name, domain="com.microsoft", **options)
         new.metadata_props.extend(node.metadata_props)
-        node.CopyFrom(new)
+        nodes[-1:] = [new, *rest]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
     model.graph.initializer.extend(added.values())
     used = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
     for values in (model.graph.initializer, model.graph.value_info):
