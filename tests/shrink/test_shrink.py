@@ -16,9 +16,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-
 import tiny
-from tests import families
 from mmrecipes import data, evaluate, inference, measure, models, quantize, shrink
 from mmrecipes.data import scenes
 from mmrecipes.errors import UserError
@@ -26,6 +24,7 @@ from mmrecipes.shrink import artifact, candidates, fidelity, folders
 from mmrecipes.shrink import pipeline as shrink_pipeline
 from mmrecipes.shrink import source as shrink_source
 from mmrecipes.shrink.source import Source
+from tests import families
 
 ALONE = """import os, runpy, sys; sys.modules.update(dict.fromkeys(("mmrecipes", "torch", "torchvision"))); sys.argv.pop(0)
 sys.path.insert(0, os.path.dirname(sys.argv[0])); runpy.run_path(sys.argv[0], run_name="__main__")"""  # as Python runs a script
@@ -425,7 +424,7 @@ def test_questions_are_spread_over_images_in_a_drawn_order(tmp_path):
     verify, calibrate = rows.verify["name"][:], rows.calibrate["name"][:]
     assert len(set(verify)) == 8, "one question about each image before a second one"
     assert len(set(rows.verify["question"])) > 1, "and not the same one"
-    assert verify != sorted(verify) and not {f"{i}.png" for i in range(8)} in (set(verify), set(calibrate))
+    assert verify != sorted(verify) and {f"{i}.png" for i in range(8)} not in (set(verify), set(calibrate))
     assert folders.gather(64, None, tmp_path / "mine", 8).verify["name"][:] == verify, "the same each time"
 
 
@@ -441,9 +440,9 @@ def test_a_dry_run_refuses_first_what_the_runtime_cannot_do(family, tmp_path):
 def test_what_nobody_foresaw_is_one_line_with_model_and_stage():
     stage = shrink_pipeline._Stages(Console(file=io.StringIO()), 8)
     stage.model = "NewForConditionalGeneration"
-    with pytest.raises(UserError, match=r"not supported yet: NewFor\w+, choosing a plan \(KeyError: 'x'\); --debug") as error:
-        with stage("choosing a plan"):
-            raise KeyError("x")
+    said = r"not supported yet: NewFor\w+, choosing a plan \(KeyError: 'x'\); --debug"
+    with pytest.raises(UserError, match=said) as error, stage("choosing a plan"):
+        raise KeyError("x")
     assert isinstance(error.value.__cause__, KeyError)
 
 
