@@ -63,10 +63,11 @@ def family_code(model: nn.Module) -> str:
     """What `example_code` imports from the file beside it: the model's family and the loader of its processor, cut out of this
     package with all that they need of it. Without PyTorch and, for images, without torchvision."""
     family = family_of(model)
-    sources = [errors, processors, families.family, sys.modules[family.images.__module__]]
-    code = "\n".join(inspect.getsource(module) for module in dict.fromkeys(sources))
+    special = sys.modules[family.images.__module__]
+    sources = errors.UserError, errors.one_line, processors, families.family, special
+    code = "\n\n".join(inspect.getsource(source) for source in sources)
     code = re.sub(r"^from mmrecipes\..*\n", "", code, flags=re.MULTILINE)
-    table = "FAMILIES" if hasattr(sources[-1], "FAMILIES") else "(FAMILY,)"
+    table = "FAMILIES" if hasattr(special, "FAMILIES") else "(FAMILY,)"
     return f"{code}\nFAMILY = next(family for family in {table} if family.name == {family.name!r})\n"
 
 

@@ -13,7 +13,6 @@ from PIL import Image, ImageOps
 from mmrecipes.shrink.examples.onnx import load, np
 
 HERE = Path(__file__).resolve().parent
-MAX_NEW_TOKENS = 64
 if len(sys.argv) != 3:
     sys.exit(__doc__)
 
@@ -29,16 +28,15 @@ manifest, generation = (json.loads((HERE / f"{name}.json").read_text()) for name
 settings, penalty = manifest["settings"], generation.get("repetition_penalty") or 1.0
 features = FAMILY.merge([encode(run) for run in FAMILY.images(inputs, settings)], inputs, settings)
 positions = FAMILY.positions and FAMILY.positions(inputs, settings)  # None: 0, 1, 2, ...
-prompt, answer = inputs["input_ids"][0].tolist(), []
-logits = step(prompt, features, positions)
-while len(answer) < MAX_NEW_TOKENS:
-    said = np.unique(prompt + answer)  # less likely a second time, where the model asks for it
+ids = inputs["input_ids"][0].tolist()
+start, logits = len(ids), step(ids, features, positions)
+for _ in range(64):
+    said = np.unique(ids)  # less likely a second time, where the model asks for it
     logits[said] = np.where(logits[said] > 0, logits[said] / penalty, logits[said] * penalty)
-    token = int(logits.argmax())  # greedy: always the likeliest
-    if token in manifest["eos_token_ids"]:
+    ids.append(int(logits.argmax()))  # greedy: always the likeliest
+    if ids[-1] in manifest["eos_token_ids"]:
         break
-    answer.append(token)
     positions = None if positions is None else positions[:, :, -1:] * 0 + positions.max() + 1
-    logits = step([token], features, positions)  # from now on only the new token goes in
+    logits = step(ids[-1:], features, positions)  # from now on only the new token goes in
 
-print(processor.tokenizer.decode(answer, skip_special_tokens=True).strip())
+print(processor.tokenizer.decode(ids[start:], skip_special_tokens=True).strip())

@@ -4,10 +4,10 @@ import onnxruntime as ort
 
 def load(folder):
     """Two graphs: one turns images into visual tokens; one reads them and token ids after its KV cache, and gives logits."""
-    files, cpu = [folder / f"{name}.onnx" for name in ("vision", "language")], ["CPUExecutionProvider"]
-    vision, language = (ort.InferenceSession(file, providers=cpu) for file in files)
-    # the cache starts empty: its third axis counts tokens
-    past = [i for i in language.get_inputs() if i.name.startswith("input.")]
+    vision, language = (
+        ort.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"]) for name in ("vision", "language")
+    )
+    past = [i for i in language.get_inputs() if i.name.startswith("input.")]  # the cache, empty: its third axis counts tokens
     cache = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in past}
     outputs = ["logits", *(name.replace("input.", "output.", 1) for name in cache)]
 
@@ -16,9 +16,8 @@ def load(folder):
         return tokens.reshape(-1, tokens.shape[-1])
 
     def step(ids, features, positions):
-        given = {"input_ids": np.array([ids]), "image_features": features, **cache}
-        given |= {} if positions is None else {"position_ids": positions}
-        logits, *new = language.run(outputs, given)
+        more = {} if positions is None else {"position_ids": positions}
+        logits, *new = language.run(outputs, {"input_ids": np.array([ids]), "image_features": features, **cache, **more})
         cache.update(zip(cache, new, strict=True))
         return logits[0, -1]
 
