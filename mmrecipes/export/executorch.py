@@ -94,9 +94,7 @@ def attend(
     return torch.ops.llama.custom_sdpa(query, keys, values, cache_length, None, 0.0, True, scaling), None
 
 
-def write_executorch(
-    model: nn.Module, folder: Path, precisions: Mapping[str, str], runs: Sequence = (), batches=False
-) -> None:
+def write_executorch(model: nn.Module, folder: Path, precisions: Mapping[str, str], runs: Sequence = (), batches=False) -> None:
     """Write both programs to `folder`, each in its precision, of which none looks at `runs`. Raises as `export.export`."""
     require("executorch")
     from torch.export import Dim

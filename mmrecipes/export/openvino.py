@@ -16,8 +16,7 @@ from mmrecipes.quantize.groups import GROUP, on_grid, pack
 def write_openvino(
     model: nn.Module, folder: Path, precisions: Mapping[str, str], runs: Sequence[Mapping[str, np.ndarray]], batches: bool = False
 ) -> None:
-    """Write both graphs to `folder`, each in its precision; "static" looks at `runs` of the vision graph. Raises as `export`.
-    """
+    """Write both graphs to `folder`, each in its precision; "static" looks at `runs` of the vision graph. Raises as `export`."""
     require("openvino", "nncf")
     import openvino as ov
     from transformers.exporters.exporter_openvino import OpenVINOConfig

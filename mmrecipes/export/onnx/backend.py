@@ -23,8 +23,7 @@ OUTLIER_LAYERS = ("down_proj", "fc2", "w2")
 def write_onnx(
     model: nn.Module, folder: Path, precisions: Mapping[str, str], runs: Sequence[Mapping[str, np.ndarray]], batches: bool = False
 ) -> None:
-    """Write both graphs to `folder`, each in its precision; "static" looks at `runs` of the vision graph. Raises as `export`.
-    """
+    """Write both graphs to `folder`, each in its precision; "static" looks at `runs` of the vision graph. Raises as `export`."""
     require("onnx", "onnxscript", "onnxruntime")
     import onnx_ir
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter

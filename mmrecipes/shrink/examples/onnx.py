@@ -4,9 +4,8 @@ import onnxruntime as ort
 
 def load(folder):
     """Two graphs: one turns images into visual tokens; one reads them and token ids after its KV cache, and gives logits."""
-    vision, language = (
-        ort.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"]) for name in ("vision", "language")
-    )
+    files, cpu = (str(folder / f"{name}.onnx") for name in ("vision", "language")), ["CPUExecutionProvider"]
+    vision, language = (ort.InferenceSession(file, providers=cpu) for file in files)
     past = [i for i in language.get_inputs() if i.name.startswith("input.")]  # the cache, empty: its third axis counts tokens
     cache = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in past}
     outputs = ["logits", *(name.replace("input.", "output.", 1) for name in cache)]
