@@ -19,6 +19,7 @@ from mmrecipes.inference.exported import Exported
 from mmrecipes.models.prompts import Rows, chat
 
 MAX_ANSWER_TOKENS = 12
+FEW = 5  # images
 # what changes the likeliest token besides the model itself, and what leaves it alone: compared without, on both sides
 NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "min_length": 0, "min_new_tokens": None}
 NEUTRAL |= dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id", "sequence_bias"))
@@ -186,4 +187,7 @@ def agreement_loss(same: Sequence[Sequence[bool]], clusters: Sequence[str]) -> L
         hits[cluster] += sum(tokens)
         totals[cluster] += len(tokens)
     share = clustered(list(hits.values()), list(totals.values()))
+    if len(hits) < FEW:  # how far so few images differ says little about others: each counts as one draw at most
+        alone = wilson(share.value * len(hits), len(hits))
+        share = dataclasses.replace(share, low=min(share.low, alone.low), high=max(share.high, alone.high))
     return Loss("agreement", *(100 - 100 * v for v in (share.value, share.high, share.low)), share.n, share)

@@ -217,7 +217,8 @@ def test_a_family_whose_processor_wants_torchvision_goes_the_whole_way(family, r
     else:
         written = sum(path.stat().st_size for path in out.glob("*.bin"))
     assert predicted == pytest.approx(written, rel=0.02), "the weights alone, without what describes the graphs"
-    assert "patch_embed" in printed and json.loads((out / "report.json").read_text())["kept_in_float"] == found["kept"]
+    assert "Kept in float: " in printed and json.loads((out / "report.json").read_text())["kept_in_float"] == found["kept"]
+    assert any("patch_embed" in name for name in found["kept"]) is (runtime == "onnx"), "OpenVINO's 8 bits reach convolutions"
     own = (model / "model.safetensors").stat().st_size
     assert found["own_bytes"] == own and "the source's own files" in printed
 
@@ -320,6 +321,8 @@ def test_the_interval_goes_by_pictures():
     assert alone.high - alone.low <= whole.high - whole.low
     by_picture = evaluate.wilson(6, 8)
     assert whole.high - whole.low == pytest.approx(by_picture.high - by_picture.low, rel=0.15)
+    alike = fidelity.agreement_loss([[True] * 9 + [False]] * 3 + [[True] * 8 + [False] * 2], ["a", "a", "b", "b"])
+    assert alike.high > 50, "two images that happen to be alike prove no more than two draws"
     perfect = evaluate.clustered([10] * 8, [10] * 8)
     assert perfect.high == 1 and perfect.low == pytest.approx(evaluate.wilson(8, 8).low)
 
