@@ -27,7 +27,7 @@ import families  # noqa: E402
 import programs  # noqa: E402
 from mmrecipes import data, distill, evaluate, export, inference, models, prune, quantize, train  # noqa: E402
 from mmrecipes.errors import ParityError, UserError, one_line  # noqa: E402
-from mmrecipes.models.prompts import Rows
+from mmrecipes.models.prompts import Rows  # noqa: E402
 from mmrecipes.prune import token_dropping  # noqa: E402
 from mmrecipes.report import doctor  # noqa: E402
 
