@@ -8,9 +8,10 @@ import torch
 
 import tiny
 from mmrecipes import data, evaluate, export, inference, models, quantize
-from mmrecipes.errors import UserError
+from mmrecipes.errors import ParityError, UserError
 from mmrecipes.export import onnx as onnx_export
 from mmrecipes.export.onnx import backend
+from tests import families
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +168,13 @@ def test_weights_that_do_not_divide_into_groups_and_products_with_a_bias_are_pac
         wanted = plain(ids).numpy()
     found = run(path, ids.numpy())
     assert found.shape == wanted.shape and np.linalg.norm(found - wanted) < {4: 0.25, 8: 0.03}[bits] * np.linalg.norm(wanted)
+
+
+def test_a_model_that_4_bits_change_too_much_is_told_from_a_broken_export(tmp_path):
+    """Random weights do not hold 4 bits; the same rounding in PyTorch shows that the export is not at fault."""
+    with pytest.raises(ParityError, match=r"more than 0\.6: rounding .* in PyTorch, too\. This model .*use int8"):
+        export.export(families.FAMILIES["qwen2_5_vl"](), tmp_path / "out", "onnx", "int4")
+    assert not list(tmp_path.iterdir())
 
 
 # ---- refusals
