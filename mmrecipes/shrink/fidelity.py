@@ -128,7 +128,7 @@ def token_agreement(model: nn.Module | Exported, rows: Rows, wanted: Sequence[li
 @torch.inference_mode()
 def _choices(model: nn.Module, image, question: str, ids: list[int]) -> list[int]:
     inputs = dict(chat(model, image, question))
-    shape, more = inputs["input_ids"].shape, torch.tensor([ids[:-1]], device=model.device)
+    shape, more = inputs["input_ids"].shape, torch.tensor([ids[:-1]], dtype=torch.int64, device=model.device)
     for name, value in inputs.items():  # the mask, and kinds of token where a model wants them, grow with the text
         if getattr(value, "shape", None) == shape:
             fill = torch.ones_like(more) if name == "attention_mask" else torch.zeros_like(more)

@@ -298,6 +298,8 @@ def test_a_penalty_on_repetition_is_no_loss(foreign_vlm):
     assert evaluate.generation.answer_tokens(model, rows["image"][:], rows["question"][:], 8, 12) != plain, "it changes answers"
     judge = fidelity.make_evaluator(model, rows)
     assert judge.tokens == plain and judge.loss(model)[0].points == 0
+    first = [ids[:1] for ids in plain]
+    assert all(map(all, fidelity.token_agreement(model, rows, first))), "answers of one token, too"
     assert fidelity.settings(model) == {"repetition_penalty": 1.9, "no_repeat_ngram_size": 1}
 
 
