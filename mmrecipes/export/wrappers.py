@@ -59,7 +59,7 @@ def vision_graph(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], dict[s
     noise = np.random.default_rng(0).integers(0, 256, (448, 672, 3), dtype=np.uint8)  # any shape but a square
     run = vision_inputs(model, [Image.fromarray(noise)])[0]
     free = {name: dict.fromkeys(family.free.get(name, ()), torch.export.Dim.DYNAMIC) for name in run}
-    return VisionGraph(model, family), {name: torch.tensor(x) for name, x in run.items()}, free
+    return VisionGraph(model, family), {name: torch.from_numpy(x.copy()) for name, x in run.items()}, free
 
 
 def vision_wrapper(model: nn.Module) -> tuple[nn.Module, Tensor]:
