@@ -122,7 +122,12 @@ def make_tokenizer(family: Family):  # -> transformers.PreTrainedTokenizerFast
     spoken = [t for t in family.more_tokens if t.startswith(("<loc", "<seg"))]  # PaliGemma's answers hold them: not special
     backend.add_special_tokens(sorted({t for t in [*tokens.values(), *family.more_tokens] if t} - set(spoken)))
     backend.add_tokens(spoken)
-    if family.adds_bos:
+    dual = family.auto == "AutoModel"  # CLIP is read at its EOS, and pads, as SigLIP does, on the right
+    if family.adds_bos and dual:
+        ends = [tokens["bos_token"], tokens["eos_token"]]
+        ids = [(token, backend.token_to_id(token)) for token in ends]
+        backend.post_processor = processors.TemplateProcessing(f"{ends[0]} $A {ends[1]}", special_tokens=ids)
+    elif family.adds_bos:
         bos = tokens["bos_token"]
         pair = f"{bos}:0 $A:0 {bos}:1 $B:1"
         ids = [(bos, backend.token_to_id(bos))]
@@ -130,7 +135,8 @@ def make_tokenizer(family: Family):  # -> transformers.PreTrainedTokenizerFast
     own = {k: v for k, v in tokens.items() if k in ("bos_token", "eos_token", "pad_token", "unk_token")}
     named = {k: v for k, v in tokens.items() if k not in own}
     own |= {"extra_special_tokens": named} if named else {}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", model_max_length=2048, **own)
+    own |= {"padding_side": "right" if dual else "left", "model_max_length": 2048}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **own)
 
 
 def with_ids(tree, tokenizer):

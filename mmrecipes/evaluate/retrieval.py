@@ -17,6 +17,7 @@ from mmrecipes.data.splits import SPLITS
 from mmrecipes.errors import ParityError, UserError
 from mmrecipes.evaluate.generation import answers
 from mmrecipes.evaluate.statistics import Share, wilson
+from mmrecipes.inference.dual import ExportedDual
 from mmrecipes.models.modules import parts
 
 POOL = 100  # scenes in a pool; each brings an image or caption that is false in one attribute
@@ -40,7 +41,7 @@ class RetrievalResult:
 
 @torch.inference_mode()
 def embeddings(
-    model: nn.Module, images: Sequence | None = None, texts: Sequence | None = None, batch_size: int = 100, progress: bool = True
+    model: nn.Module | ExportedDual, images: Sequence | None = None, texts: Sequence | None = None, batch_size=100, progress=True
 ) -> Tensor:
     """Unit vectors (N, D), float32, of PIL images or of texts, by the model's own processor.
     Raises ParityError when they are not finite: such a model is broken, not lossy.
@@ -49,6 +50,8 @@ def embeddings(
     """
     if (images is None) == (texts is None):
         raise UserError("embeddings: give either images or texts, not both and not neither")
+    if isinstance(model, ExportedDual):
+        return torch.from_numpy(model.embed_texts(texts) if images is None else model.embed_images(images))
     if not hasattr(model, "get_image_features") or not hasattr(model, "logit_scale"):
         raise UserError(f"embeddings: {type(model).__name__} is no dual encoder; expected SigLIP, CLIP or their kin")
     given, found, processor = images if texts is None else texts, [], model.processor
@@ -59,7 +62,7 @@ def embeddings(
         if texts is None:
             part = [image.convert("RGB") for image in part]
             inputs = processor(images=part, return_tensors="pt").to(model.device, model.dtype)
-            out = model.get_image_features(pixel_values=inputs["pixel_values"])
+            out = model.get_image_features(**inputs)
         else:
             inputs = processor(text=part, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
             out = model.get_text_features(**inputs.to(model.device))
@@ -92,7 +95,7 @@ def gallery(split: str = "test", n: int = 1000, start: int = 0) -> Gallery:
     return Gallery(*true, [scenes.render(s) for s, _ in near], [caption(s) for s, _ in near], [key for _, key in near])
 
 
-def retrieval_scores(model: nn.Module, seen: Gallery, pool: int = POOL) -> RetrievalResult:
+def retrieval_scores(model: nn.Module | ExportedDual, seen: Gallery, pool: int = POOL) -> RetrievalResult:
     """Both ways of retrieval, matching and telling apart on `seen`, whose length is a multiple of `pool`.
     >>> retrieval_scores(dual, gallery(n=4), pool=4).text_r1.n
     4
@@ -109,9 +112,12 @@ def retrieval_scores(model: nn.Module, seen: Gallery, pool: int = POOL) -> Retri
         image_r1 += ((true[part] @ torch.cat([image[part], near[part]]).T).argmax(-1) == own).tolist()
     fits, fails = (image * true).sum(-1), (image * wrong).sum(-1)
     told = (fits > fails).tolist()
-    matching_accuracy = None
-    if hasattr(model, "logit_bias"):
-        border = -model.logit_bias.float() / model.logit_scale.float().exp()  # the cosine at which it says yes
+    matching_accuracy, border = None, None  # the cosine at which it says yes
+    if isinstance(model, ExportedDual) and model.manifest["logit_bias"] is not None:
+        border = -model.manifest["logit_bias"] / model.manifest["logit_scale"]
+    elif hasattr(model, "logit_bias"):
+        border = -model.logit_bias.float() / model.logit_scale.float().exp()
+    if border is not None:
         matching_accuracy = wilson(int((fits > border).sum() + (fails <= border).sum()), 2 * n)
     kinds = {k: [t for t, key in zip(told, seen.attributes, strict=True) if key == k] for k in sorted(set(seen.attributes))}
     attributes = {k: wilson(sum(v), len(v)) for k, v in kinds.items()}

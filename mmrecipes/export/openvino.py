@@ -33,6 +33,17 @@ def write_openvino(
             ov.save_model(_quantized(make(), precisions[part], runs), folder / f"{part}.xml", compress_to_fp16=False)
 
 
+def write_encoder(encoder: nn.Module, example: dict[str, torch.Tensor], free: dict, precision: str, path: Path) -> None:
+    """Write one module without state, fp32, bf16 or int8, whose inputs keep the names of `example` and its `free` axes."""
+    import openvino as ov
+
+    with quiet.library_logs(), torch.no_grad():
+        graph = _vision(encoder, example, free)
+        for port, name in zip(graph.inputs, example, strict=True):
+            port.get_tensor().set_names({name})
+        ov.save_model(_quantized(graph, precision, ()), path, compress_to_fp16=False)
+
+
 def _vision(encoder: nn.Module, image: dict[str, torch.Tensor], free: dict[str, dict]):
     import openvino as ov
     from transformers.exporters.exporter_dynamo import patch_forward_signature

@@ -6,6 +6,7 @@ no mask, and the cache can stay in the runtime. `inference.load_exported` reads 
 """
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ from torch import nn
 from mmrecipes.data import scenes
 from mmrecipes.errors import ParityError, UserError
 from mmrecipes.evaluate.generation import eos_token_ids
+from mmrecipes.export import dual
 from mmrecipes.export.executorch import max_length, obstacle, write_executorch
 from mmrecipes.export.onnx.backend import write_onnx
 from mmrecipes.export.openvino import write_openvino
 from mmrecipes.export.wrappers import check_float32, family_of, vision_inputs
 from mmrecipes.inference import exported
 from mmrecipes.inference.backends import PACKAGES, PARTS
+from mmrecipes.inference.dual import ExportedDual
 from mmrecipes.models import modules, prompts
 from mmrecipes.models.saving import directory_aside
 from mmrecipes.quantize.groups import GROUP
@@ -51,6 +54,7 @@ BACKENDS = {
     "openvino": Backend("openvino", write_openvino, ("fp32", "bf16", "int8", "static", "mixed"), ("bf16", *_LANGUAGE)),
     "executorch": Backend("executorch", write_executorch, ("fp32", "int8", "mixed"), _LANGUAGE),
 }
+DUALS = {name: Backend(name, functools.partial(dual.write, name), *2 * (dual.PRECISIONS[name],)) for name in dual.PRECISIONS}
 # relative error of the first tokens' logits that each precision may have, in every runtime; beyond it is broken, not lossy
 GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.25, "static": 0.25, "mixed": 0.25, "int4": 0.6}
@@ -67,8 +71,9 @@ def export(
     """Write `model` (float32, as `models.load` gives it) to directory `out`, for a `runtime` of BACKENDS. Returns `out`.
     `precision` is one for both parts or {"vision": ..., "language": ...}, of those that the backend has; "static" fixes ranges on
     `images`, a dozen like those to come. With `batches` it also answers several conversations together (`generate_batch`), and
-    takes a little longer for one. All or nothing: `out` appears, or takes an older export's place, once the graphs answer as
-    `model` does (`parity`; ParityError).
+    takes a little longer for one. A dual encoder (CLIP, SigLIP) becomes two graphs that end in unit vectors, in fp32, int8 or
+    bf16 (OpenVINO), of batches always. All or nothing: `out` appears, or takes an older export's place, once the graphs answer
+    as `model` does (`parity`; ParityError).
     Raises UserError for an architecture, dtype or directory that it cannot take; ImportError where a package is missing.
     """
     with _written(model, out, runtime, precision, images, batches) as (aside, precisions):
@@ -103,14 +108,14 @@ def _written(
     """A directory beside `out` with the graphs and the manifest, and the precision of each part; it becomes `out` in the end."""
     if runtime not in BACKENDS:
         raise UserError(f"export: runtime={runtime!r}; expected one of {', '.join(BACKENDS)}")
-    backend = BACKENDS[runtime]
+    supported(model, runtime)
+    backend = (DUALS if dual.is_dual(model) else BACKENDS)[runtime]
     precisions = dict(precision) if isinstance(precision, Mapping) else dict.fromkeys(PARTS, precision)
     if precision == "int4":
         precisions["vision"] = "int8"  # 4-bit weights do not pay where hundreds of patches share them
     for part, known in (("vision", backend.vision), ("language", backend.language)):
         if precisions.get(part) not in known:
             raise UserError(f"precision of {part} for {runtime}: {precisions.get(part)!r}; expected one of {', '.join(known)}")
-    supported(model, runtime)
     if batches and runtime == "executorch":
         raise UserError("export: batches in executorch, whose cache holds one conversation; use onnx or openvino")
     if (precisions["vision"] == "static") != bool(len(images)):
@@ -124,9 +129,12 @@ def _written(
 
 def supported(model: nn.Module, runtime: str = "onnx") -> None:
     """UserError for a model that `export` has no recipe for in this `runtime`, before any work is done."""
-    name = type(model).__name__
-    if "head" not in modules.parts(model):
-        raise UserError(f"export: {name} compares images with texts; give a model that answers")
+    name, found = type(model).__name__, modules.parts(model)
+    if dual.is_dual(model):
+        dual.supported(model, runtime)
+        return
+    if "head" not in found:
+        raise UserError(f"export: {name} has no head, and no two encoders that compare; there is no recipe for it yet")
     check_float32(model)
     if not isinstance(getattr(model.config, "image_token_id", None), int):
         raise UserError(f"export: {name} has no image_token_id in its config; there is no recipe for it yet")
@@ -141,32 +149,22 @@ def write_manifest(model: nn.Module, folder: Path, backend: Backend, precisions:
     """Write to `folder`, which holds the graphs, what else an answer needs: processor, configs, manifest."""
     graphs = [p for p in sorted(folder.iterdir()) if p.is_file()]
     model.processor.save_pretrained(folder)
-    if 0 <= model.config.image_token_id < model.get_input_embeddings().weight.shape[0]:  # what it is where no image is given
-        with torch.no_grad():
-            row = model.get_input_embeddings()(torch.tensor([model.config.image_token_id]))
-        np.save(folder / exported.IMAGE_TOKEN, row.numpy())
+    if not dual.is_dual(model):
+        model.generation_config.save_pretrained(folder)
+        _save_image_token(model, folder)
     if type(model.config)._auto_class:  # code of the model's own (swapped.py), which the graphs do not need: nor shall a reader
         config = {k: v for k, v in model.config.to_dict().items() if k != "auto_map"}
         config["model_type"] = type(model.config).__base__.model_type
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     else:
         model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
     manifest = {
         "format": exported.FORMAT,
-        "batches": batches,
         "runtime": backend.name,
         "precision": dict(precisions),
         "source": model.name_or_path or type(model).__name__,
         "class": type(model).__name__,
-        "family": family_of(model).name,
-        "settings": family_of(model).settings(model),
-        "generation": exported.generation_rules(model.generation_config),
-        "image_token_id": model.config.image_token_id,
-        "eos_token_ids": sorted(eos_token_ids(model)),
-        "max_length": max_length(model)
-        if backend.name == "executorch"
-        else model.config.get_text_config().max_position_embeddings,
+        **(dual.facts(model) if dual.is_dual(model) else {"batches": batches} | facts(model, backend)),
         "versions": {n: metadata.version(n) for n in ("torch", "transformers", PACKAGES[backend.name])},
         "bytes": {p.name: p.stat().st_size for p in graphs},
         "sha256": {p.name: exported.sha256(p) for p in sorted(folder.iterdir()) if p.is_file()},
@@ -174,11 +172,35 @@ def write_manifest(model: nn.Module, folder: Path, backend: Backend, precisions:
     (folder / exported.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def parity(model: nn.Module, loaded: exported.Exported, tolerance: float) -> dict[str, float]:
+def _save_image_token(model: nn.Module, folder: Path) -> None:
+    """What the image token is where no image is given, unless it lies outside the vocabulary."""
+    if 0 <= model.config.image_token_id < model.get_input_embeddings().weight.shape[0]:
+        with torch.no_grad():
+            row = model.get_input_embeddings()(torch.tensor([model.config.image_token_id]))
+        np.save(folder / exported.IMAGE_TOKEN, row.numpy())
+
+
+def facts(model: nn.Module, backend: Backend) -> dict[str, object]:
+    """What the manifest says of a model that answers."""
+    longest = model.config.get_text_config().max_position_embeddings
+    return {
+        "family": family_of(model).name,
+        "settings": family_of(model).settings(model),
+        "generation": exported.generation_rules(model.generation_config),
+        "image_token_id": model.config.image_token_id,
+        "eos_token_ids": sorted(eos_token_ids(model)),
+        "max_length": max_length(model) if backend.name == "executorch" else longest,
+    }
+
+
+def parity(model: nn.Module, loaded: exported.Exported | ExportedDual, tolerance: float) -> dict[str, float]:
     """Relative error of the logits of `loaded` to those of `model`: the largest on drawn images of several shapes, on two images
     and on text alone.
-    {"prefill": after the prompt, "decode": one token further}. Raises ParityError beyond `tolerance` or where it is not finite.
+    {"prefill": after the prompt, "decode": one token further}. Of a dual encoder, as `dual.parity`.
+    Raises ParityError beyond `tolerance` or where it is not finite.
     """
+    if dual.is_dual(model):
+        return dual.parity(model, loaded, tolerance, [image for images in shown()[:3] for image in images])
     errors: dict[str, list[float]] = {"prefill": [], "decode": []}
     for images in shown():
         try:

@@ -113,19 +113,21 @@ class OnnxGraphs:
         self.places.begin([cache[0].shape[2] for cache in caches], following)
 
 
+def openvino_request(path: Path, precision: str, threads: int | None):  # -> openvino.InferRequest
+    """The graph at `path` ready to run on the CPU, with so many `threads` (None: all), in bf16 only where `precision` says it."""
+    import openvino as ov
+
+    # a hint, too, where it is f32: else it computes in bf16 wherever the CPU can, whatever the file says
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
+    settings |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
+    return ov.Core().compile_model(path, "CPU", settings).create_infer_request()
+
+
 class OpenVinoGraphs:
     """As `OnnxGraphs`, with vision.xml and language.xml in OpenVINO. The KV cache is the language graph's own state."""
 
     def __init__(self, folder: Path, precision: dict[str, str], threads: int | None):
-        import openvino as ov
-
-        core, requests = ov.Core(), {}
-        for part in PARTS:
-            # a hint, too, where it is f32: else it computes in bf16 wherever the CPU can, whatever the file says
-            settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if precision[part] == "bf16" else "f32"}
-            settings |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
-            requests[part] = core.compile_model(folder / f"{part}.xml", "CPU", settings).create_infer_request()
-        self.vision, self.language = requests["vision"], requests["language"]
+        self.vision, self.language = (openvino_request(folder / f"{part}.xml", precision[part], threads) for part in PARTS)
         width = self.language.get_compiled_model().input("image_features").get_partial_shape()[1]
         self.no_image = np.zeros((1, width.get_length() if width.is_static else 1), np.float32)
         ports = self.language.get_compiled_model().inputs

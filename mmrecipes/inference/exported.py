@@ -10,6 +10,7 @@ import numpy as np
 
 from mmrecipes import families
 from mmrecipes.errors import ParityError, UserError, one_line, require
+from mmrecipes.inference import dual
 from mmrecipes.inference.backends import GRAPHS, PACKAGES, PARTS
 from mmrecipes.models.messages import conversation
 from mmrecipes.models.processors import load_processor
@@ -36,7 +37,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise UserError(f"{folder}: exported by a newer mmrecipes (format {manifest['format']}); upgrade, or export it again")
         manifest = {OLD_KEYS.get(key, key): value for key, value in manifest.items()}
         _ = [manifest["precision"][part] for part in PARTS], manifest["sha256"].items()
-        _ = [manifest[key] for key in ("image_token_id", "eos_token_ids", "max_length")]
+        _ = [manifest[key] for key in (dual.KEYS if "kind" in manifest else ("image_token_id", "eos_token_ids", "max_length"))]
         # format 2 and older: models whose images are tiles of one size
         manifest = {"family": "idefics3" if "Idefics3" in manifest["class"] else "tiles", "settings": {}} | manifest
         if manifest["family"] not in families.BY_NAME:
@@ -176,9 +177,10 @@ class Exported:
         return inputs
 
 
-def load_exported(folder: str | Path, threads: int | None = None, check: bool = True) -> Exported:
-    """The model that `export` wrote to `folder`, ready to answer. `threads` of the runtime: by default all physical cores.
-    With `check`, the files must be those that were exported (SHA-256). Raises UserError for anything else.
+def load_exported(folder: str | Path, threads: int | None = None, check: bool = True) -> Exported | dual.ExportedDual:
+    """The model that `export` wrote to `folder`, ready to answer, or to compare where it is a dual encoder.
+    `threads` of the runtime: by default all physical cores. With `check`, the files must be those that were exported (SHA-256).
+    Raises UserError for anything else.
     """
     folder = Path(folder).expanduser()
     manifest = read_manifest(folder)
@@ -187,4 +189,4 @@ def load_exported(folder: str | Path, threads: int | None = None, check: bool = 
             raise UserError(f"{folder / name}: missing, though the manifest names it; export the model again")
         if sha256(folder / name) != digest:
             raise UserError(f"{folder / name}: not the file that was exported (truncated or changed); export the model again")
-    return Exported(folder, manifest, threads)
+    return (dual.ExportedDual if manifest.get("kind") == "dual" else Exported)(folder, manifest, threads)

@@ -82,7 +82,10 @@ def profile_exported(
     mmrecipes.errors.UserError: there is no exported model in the folder
     """
     # ExecuTorch's Python API takes PyTorch's tensors
-    blocked = () if read_manifest(Path(folder))["runtime"] == "executorch" else ("torch", "torchao")
+    manifest = read_manifest(Path(folder))
+    if "kind" in manifest:
+        raise UserError(f"{folder}: compares images with texts and does not answer questions; give an exported VLM")
+    blocked = () if manifest["runtime"] == "executorch" else ("torch", "torchao")
     with tempfile.TemporaryDirectory(prefix="mmrecipes-") as aside:
         path = f"{aside}/image.png"
         load_image(image).save(path)

@@ -21,6 +21,7 @@ from mmrecipes.errors import ParityError, UserError, one_line
 from mmrecipes.evaluate import statistics
 from mmrecipes.export import pipeline
 from mmrecipes.inference import exported, optimum
+from mmrecipes.inference.dual import ExportedDual
 from mmrecipes.models import images as models_images
 from mmrecipes.models import loading, modules, prompts
 from mmrecipes.report import plain
@@ -58,6 +59,8 @@ def load_side(name: str) -> Side:
     folder = Path(name).expanduser()
     if any((folder / manifest).is_file() for manifest in (exported.MANIFEST, exported.OLD_MANIFEST)):
         model = exported.load_exported(folder)
+        if isinstance(model, ExportedDual):
+            raise UserError(f"{name}: compares images with texts and has no stages; give a VLM")
     elif folder.is_dir() and optimum.find_graphs(folder):
         model = optimum.load_optimum(folder)
     else:

@@ -90,12 +90,10 @@ def run(request: Request, dry_run: bool = False, console: Console | None = None)
     with stage("loading the model"):
         source = Source(loading.load(request.model), request.runtime)
         stage.model = type(source.model).__name__
+        if "head" not in parts(source.model):
+            raise UserError(f"shrink: {stage.model} compares images with texts; give a model that answers, or use export.export")
         if request.runtime != "torch":
             pipeline.supported(source.model, request.runtime)
-        elif "head" not in parts(source.model):
-            raise UserError(
-                f"shrink: {type(source.model).__name__} compares images with texts; give a model that answers questions"
-            )
         budget = None if request.budget is None else budget_bytes(request.budget, source.float_bytes)
         side = getattr(source.model.config.vision_config, "image_size", None)
         rows = folders.gather(side if isinstance(side, int) else 256, request.calib, request.images, request.n or 600)

@@ -36,20 +36,24 @@ def write_onnx(
         config = OnnxConfig(dynamic_shapes=axes, ort_fusions="cpu", prefer_deferred_runtime_asserts_over_guards=True)
         onnx_ir.save(OnnxExporter().export(decoder, example, config).program, str(language), external_data="language.onnx.data")
     for path in (vision, language):
-        precision = precisions[path.stem]
-        if precision in ("int4", "mixed"):
-            to_nbits(path, 4, rounded=precision == "mixed")
-        if precision in ("int8", "mixed"):
-            if path.stem == "language":  # one scale for all inputs is too coarse for OUTLIER_LAYERS; embeddings and the head
-                scopes = graphs.module_scopes(path)
-                coarse = {name for name, scope in scopes.items() if any(layer in scope for layer in OUTLIER_LAYERS)}
-                to_nbits(path, 8, only=lambda node, names=coarse: node.op_type != "MatMul" or node.name in names)
-            to_dynamic_int8(path)
-        if precision == "static":  # of a ViT, whose one convolution cuts the patches, the matrix products
+        round_weights(path, precisions[path.stem])
+        if precisions[path.stem] == "static":  # of a ViT, whose one convolution cuts the patches, the matrix products
             cnn = sum(isinstance(m, nn.Conv2d) for m in encoder.modules()) > 1
             config = quantize.StaticConfig(layers="all") if cnn else quantize.StaticConfig(reduce_range=True)
             quantize.static_int8(path, runs, path, config)
         graphs.strip_metadata(path)
+
+
+def round_weights(path: Path, precision: str) -> None:
+    """The weights of the graph at `path`, vision.onnx or language.onnx, in "int8", "int4" or "mixed"; in others, as they are."""
+    if precision in ("int4", "mixed"):
+        to_nbits(path, 4, rounded=precision == "mixed")
+    if precision in ("int8", "mixed"):
+        if path.stem == "language":  # one scale for all inputs is too coarse for OUTLIER_LAYERS; embeddings and the head
+            scopes = graphs.module_scopes(path)
+            coarse = {name for name, scope in scopes.items() if any(layer in scope for layer in OUTLIER_LAYERS)}
+            to_nbits(path, 8, only=lambda node: node.op_type != "MatMul" or node.name in coarse)
+        to_dynamic_int8(path)
 
 
 @contextlib.contextmanager

@@ -41,6 +41,7 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, Tensor], path: str | Path, f
 def _attention() -> Callable:
     """How scaled_dot_product_attention is written in ONNX: one node of ONNX Runtime's own, which does not store all scores."""
     from onnx.defs import OpSchema
+    from onnx_ir import DataType
     from onnxscript import opset20 as op
     from onnxscript.values import Op, Opset
 
@@ -57,6 +58,8 @@ def _attention() -> Callable:
 
     def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         heads, head_dim = query.shape[1], query.shape[3]
+        if attn_mask is not None and attn_mask.dtype == DataType.BOOL:  # the kernel adds its mask
+            attn_mask = op.Where(attn_mask, op.Constant(value_float=0.0), op.Constant(value_float=torch.finfo(torch.float32).min))
 
         def flat(x):  # (B, heads, T, head_dim) -> (B, T, heads * head_dim)
             return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, -1]))
