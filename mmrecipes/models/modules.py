@@ -121,10 +121,11 @@ def ffn(layer: nn.Module) -> tuple[list[nn.Linear], nn.Linear]:
     >>> len(ffn(layers(model)["language"][0])[0])
     2
     """
+    held = _first(layer, ("mlp", "feed_forward")) or layer
     for into, out in FFN:
-        if hasattr(layer.mlp, out):
-            return [getattr(layer.mlp, n) for n in into], getattr(layer.mlp, out)
-    raise UserError(f"{type(layer.mlp).__name__}: no {' or '.join(out for _, out in FFN)} in it; its neurons cannot be told")
+        if all(hasattr(held, n) for n in (*into, out)):
+            return [getattr(held, n) for n in into], getattr(held, out)
+    raise UserError(f"{type(held).__name__}: no {' or '.join(out for _, out in FFN)} in it; its neurons cannot be told")
 
 
 def attention(layer: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
@@ -132,7 +133,7 @@ def attention(layer: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Lin
     >>> [type(m).__name__ for m in attention(layers(model)["vision"][0])]
     ['Linear', 'Linear', 'Linear', 'Linear']
     """
-    own = layer.self_attn if hasattr(layer, "self_attn") else layer.attn
+    own = _first(layer, ("self_attn", "attn", "attention")) or layer
     out = next((getattr(own, n) for n in OUT if hasattr(own, n)), None)
     if out is None or not hasattr(own, "q_proj"):
         raise UserError(f"{type(own).__name__}: no q_proj, k_proj, v_proj and o_proj in it; its heads cannot be told")

@@ -52,6 +52,7 @@ def dynamic_int8(model: nn.Module) -> nn.Module:
     with warnings.catch_warnings():  # its deprecation and its observers' advice, both known and chosen
         warnings.filterwarnings("ignore", message="(?s).*(torch.ao.quantization|torch.quantize_per_tensor|reduce_range).*")
         layers = [name for name, layer in linears(model) if not isinstance(layer, NonDynamicallyQuantizableLinear)]
+        layers = [name for name in layers if not name.endswith("patch_embedding")]  # SigLIP 2 asks it for its weight's dtype
         return quantize_dynamic(clone(model), dict.fromkeys(layers, per_channel_dynamic_qconfig), inplace=True)
 
 
