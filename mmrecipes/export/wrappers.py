@@ -167,8 +167,8 @@ class LanguageWithCache(nn.Module):
     ) -> dict[str, object]:
         is_image = input_ids == self.image_token_id
         row = (is_image.long().cumsum(1) - 1).clamp(min=0)
-        # the placeholder may lie outside the vocabulary
-        words = self.embed_tokens(torch.where(is_image, 0, input_ids))
+        inside = self.image_token_id < self.embed_tokens.weight.shape[0]  # Gemma's placeholder may lie outside the vocabulary
+        words = self.embed_tokens(input_ids if inside else torch.where(is_image, 0, input_ids))
         first, deeper = image_features[row], ()
         if self.deepstack:
             first, *deeper = first.split(words.shape[-1], dim=-1)

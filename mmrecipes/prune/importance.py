@@ -69,8 +69,8 @@ def magnitude_importance(model: nn.Module) -> dict[str, dict[str, Tensor]]:
             hidden += sum(m.weight.square().sum(0) for m in (*into, q, k, v))
             hidden += sum(m.weight.square().sum(1) for m in (o, out))
         whole = torch.stack([sum(p.square().sum() for p in layer.parameters()) for layer in stack])
-        squares = {"neurons": torch.stack(neurons), "layers": whole}
-        squares |= {"heads": torch.stack(heads), "hidden": hidden} if heads else {}
+        squares = {"neurons": torch.stack(neurons)} | ({"heads": torch.stack(heads)} if heads else {}) | {"layers": whole}
+        squares |= {"hidden": hidden} if heads else {}
         scores[part] = {kind: total.sqrt() for kind, total in squares.items()}
     return scores
 
