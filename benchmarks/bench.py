@@ -78,9 +78,13 @@ def prepare(runtime: str, how: str) -> None:
         _plain_openvino(model, how.removeprefix("nncf-"))
     elif how == "static":
         seen = [scenes.render(scenes.make_scene(seed), 512) for seed in range(10, 14)]
-        export.export_unchecked(model, folder(runtime, how), runtime, {"vision": "static", "language": "int4"}, seen)
+        with export.written(model, folder(runtime, how), runtime, {"vision": "static", "language": "int4"}, seen, False):
+            pass
+    elif how == "fp32":
+        export.export(model, folder(runtime, how), runtime, how)
     else:
-        (export.export if how == "fp32" else export.export_unchecked)(model, folder(runtime, how), runtime, how)
+        with export.written(model, folder(runtime, how), runtime, how, (), False):
+            pass
 
 
 def _plain_onnx(model, how: str) -> None:

@@ -4,5 +4,5 @@ from mmrecipes.lazy import lazy_exports
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
-    {"pipeline": "BACKENDS PARTS TOLERANCE export export_unchecked parity supported write_manifest", "wrappers": "", "onnx": ""},
+    {"pipeline": "BACKENDS PARTS TOLERANCE export parity supported write_manifest written", "wrappers": "", "onnx": ""},
 )

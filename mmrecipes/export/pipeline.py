@@ -76,7 +76,7 @@ def export(
     as `model` does (`parity`; ParityError).
     Raises UserError for an architecture, dtype or directory that it cannot take; ImportError where a package is missing.
     """
-    with _written(model, out, runtime, precision, images, batches) as (aside, precisions):
+    with written(model, out, runtime, precision, images, batches) as (aside, precisions):
         try:
             parity(model, exported.load_exported(aside), max(TOLERANCE[p] for p in precisions.values()))
         except ParityError as e:
@@ -88,24 +88,12 @@ def export(
     return Path(out).expanduser().resolve()
 
 
-def export_unchecked(
-    model: nn.Module,
-    out: str | Path,
-    runtime: str = "onnx",
-    precision: str | Mapping[str, str] = "fp32",
-    images: Sequence[Image.Image | str | Path] = (),
-    batches: bool = False,
-) -> Path:
-    """As `export` without its check: for timings of random weights, whose rounded logits prove nothing."""
-    with _written(model, out, runtime, precision, images, batches):
-        return Path(out).expanduser().resolve()
-
-
 @contextlib.contextmanager
-def _written(
+def written(
     model: nn.Module, out: str | Path, runtime: str, precision: str | Mapping[str, str], images: Sequence, batches: bool
 ) -> Iterator[tuple[Path, dict[str, str]]]:
-    """A directory beside `out` with the graphs and the manifest, and the precision of each part; it becomes `out` in the end."""
+    """A directory beside `out` with the graphs and the manifest, and the precision of each part; it becomes `out` in the end.
+    Without `parity`: for timings of random weights, whose rounded logits prove nothing."""
     if runtime not in BACKENDS:
         raise UserError(f"export: runtime={runtime!r}; expected one of {', '.join(BACKENDS)}")
     supported(model, runtime)
