@@ -11,7 +11,7 @@ from mmrecipes import quiet
 from mmrecipes.data.datasets import majority_floor
 from mmrecipes.evaluate.statistics import Share, wilson
 from mmrecipes.inference.exported import Exported
-from mmrecipes.models.prompts import Rows, batch_inputs, chat_prompts, greedy, teacher_forced
+from mmrecipes.models.prompts import Rows, batch_inputs, chat_prompts, greedy, rows_at_once, teacher_forced
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def answer_tokens(
     """Token ids of greedy answers, at most `max_new_tokens` each, the end of sequence included where the model stopped.
     `progress` shows a bar, unless bars are switched off. Raises as `models.prompts.greedy`."""
     texts, stop, found = chat_prompts(model.processor, questions), eos_token_ids(model), []
-    hidden = quiet.progress_hidden() or not progress
+    hidden, batch_size = quiet.progress_hidden() or not progress, rows_at_once(model, {"image": images}, batch_size)
     for i in tqdm(range(0, len(texts), batch_size), disable=hidden, desc="answering", leave=False):
         inputs = batch_inputs(model, images[i : i + batch_size], texts[i : i + batch_size])
         for answer in greedy(model, inputs, max_new_tokens).tolist():
@@ -94,7 +94,7 @@ def answer_logits(model: nn.Module, rows: Rows, batch_size: int = 50) -> tuple[T
     torch.float32
     """
     logits, tokens = [], []
-    for inputs, lengths in teacher_forced(model, rows, batch_size):
+    for inputs, lengths in teacher_forced(model, rows, rows_at_once(model, rows, batch_size)):
         found = model(**inputs, logits_to_keep=max(lengths) + 1).logits.float()
         for row, k in enumerate(lengths):
             logits.append(found[row, -k - 1 : -1])

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 Rows: TypeAlias = "Dataset"  # with columns image, question and answer
+PIXEL_VALUES = 2**23  # numbers that the vision encoder gets at once: it takes about a hundred times their bytes
 
 
 def chat_prompts(processor: "ProcessorMixin", questions: Sequence[str], with_image: bool = True) -> list[str]:
@@ -35,6 +36,19 @@ def batch_inputs(model: nn.Module, images: Sequence[Image.Image | list] | None, 
     """`processed` on the model's device, pixels in the vision encoder's dtype. Raises UserError as it does."""
     dtypes = (p.dtype for p in parts(model)["vision"].parameters() if p.is_floating_point())  # a model may mix them
     return processed(model.processor, images, texts).to(model.device, next(dtypes, torch.float32))
+
+
+def rows_at_once(model: nn.Module, rows: "Rows | Mapping[str, Sequence]", most: int) -> int:
+    """How many of `rows` (image, ...) make a batch, at most `most`: fewer where the processor makes large images or many tiles.
+    >>> rows_at_once(model, rows, 4)
+    4
+    """
+    images = rows["image"][:] if "image" in getattr(rows, "column_names", rows) else []
+    if not images or most == 1:
+        return most
+    largest = max(images, key=lambda image: image.width * image.height)
+    inputs = batch_inputs(model, [largest], chat_prompts(model.processor, ["?"]))
+    return max(1, min(most, PIXEL_VALUES // inputs["pixel_values"].numel()))
 
 
 def teacher_forced(model: nn.Module, rows: Rows, batch_size: int = 50) -> Iterator[tuple[Mapping[str, Tensor], list[int]]]:

@@ -13,8 +13,9 @@ from mmrecipes.errors import UserError
 from mmrecipes.evaluate.generation import answer_logits, divergence
 from mmrecipes.models.modules import clone, linears, part_of
 from mmrecipes.models.prompts import Rows
-from mmrecipes.quantize.calibration import calibrate, input_hessians
+from mmrecipes.quantize.calibration import calibrate_, input_hessians
 from mmrecipes.quantize.gptq import gptq_round
+from mmrecipes.quantize.replay import Call, language_calls, replayed_logits
 from mmrecipes.quantize.rounding import changed, packed_bytes, packed_weight_bytes, search_round
 
 BITS = (8, 6, 4, 3, 2)
@@ -67,19 +68,32 @@ def sensitivity(
     from tqdm.auto import tqdm
 
     small, parts, per, costs = clone(model), part_of(model), "group" if group_size else "channel", []
+    embeddings = [n for n, m in small.named_modules() if isinstance(m, nn.Embedding)]
     reference, _ = answer_logits(small, rows)
+    replay = _replay(small, rows, reference)
     for unit, names in tqdm(units(small).items(), disable=quiet.progress_hidden(), desc="sensitivity", leave=False):
         weights = {n: small.get_submodule(n).weight.detach() for n in names}
         originals = {n: w.clone() for n, w in weights.items()}
         for b in bits:
             for n, w in originals.items():
                 weights[n].copy_(rounding(n, w, b, group_size) if rounding else search_round(w, b, group_size))
-            loss = divergence(reference, answer_logits(small, rows)[0])
+            inside = all(parts[f"{n}.weight"] == "language" and n not in embeddings for n in names)
+            logits = replayed_logits(small, replay) if inside and replay else answer_logits(small, rows)[0]
+            loss = divergence(reference, logits)
             size = sum(packed_weight_bytes(w, b, per, group_size or 0) for w in weights.values())
             costs.append(Cost(unit, parts[f"{names[0]}.weight"], b, size, loss))
         for n, w in originals.items():
             weights[n].copy_(w)
     return costs
+
+
+def _replay(model: nn.Module, rows: Rows, logits: Tensor) -> list[Call]:
+    """Calls of the language model that give the same `logits` again; none where a model does more than that around it."""
+    try:
+        calls = language_calls(model, rows)
+        return calls if torch.allclose(replayed_logits(model, calls), logits, rtol=1e-3, atol=1e-3) else []
+    except (AttributeError, KeyError, TypeError, ValueError):  # an output or a call of another shape: the whole model, then
+        return []
 
 
 def greedy(costs: Sequence[Cost], budget: int) -> dict[str, int]:
@@ -133,4 +147,4 @@ def apply_plan(model: nn.Module, plan: Mapping[str, int], group_size: int | None
     by_gptq = {n: bits[n] for n, _ in linears(model) if n in bits} if rows is not None else {}
     by_search = {n: b for n, b in bits.items() if n not in by_gptq}
     small = changed(model, by_search, lambda weight, b: search_round(weight, b, group_size))
-    return calibrate(small, rows, by_gptq, group_size=group_size) if by_gptq else small
+    return calibrate_(small, rows, by_gptq, group_size=group_size) if by_gptq else small

@@ -174,7 +174,7 @@ def _answered(source: Source, rows: folders.RowSets, request: Request) -> tuple[
     few = _head(rows.calibrate, 0, 4)
     few = fidelity.with_answers(base, few) if own else few
     pace = _seconds(lambda: generation.answer_logits(base, few)) / len(few)
-    calibrate = _head(rows.calibrate, seconds / pace / source.blocks, 4)  # GPTQ runs all rows once for each block
+    calibrate = _head(rows.calibrate, seconds / pace / source.passes, 4)
     tried = min(32, len(calibrate), max(2, int(seconds / pace / len(source.units))))
     calibrate = fidelity.with_answers(base, calibrate) if own else calibrate
     return dataclasses.replace(rows, calibrate=calibrate, choose=choose.rows, verify=verify.rows, tried=tried), verify, choose

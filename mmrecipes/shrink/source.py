@@ -70,6 +70,13 @@ class Source:
         """Numbered blocks of layers."""
         return len({modules.block_of(name) for name, _ in modules.linears(self.model)})
 
+    @functools.cached_property
+    def passes(self) -> float:
+        """Forward passes of all rows that GPTQ makes: one a block, through half of the language model for one of its own."""
+        part = modules.part_of(self.model)
+        blocks = {modules.block_of(name): part[f"{name}.weight"] for name, _ in modules.linears(self.model)}
+        return sum(0.5 if p == "language" else 1 for p in blocks.values())
+
     @property
     def high(self) -> int:
         """Bits of a unit that does not have 4."""
