@@ -237,16 +237,19 @@ def _same_inputs(model: nn.Module, case: equality.Case) -> None:
 
 def _all_of(steps: dict[str, Callable]) -> None:
     """Run all; UserError, or Differs where one is no refusal, that names those which do not work."""
-    bad, refused = [], True
+    bad: dict[str, str] = {}
+    refused = True
     for name, step in steps.items():
         try:
             step()
         except Exception as e:  # whatever a model of this family makes a technique raise
-            bad.append(f"{name}: {_sentence(e)}")
+            bad[name] = _sentence(e)
             refused &= isinstance(e, UserError) and not isinstance(e, ParityError)
     if bad:
-        good = ", ".join(n for n in steps if not any(b.startswith(f"{n}: ") for b in bad))
-        sentence = "; ".join(([f"{good}: yes"] if good else []) + bad)
+        good = ", ".join(n for n in steps if n not in bad)
+        sentence = "; ".join(([f"{good}: yes"] if good else []) + [f"{name}: {why}" for name, why in bad.items()])
+        if len(bad) == len(steps) and len(set(bad.values())) == 1:
+            sentence = next(iter(bad.values()))
         raise UserError(sentence) if refused else Differs(sentence)
 
 

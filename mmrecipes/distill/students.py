@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mmrecipes.errors import UserError
-from mmrecipes.models.modules import checkpoint_with_config, clone, config_of, parts
+from mmrecipes.models.modules import checkpoint_with_config, clone, config_of, ffn, layers, parts
 from mmrecipes.prune import importance, slicing, structured
 
 PROJECTION = {"vision": "visual_projection", "language": "text_projection"}  # CLIP's last matrices stand beside its encoders
@@ -33,7 +33,7 @@ def make_student(teacher: nn.Module, sizes: dict[str, StudentSize], rows: Any, i
     student = teacher
     for part, size in sizes.items():
         own = config_of(student, part)
-        _check_intermediate_size(part, size.intermediate_size, own)
+        _check_neurons(part, size.intermediate_size, ffn(layers(student)[part][0])[1].in_features)
         if size.hidden_size != own.hidden_size:
             student = SLICE[part](student, size.hidden_size, rows)
         scores = importance.magnitude_importance(student)[part]["neurons"]
@@ -61,13 +61,13 @@ def make_dual_student(teacher: nn.Module, layers: dict[str, Sequence[int]], inte
     student, config = clone(student), copy.deepcopy(student.config)
     for part, count in intermediate_sizes.items():
         own = config_of(config, part)
-        _check_intermediate_size(part, count, own)
+        _check_neurons(part, count, own.intermediate_size)
         for mlp in [m for m in parts(student)[part].modules() if hasattr(m, "fc1") and hasattr(m, "fc2")]:
             structured.keep_largest_([mlp.fc1, mlp.fc2], count)  # the pooling head has an FFN, too
         own.intermediate_size = count
     return checkpoint_with_config(student, config)
 
 
-def _check_intermediate_size(part: str, count: int, config: Any) -> None:
-    if not 0 < count <= config.intermediate_size:
-        raise UserError(f"student: intermediate size {count} of {part}; expected 1 to {config.intermediate_size}")
+def _check_neurons(part: str, count: int, most: int) -> None:
+    if not 0 < count <= most:
+        raise UserError(f"student: intermediate size {count} of {part}; expected 1 to {most}")

@@ -8,14 +8,15 @@ from torch import Tensor, nn
 
 from mmrecipes.errors import UserError
 
-# what libraries call the parts of a multimodal model; the first that is there counts
+# what libraries call the parts of a multimodal model, and the matrices into and out of an FFN; the first that is there counts
 VISION = ("vision_model", "vision_tower", "visual", "vision_encoder", "image_encoder", "vpm")
 CONNECTOR = ("connector", "multi_modal_projector", "mm_projector", "merger", "aligner", "resampler", "language_projection")
 HELPERS = ("deepstack_merger_list", "qformer")  # further weights of the connector
 LANGUAGE = ("language_model", "text_model", "text_decoder", "llm")
+LAYERS = ("layers", "blocks", "layer")
 TOWERS = ("vision", "language")  # the parts that are transformers
-FFN = ((("gate_proj", "up_proj"), "down_proj"), (("fc1",), "fc2"))  # what libraries call the matrices into and out of it
-OUT = ("o_proj", "out_proj")
+FFN = ((("gate_proj", "up_proj"), "down_proj"), (("fc1",), "fc2"), (("linear_fc1",), "linear_fc2"), (("linear_1",), "linear_2"))
+OUT = ("o_proj", "out_proj", "projection_layer")
 
 
 def parts(model: nn.Module) -> dict[str, nn.Module]:
@@ -90,6 +91,12 @@ def clone(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(processor): processor})
 
 
+def refuse_encoder_decoder(model: nn.Module) -> None:
+    """Raises UserError for a model whose text goes through an encoder and a decoder (Florence-2)."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(f"{type(model).__name__} is an encoder-decoder, and only decoders are supported; give another model")
+
+
 class VisionWithConnector(nn.Module):
     """Vision encoder and connector of a VLM: images (B, 3, H, W) to visual tokens (B, N, D), as the language model gets them."""
 
@@ -103,13 +110,14 @@ class VisionWithConnector(nn.Module):
 
 
 def layers(model: nn.Module, names: Sequence[str] = TOWERS) -> dict[str, nn.ModuleList]:
-    """The transformer layers of "vision" and "language", or of some parts' `names`. Raises UserError where one has none.
+    """The transformer layers of "vision" and "language", or of `names`. UserError where one has none, and for an encoder-decoder.
     >>> len(layers(model)["language"]) == config_of(model, "language").num_hidden_layers
     True
     """
+    refuse_encoder_decoder(model)
     found = {}
     for part in names:
-        lists = [m for n, m in parts(model)[part].named_modules() if n.split(".")[-1] in ("layers", "blocks")]
+        lists = [m for n, m in parts(model)[part].named_modules() if n.split(".")[-1] in LAYERS and isinstance(m, nn.ModuleList)]
         if not lists:
             raise UserError(f"{type(model).__name__}: no list of layers in its {part} part; give a transformer")
         found[part] = lists[0]
@@ -135,8 +143,8 @@ def attention(layer: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Lin
     """
     own = _first(layer, ("self_attn", "attn", "attention")) or layer
     out = next((getattr(own, n) for n in OUT if hasattr(own, n)), None)
-    if out is None or not hasattr(own, "q_proj"):
-        raise UserError(f"{type(own).__name__}: no q_proj, k_proj, v_proj and o_proj in it; its heads cannot be told")
+    if out is None or not hasattr(own, "q_proj") or own.q_proj.out_features != out.in_features:  # Qwen3.5's also makes a gate
+        raise UserError(f"{type(own).__name__}: no q_proj, k_proj, v_proj and o_proj of its heads alone; they cannot be told")
     return own.q_proj, own.k_proj, own.v_proj, out
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmrecipes.errors import ParityError, UserError, one_line
 from mmrecipes.models.images import load_image
 from mmrecipes.models.messages import content, processed
-from mmrecipes.models.modules import parts
+from mmrecipes.models.modules import parts, refuse_encoder_decoder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,13 +22,13 @@ Rows: TypeAlias = "Dataset"  # with columns image, question and answer
 PIXEL_VALUES = 2**23  # numbers that the vision encoder gets at once: it takes about a hundred times their bytes
 
 
-def chat_prompts(processor: "ProcessorMixin", questions: Sequence[str], with_image: bool = True) -> list[str]:
-    """The text of one chat turn for each question, after a place for one image, up to where the answer begins.
+def chat_prompts(processor: "ProcessorMixin", questions: Sequence[str], images: int = 1) -> list[str]:
+    """The text of one chat turn for each question, after places for its images, up to where the answer begins.
     Raises UserError for a question that contains the processor's image token, which would be taken for a second image.
     >>> chat_prompts(model.processor, ["What is {}?"])[0].endswith("What is {}?<end_of_utterance>\\nAssistant:")
     True
     """
-    turns = [[{"role": "user", "content": content(processor, int(with_image), q)}] for q in questions]
+    turns = [[{"role": "user", "content": content(processor, images, q)}] for q in questions]
     return [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
 
 
@@ -61,7 +61,7 @@ def teacher_forced(model: nn.Module, rows: Rows, batch_size: int = 50) -> Iterat
     for i in range(0, len(rows), batch_size):
         batch = rows[i : i + batch_size]
         answers = [f" {answer}{tokenizer.eos_token}" for answer in batch["answer"]]
-        texts = [p + a for p, a in zip(chat_prompts(model.processor, batch["question"], seen), answers, strict=True)]
+        texts = [p + a for p, a in zip(chat_prompts(model.processor, batch["question"], int(seen)), answers, strict=True)]
         inputs = batch_inputs(model, batch["image"] if seen else None, texts)
         yield inputs, [len(tokenizer(a, add_special_tokens=False)["input_ids"]) for a in answers]
 
@@ -74,16 +74,12 @@ def chat(model: nn.Module, images: Image.Image | str | Path | list | None, quest
     """
     if "head" not in parts(model):
         raise UserError(f"{type(model).__name__} compares images with texts and does not answer questions; give a VLM")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UserError(f"{type(model).__name__} is an encoder-decoder, and only decoders are supported; give another model")
-    images = images if isinstance(images, list | tuple) else [] if images is None else [images]
-    images = [load_image(i) for i in images]
+    refuse_encoder_decoder(model)
+    images = [load_image(i) for i in (images if isinstance(images, list | tuple) else [] if images is None else [images])]
     for w, h in (i.size for i in images):
         if min(w, h) < 8 or max(w, h) > 50 * min(w, h):
             warnings.warn(f"an image of {w} x {h} px shows nothing, too small or narrow: answers are guesses", stacklevel=2)
-    turn = {"role": "user", "content": content(model.processor, len(images), question)}
-    text = model.processor.apply_chat_template([turn], add_generation_prompt=True)
-    inputs = batch_inputs(model, [images] if images else None, [text])
+    inputs = batch_inputs(model, [images] if images else None, chat_prompts(model.processor, [question], len(images)))
     length, most = inputs["input_ids"].shape[1], getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most and length >= most:
         raise UserError(f"the prompt has {length} tokens, and the model takes {most}: shorten it")

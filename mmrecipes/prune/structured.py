@@ -14,6 +14,9 @@ from mmrecipes.models.modules import attention, checkpoint_with_config, clone, c
 from mmrecipes.models.prompts import Rows
 from mmrecipes.quantize.calibration import input_hessians
 
+# FFNs besides the layers whose width the config ties to theirs: Idefics2, MiniCPM-V 4.6
+TIED = {"language": ("connector", "modality_projection"), "vision": ("vision", "vit_merger")}
+
 
 def keep_layers(model: nn.Module, part: str, keep: Sequence[int]) -> nn.Module:
     """A copy with only the layers `keep` (in rising order) of "vision" or "language". Raises UserError for other indices."""
@@ -33,7 +36,8 @@ def keep_layers(model: nn.Module, part: str, keep: Sequence[int]) -> nn.Module:
 @torch.no_grad()
 def keep_ffn_neurons(model: nn.Module, keep: Mapping[str, Sequence[Sequence[int]]], rows: Rows | None = None) -> nn.Module:
     """A copy whose FFNs keep only the neurons `keep` {part: a list of indices for each layer, all of one length}.
-    With calibration `rows`, `refit` lets what is left compensate what is gone. Raises UserError for lists of several lengths.
+    With calibration `rows`, `refit` lets what is left compensate what is gone. Raises UserError for lists of several lengths, and
+    a number that the config cannot say.
     """
     small, config = clone(model), copy.deepcopy(model.config)
     neurons: dict[nn.Module, Sequence[int]] = {}  # {layer: those it keeps}
@@ -43,12 +47,36 @@ def keep_ffn_neurons(model: nn.Module, keep: Mapping[str, Sequence[Sequence[int]
         if len(lists) != (depth := len(layers(small)[part])):
             raise UserError(f"keep_ffn_neurons: {len(lists)} lists for the {depth} {part} layers; give one a layer")
         neurons |= zip(layers(small)[part], lists, strict=True)
-        config_of(config, part).intermediate_size = len(lists[0])
+        set_ffn_width(config_of(config, part), len(lists[0]))
+        if tied := tied_ffn(small, part):
+            into, out = ffn(tied)
+            width = ffn(layers(small)[part][0])[1].in_features
+            neurons[tied] = _largest(into, out, out.in_features * len(lists[0]) // width)
     _refit_(small, {ffn(layer)[1]: kept for layer, kept in neurons.items()}, rows)
     for layer, kept in neurons.items():
         into, out = ffn(layer)
         keep_channels_(into, [out], kept)
     return checkpoint_with_config(small, config)
+
+
+def tied_ffn(model: nn.Module, part: str) -> nn.Module | None:
+    """The module besides the layers whose FFN the config ties to theirs in width, if `part` has one."""
+    owner, name = TIED[part]
+    module = getattr(parts(model).get(owner), name, None)
+    return module if hasattr(module, "down_proj") or hasattr(module, "linear_2") else None
+
+
+def set_ffn_width(config: object, width: int) -> None:
+    """Write how many FFN neurons the layers have into a part's config. UserError where it cannot say that number."""
+    name = next((n for n in ("ffn_dim", "intermediate_size", "mlp_ratio") if hasattr(config, n)), None)
+    if name is None:
+        raise UserError(f"{type(config).__name__}: no number of FFN neurons in it; they cannot be cut")
+    if name == "mlp_ratio":  # Qwen2-VL's vision encoder
+        if width % config.embed_dim:
+            least = f"{type(config).__name__} has a whole ratio to the hidden size"
+            raise UserError(f"{width} FFN neurons: {least}; keep a multiple of {config.embed_dim}")
+        width //= config.embed_dim
+    setattr(config, name, width)
 
 
 @torch.no_grad()
@@ -122,8 +150,12 @@ def _channels(heads: Sequence[int], size: int) -> list[int]:
 def keep_largest_(linears: Sequence[nn.Linear], size: int) -> None:
     """Between each two matrices that follow one another (of an FFN, a connector) keep the `size` channels of largest weights."""
     for before, after in itertools.pairwise(linears):
-        weights = before.weight.square().sum(1) + after.weight.square().sum(0)
-        keep_channels_([before], [after], weights.topk(size).indices.sort().values.tolist())
+        keep_channels_([before], [after], _largest([before], after, size))
+
+
+def _largest(into: Sequence[nn.Linear], out: nn.Linear, size: int) -> list[int]:
+    weights = sum(m.weight.square().sum(1) for m in into) + out.weight.square().sum(0)
+    return weights.topk(size).indices.sort().values.tolist()
 
 
 def keep_channels_(rows_of: Sequence[nn.Linear], columns_of: Sequence[nn.Linear], keep: Sequence[int]) -> None:

@@ -22,6 +22,7 @@ from torch.utils import data
 from mmrecipes import quiet
 from mmrecipes.errors import UserError, one_line, require
 from mmrecipes.models import saving
+from mmrecipes.models.modules import parts
 from mmrecipes.models.prompts import teacher_forced
 from mmrecipes.train.optim import optimizers, schedule
 
@@ -158,7 +159,9 @@ class RowBatches(Sequence):
         """Mean cross-entropy of the right answers' tokens, in nats; how many they are; nothing else to log."""
         inputs = {k: v for k, v in batch.items() if k != "answers"}
         keep = int((batch["answers"] >= 0).sum(-1).max()) + 1  # the answers end their rows
-        logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits.float()
+        # not by logits_to_keep, which not every model knows
+        with parts(model)["head"].register_forward_pre_hook(lambda _, args: (args[0][:, -keep:],)):
+            logits = model(**inputs, use_cache=False).logits.float()
         answers = batch["answers"][:, -keep + 1 :]
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), answers.flatten(), ignore_index=-100)
         return loss, int((answers >= 0).sum()), {}

@@ -12,6 +12,7 @@ from mmrecipes.distill.kd import LossWeights
 from mmrecipes.distill.students import StudentSize
 from mmrecipes.errors import UserError
 from mmrecipes.mini import curriculum
+from tests import families
 
 SIZES = {"vision": StudentSize((0,), 64, 100), "language": StudentSize((1,), 64, 60)}
 CONFIG = train.TrainConfig(16, 4, 0.003, 1e-3)
@@ -183,8 +184,9 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_its_logits(rows
     assert loss(projected, batches[0])[0].item() == pytest.approx(0, abs=1e-6)
 
 
-def test_the_answers_loss_of_rows_is_cross_entropy(rows):
-    model = tiny.llava()
+@pytest.mark.parametrize("make", [tiny.llava, families.FAMILIES["minicpmv4_6"]], ids=["llava", "minicpmv4_6"])
+def test_the_answers_loss_of_rows_is_cross_entropy(make, rows):
+    model = make()  # the second knows no logits_to_keep
     batches = train.RowBatches(model, rows, train.TrainConfig(9, 16))
     loss, tokens, _ = batches.answer_loss(model, batches[0])
     logits, wanted = evaluate.answer_logits(model, rows)

@@ -110,6 +110,6 @@ def test_braces_in_a_question_stay_and_an_image_token_is_refused():
     processor = make_processor()
     (text,) = models.chat_prompts(processor, ["What is {} in {it}?"])
     assert "What is {} in {it}?" in text and text.count(processor.image_token) == 1
-    assert processor.image_token not in models.chat_prompts(processor, ["What is it?"], with_image=False)[0]
+    assert processor.image_token not in models.chat_prompts(processor, ["What is it?"], images=0)[0]
     with pytest.raises(UserError, match="stands for an image"):
         models.chat_prompts(processor, [f"What is {processor.image_token}?"])

@@ -71,7 +71,7 @@ def test_the_image_token_in_a_question_is_refused_and_without_an_image_it_is_tex
                  lambda: models.chat_prompts(model.processor, ["What does <image> mean?"])):  # fmt: skip
         with pytest.raises(UserError, match="contains <image>, which stands for an image; ask without it"):
             call()
-    assert "<image>" in models.chat_prompts(model.processor, ["What does <image> mean?"], with_image=False)[0]
+    assert "<image>" in models.chat_prompts(model.processor, ["What does <image> mean?"], images=0)[0]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2000), (6000, 20)])
