@@ -6,6 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell sed -n 's/^torch==//p' requirements.lock)
+TORCHVISION := 0.28.0# the one for this torch
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 export HF_HUB_OFFLINE ?= 1
@@ -14,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export JUPYTER_PREFER_ENV_PATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help tour test portable fuzz lab lint notebooks recipes readme results bench compat clean
+.PHONY: help tour test portable fuzz torchvision lab lint notebooks recipes readme results bench compat clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' Makefile | expand -t 16
@@ -37,6 +38,11 @@ portable: .venv/.installed ## every notebook as on three other CPUs: AVX2, one t
 
 fuzz: .venv/.installed ## property tests on new examples, a thousand each (by hand)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --hypothesis-profile=random -m hypothesis tests
+
+# Beside .venv, which has none. num2words is what SmolVLM's whole processor needs besides.
+torchvision: .venv/.installed ## processors give the same with torchvision as without, every family (by hand)
+	@$(BIN)/pip install -qq --no-deps --upgrade --target .venv-torchvision torchvision==$(TORCHVISION) num2words docopt
+	@OMP_NUM_THREADS=1 $(BIN)/python tools/torchvision_check.py .venv-torchvision
 
 lab: .venv/.installed ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir=. notebooks

@@ -1,4 +1,4 @@
-"""Processors in: a tokenizer and an image processor, also where torchvision, which only videos need, is missing."""
+"""Processors in: a tokenizer and an image processor, the same ones with torchvision as without it: only videos need it."""
 
 import json
 import sys
@@ -9,10 +9,11 @@ from mmrecipes.errors import UserError, one_line
 
 def load_processor(path: Path, trust_remote_code: bool = False):  # -> transformers.ProcessorMixin
     """The processor of the model directory `path`; without torchvision, one that takes images and no videos.
+    Images are resized by Pillow wherever transformers can do so: torchvision's pixels differ, and answers with them.
     It truncates nothing, whatever its files say: a shortened prompt has places for images that are not there.
     Raises UserError for missing or broken files.
     """
-    from transformers import AutoProcessor
+    import transformers
 
     if not any(any(path.glob(p)) for p in ("tokenizer.json", "*.model", "vocab.*", "tekken.json")):
         raise UserError(f"{path}: the tokenizer's files are missing (tokenizer.json); copy them from where the model came from")
@@ -20,11 +21,14 @@ def load_processor(path: Path, trust_remote_code: bool = False):  # -> transform
         raise UserError(f"{path}: processor_config.json or preprocessor_config.json is missing; copy it from the original")
     try:
         try:
-            processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+            processor = transformers.AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
         except (ImportError, ValueError) as e:
-            if "torchvision" not in str(e).lower() and "video" not in str(e).lower():
+            if not any(word in str(e).lower() for word in ("torchvision", "video", "num2words")):
                 raise
             processor = _without_video(path)
+        if hasattr(transformers, f"{type(getattr(processor, 'image_processor', None)).__name__}Pil"):  # as without torchvision
+            images = transformers.AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=trust_remote_code)
+            processor.image_processor = images
     except Exception as e:  # whatever a broken directory makes the library raise
         cure = "install that package" if isinstance(e, ImportError) else "copy the processor's and tokenizer's files again"
         cure = "read that code, then pass trust_remote_code=True" if "trust_remote_code" in str(e) else cure
@@ -41,7 +45,7 @@ def load_processor(path: Path, trust_remote_code: bool = False):  # -> transform
 
 
 def _without_video(path: Path):  # -> transformers.ProcessorMixin
-    """The processor of `path` without its video half, which alone needs torchvision (Qwen-VL, SmolVLM2, MiniCPM-V)."""
+    """The processor of `path` without its video half, which alone needs torchvision or num2words (Qwen-VL, SmolVLM2)."""
     from transformers import AutoImageProcessor, AutoTokenizer, Idefics3Processor
 
     full = _processor_class(path)

@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # bitsandbytes would look for furt
 
 import torch
 from PIL import Image, ImageOps
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
 HERE = Path(__file__).resolve().parent
 MAX_NEW_TOKENS = 64
@@ -20,6 +20,7 @@ if len(sys.argv) != 3:
 
 # An ordinary checkpoint: its config.json says which layers have 4 bits. On a GPU, pass device_map="cuda".
 processor = AutoProcessor.from_pretrained(HERE)
+processor.image_processor = AutoImageProcessor.from_pretrained(HERE, backend="pil")  # torchvision's pixels would be others
 model = AutoModelForImageTextToText.from_pretrained(HERE, dtype="auto").eval()
 if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2") and model.device.type == "cpu":
     for p in model.parameters():  # an older CPU computes in bf16 very slowly: float32 gives the same answers
