@@ -4,6 +4,7 @@ from mmrecipes.lazy import lazy_exports
 
 EXPORTS = {
     "importance": "magnitude_importance similarity strongest taylor_importance",
+    "layer_hooks": "",
     "slicing": "directions kept slice_language slice_vision",
     "sparsity": "global_shares magnitude magnitude_prune only round_rest smallest sparse_bytes sparsegpt sparsegpt_prune"
     " sparsity_of wanda wanda_prune zipped_bytes",

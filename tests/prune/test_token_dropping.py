@@ -11,6 +11,7 @@ from mmrecipes import data, evaluate, models, quantize
 from mmrecipes.data import scenes
 from mmrecipes.errors import ParityError, UserError
 from mmrecipes.prune import token_dropping, token_merging
+from tests import families
 
 QUESTION = "What colour is the star?"
 PICTURE = scenes.render(scenes.make_scene(3), 128)
@@ -299,8 +300,7 @@ def test_bad_options_are_named(options, says):
 
 def test_what_does_not_fit_is_refused(house):
     with pytest.raises(UserError, match="Llama-like"):
-        qwen = tiny.qwen2_5_vl()
-        token_dropping.read(qwen, torch.zeros(1, 4, 32), torch.ones(1, 4, dtype=torch.bool))
+        token_dropping.read(families.FAMILIES["blip2"](), torch.zeros(1, 4, 64), torch.ones(1, 4, dtype=torch.bool))
     with pytest.raises(UserError, match="pixel shuffle"):
         token_merging.coarser(tiny.llava())
     inputs = models.chat(house, PICTURE, QUESTION)
