@@ -189,6 +189,15 @@ class LanguageWithCache(nn.Module):
         return {"logits": logits, "past_key_values": out.past_key_values}
 
 
+def windows(config: object) -> bool:
+    """Whether some layer of a decoder of this config sees only the last tokens.
+    >>> windows(model.config.get_text_config())
+    False
+    """
+    kinds = getattr(config, "layer_types", None)
+    return "sliding_attention" in kinds if kinds else bool(getattr(config, "sliding_window", None))
+
+
 class LanguageWithoutCache(nn.Module):
     """inputs_embeds (B, T, D), attention_mask (B, T), 1 for real tokens -> last hidden states (B, T, D), normed (notebook 11)."""
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,6 +61,16 @@ def test_a_foreign_model(way, tmp_path):
     if way[1] == "fp32":
         picture = scenes.render(scenes.make_scene(3), 64)
         assert loaded.generate(picture, "What?", 6) == models.ask(llava, picture, "What?", 6)
+
+
+def test_a_prompt_in_two_pieces_gives_the_logits_of_the_whole(loaded, way, rows):
+    """A piece sees all that came before it, and nothing behind itself."""
+    inputs = loaded.inputs(rows[0]["image"], rows[0]["question"])
+    whole = loaded.prefill(inputs)
+    cut = inputs["input_ids"].shape[1] - 5
+    loaded.prefill({**inputs, "input_ids": inputs["input_ids"][:, :cut]})
+    pieces = loaded.graphs.step(inputs["input_ids"][:, cut:])
+    assert np.linalg.norm(pieces - whole) <= CLOSE[way[1]] * np.linalg.norm(whole)
 
 
 def test_weights_are_stored_once_and_shrink(vlm, loaded, way, tmp_path):

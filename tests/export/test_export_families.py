@@ -118,3 +118,13 @@ def test_no_batches_unless_asked_for(tmp_path):
     loaded = inference.load_exported(export.export(families.load("llava"), tmp_path / "out"))
     with pytest.raises(UserError, match="export it with batches=True"):
         loaded.generate_batch([(None, "Hello?")])
+
+
+@pytest.mark.parametrize(("name", "expected"), [("gemma3", True), ("llava", False), ("qwen2_5_vl", False), ("mistral3", False)])
+def test_windows_are_known_from_the_config(name, expected):
+    """Only without one may a graph go without the mask."""
+    config = families.load(name).config.get_text_config()
+    assert wrappers.windows(config) is expected
+    if name == "mistral3":
+        config = type(config)(**config.to_dict() | {"sliding_window": 16, "layer_types": None})
+        assert wrappers.windows(config)

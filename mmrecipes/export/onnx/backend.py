@@ -34,7 +34,10 @@ def write_onnx(
     with quiet.library_logs(), _fusions(causal=not decoder.family.masks):
         # fused: attention with cache and rotary embedding (GroupQueryAttention), norms with sums, products of one input
         config = OnnxConfig(dynamic_shapes=axes, ort_fusions="cpu", prefer_deferred_runtime_asserts_over_guards=True)
-        onnx_ir.save(OnnxExporter().export(decoder, example, config).program, str(language), external_data="language.onnx.data")
+        program = OnnxExporter().export(decoder, example, config).program
+        if not batches and not decoder.family.masks and not wrappers.windows(decoder.decoder.config):
+            _without_mask(program)
+        onnx_ir.save(program, str(language), external_data="language.onnx.data")
     for path in (vision, language):
         round_weights(path, precisions[path.stem])
         if precisions[path.stem] == "static":  # of a ViT, whose one convolution cuts the patches, the matrix products
@@ -69,6 +72,21 @@ def _fusions(causal: bool) -> Iterator[None]:
         patch_attribute(fusions, "_static_dim", lambda _: lambda value, axis: size(value, axis) if axis else 1),
     ):
         yield
+
+
+def _without_mask(program) -> None:
+    """GroupQueryAttention looks back by itself: of one conversation there is no mask to compute and read, of (T, S) numbers, and
+    no row that sees nothing, which a Where would guard. `program` is an onnx_ir.Model."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    for node in program.graph:
+        if node.op_type != "GroupQueryAttention" or len(node.inputs) < 11:
+            continue
+        node.replace_input_with(10, None)
+        for shaped in node.outputs[0].consumers():
+            for guard in [n for n in shaped.outputs[0].consumers() if n.op_type == "Where"]:
+                guard.outputs[0].replace_all_uses_with(shaped.outputs[0])
+    RemoveUnusedNodesPass()(program)
 
 
 def to_nbits(path: Path, bits: int, only: Callable[..., bool] | None = None, rounded: bool = False) -> None:
