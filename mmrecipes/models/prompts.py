@@ -57,6 +57,7 @@ def teacher_forced(model: nn.Module, rows: Rows, batch_size: int = 50) -> Iterat
     >>> [len(lengths) for _, lengths in teacher_forced(model, rows, 2)]
     [2, 2]
     """
+    refuse_encoder_decoder(model)
     tokenizer, seen = model.processor.tokenizer, "image" in rows.column_names
     for i in range(0, len(rows), batch_size):
         batch = rows[i : i + batch_size]

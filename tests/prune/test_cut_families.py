@@ -59,6 +59,7 @@ def test_an_encoder_decoder_is_refused():
     calls = {
         "scores": lambda: prune.magnitude_importance(model),
         "layers": lambda: prune.keep_layers(model, "language", [0]),
+        "zeros": lambda: prune.sparsegpt(model, data.questions("train", 2, size=64), 0.5),
         "student": lambda: distill.StudentWithProjections(model, model),
     }
     for call in calls.values():
