@@ -1,7 +1,7 @@
 """The modules that are exported: what makes visual tokens, and a decoder with its KV cache, with example inputs and free axes."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.exporters.utils import patch_attribute
+from transformers.exporters.utils import patch_attribute, patch_attributes
+from transformers.masking_utils import create_causal_mask
 
 from mmrecipes import families
 from mmrecipes.errors import UserError
@@ -81,14 +82,21 @@ class VisionGraph(nn.Module):
 
     def __init__(self, model: nn.Module, family: Family):
         super().__init__()
-        self.core, self.family = model.model, family
-        self.attentions = {type(m) for m in model.modules() if type(m).__name__ == family.attention}
+        self.core, self.family, self.replaced = model.model, family, replaced(model, family)
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        with contextlib.ExitStack() as stack:
-            for kind in self.attentions:
-                stack.enter_context(patch_attribute(kind, "forward", lambda _: families.qwen_vl.attend_in_windows))
+        with own_forwards(self.replaced):
             return self.family.encode(self.core, **inputs)
+
+
+def replaced(model: nn.Module, family: Family) -> dict[type, Callable[..., object]]:
+    """Classes of `model`'s modules with the `forwards` of its family; asked before tracing, which gives modules other classes."""
+    return {type(m): family.forwards[type(m).__name__] for m in model.modules() if type(m).__name__ in family.forwards}
+
+
+def own_forwards(forwards: dict[type, Callable[..., object]]) -> contextlib.AbstractContextManager[None]:
+    """Modules of these classes compute by these forwards, meanwhile."""
+    return patch_attributes([(kind, "forward", lambda _, forward=forward: forward) for kind, forward in forwards.items()])
 
 
 class Idefics3Vision(nn.Module):
@@ -121,19 +129,21 @@ def language_wrapper(model: nn.Module, batches: bool = False) -> tuple[nn.Module
     """The module that computes the next token's logits, an example of what it takes, and which of its axes are free.
     With `batches`, of several rows, and it takes their attention_mask (B, S) and position_ids besides."""
     config, module = model.config.get_text_config(), LanguageWithCache(model).eval()
-    rows, cache = 2 if batches else 1, DynamicCache()  # a full one, in sliding layers, too: the mask hides what is too far
+    rows, piece = 2 if batches else 1, module.family.piece
+    # a full one, in sliding layers, too: the mask hides what is too far
+    cache = DynamicCache(config=config) if piece else DynamicCache()
     with torch.no_grad():  # a cache as the decoder itself makes it
         embeds = module.embed_tokens(torch.zeros(rows, 5, dtype=torch.int64))
         module.decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
     dim = torch.export.Dim
-    first, tokens = {0: dim("batch", min=1)} if batches else {}, dim("tokens", min=1)
+    first, tokens = {0: dim("batch", min=1)} if batches else {}, dim("tokens", min=1, max=piece or None)
     example = {"input_ids": torch.full((rows, 3), module.image_token_id)}
     example |= {"image_features": torch.randn(4, config.hidden_size * (1 + module.deepstack)), "past_key_values": cache}
     axes = {"input_ids": first | {1: tokens}, "image_features": {0: dim("features", min=1)}}
-    axes["past_key_values"] = [first | {2: dim("cache_length", min=0)}] * (2 * config.num_hidden_layers)
+    grows = {2: dim.DYNAMIC if batches else dim("cache_length", min=0)}
+    axes["past_key_values"] = [first | (grows if hasattr(layer, "keys") else {}) for layer in cache.layers for _ in range(2)]
     if batches:
         example["attention_mask"], axes["attention_mask"] = torch.ones(rows, 8, dtype=torch.int64), first | {1: dim.DYNAMIC}
-        axes["past_key_values"] = [first | {2: dim.DYNAMIC}] * (2 * config.num_hidden_layers)
     if module.family.positions:
         example["position_ids"] = torch.arange(5, 8).expand(3, rows, -1).contiguous()
         axes["position_ids"] = {axis + 1: d for axis, d in first.items()} | {2: tokens}
@@ -153,6 +163,7 @@ class LanguageWithCache(nn.Module):
         super().__init__()
         parts = modules.parts(model)
         self.decoder, self.head, self.family = parts["language"], parts["head"], family_of(model)
+        self.replaced = replaced(self.decoder, self.family)
         self.embed_tokens, self.image_token_id = model.get_input_embeddings(), model.config.image_token_id
         self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.deepstack = len(getattr(parts["vision"], "deepstack_visual_indexes", None) or ())
@@ -175,6 +186,9 @@ class LanguageWithCache(nn.Module):
         embeds = torch.where(is_image.unsqueeze(-1), first, words)
         given = {"inputs_embeds": embeds, "past_key_values": past_key_values, "use_cache": True, "position_ids": position_ids}
         given["attention_mask"] = attention_mask
+        if self.family.piece and attention_mask is not None:  # prompts are read one by one: no layer with states sees padding
+            causal = create_causal_mask(self.decoder.config, embeds, attention_mask, past_key_values)
+            given["attention_mask"] = {"full_attention": causal, "linear_attention": None}
         if self.family.masks:
             given |= self.family.masks(self.decoder.config, is_image, past_key_values.get_seq_length(), attention_mask)
         with contextlib.ExitStack() as stack:
@@ -182,6 +196,7 @@ class LanguageWithCache(nn.Module):
                 given["visual_pos_masks"] = is_image
                 given["deepstack_visual_embeds"] = [torch.where(is_image.unsqueeze(-1), each, 0.0) for each in deeper]
                 stack.enter_context(patch_attribute(self.decoder, "_deepstack_process", lambda _: lambda x, _, more: x + more))
+            stack.enter_context(own_forwards(self.replaced))
             out = self.decoder(**given)
         logits = self.head(out.last_hidden_state[:, -1:])
         if self.softcap:

@@ -4,15 +4,13 @@ visual tokens are laid out, which positions and masks the decoder needs. Exports
 Nothing here imports PyTorch: the runtimes need the NumPy half alone, and `encode` and `masks` only call what they are given.
 """
 
-from mmrecipes.families import idefics2, llava_next, pixtral, qwen_vl, tiles
+from mmrecipes.families import idefics2, llava_next, minicpm_v, pixtral, qwen_vl, tiles
 from mmrecipes.families.family import Family
 
 # a new family is a file, and a row here
-TABLE: tuple[Family, ...] = (*tiles.FAMILIES, *llava_next.FAMILIES, *qwen_vl.FAMILIES, *pixtral.FAMILIES, idefics2.FAMILY)
+TABLE: tuple[Family, ...] = (*tiles.FAMILIES, *llava_next.FAMILIES, *qwen_vl.FAMILIES, *pixtral.FAMILIES, idefics2.FAMILY, minicpm_v.FAMILY)
 NOT_YET = {  # model classes that transformers knows and no runtime here runs, and why
-    "Qwen3_5ForConditionalGeneration": "its decoder keeps recurrent states beside the KV cache",
-    "MiniCPMV4_6ForConditionalGeneration": "its decoder keeps recurrent states beside the KV cache",
-    "Lfm2VlForConditionalGeneration": "its decoder keeps convolution states beside the KV cache",
+    "Lfm2VlForConditionalGeneration": "its image processor needs torchvision, so no recipe for it could be checked",
     "Blip2ForConditionalGeneration": "its Q-Former stands between the vision encoder and the language model",
     "Florence2ForConditionalGeneration": "its language model is an encoder-decoder with two caches",
 }

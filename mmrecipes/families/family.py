@@ -23,7 +23,8 @@ class Family:
     `settings` reads from the model what these need to know; `free` names the axes of the graph's inputs that vary;
     `positions` gives positions (axes, 1, T) of a prompt where they are not 0, 1, 2, ... ; `masks` gives what the decoder needs
     besides, traced: (config of the decoder, is_image (B, T), length of the cache, None or a mask of padding (B, S)) -> arguments;
-    `attention` names the class of the vision encoder's attention where its own forward cannot be traced (`qwen_vl`).
+    `forwards` are traced in place of those of modules, by the names of their classes (`qwen_vl`, `gated_delta`); a decoder with
+    states of fixed size beside its KV cache takes at most `piece` tokens a step, and prompts in pieces.
     With DeepStack, layers of the decoder get visual tokens of their own, which lie beside the others: (N, (1 + layers) D).
     """
 
@@ -36,7 +37,8 @@ class Family:
     free: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     positions: Callable[[Inputs, Settings], np.ndarray] | None = None
     masks: Callable[..., dict[str, Any]] | None = None
-    attention: str = ""
+    forwards: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    piece: int = 0  # 0: as many as there are
 
 
 def hidden_states(core, pixel_values):

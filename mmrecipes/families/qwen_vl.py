@@ -1,10 +1,11 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL: patches of images of any shape, M-RoPE, window attention, DeepStack.
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5: patches of images of any shape, M-RoPE, window attention, DeepStack.
 
 An image arrives as patches (P, width), ordered in blocks of merge x merge, and with its grid (1, rows, columns).
 """
 
 import numpy as np
 
+from mmrecipes.families import gated_delta
 from mmrecipes.families.family import Family, Inputs, Settings
 
 
@@ -121,8 +122,10 @@ _PATCHES = {"pixel_values": (0,), "position_ids": (0,)}
 _WINDOWS, _GRID = {"window_index": (0,), "windows": (0,)}, {"interp_indices": (0,), "interp_weights": (0,)}
 
 
-def _family(name: str, model: str, attention: str, free: dict) -> Family:
-    options = {"settings": settings, "free": _PATCHES | free, "positions": positions, "attention": attention}
+def _family(name: str, model: str, attention: str, free: dict, hybrid: bool = False) -> Family:
+    options = {"settings": settings, "free": _PATCHES | free, "positions": positions, "forwards": {attention: attend_in_windows}}
+    if hybrid:
+        options |= {"forwards": options["forwards"] | gated_delta.FORWARDS, "piece": gated_delta.CHUNK}
     return Family(name, (model,), encode, images, **options)
 
 
@@ -130,4 +133,5 @@ FAMILIES = (
     _family("qwen2_vl", "Qwen2VLForConditionalGeneration", "VisionAttention", {}),
     _family("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLVisionAttention", _WINDOWS),
     _family("qwen3_vl", "Qwen3VLForConditionalGeneration", "Qwen3VLVisionAttention", _GRID),
+    _family("qwen3_5", "Qwen3_5ForConditionalGeneration", "Qwen3_5VisionAttention", _GRID, hybrid=True),
 )

@@ -64,10 +64,14 @@ class Places:
 
 
 def left_padded(caches: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-    """Caches of several rows, a list of (1, heads, T, head_dim) each, as one of (rows, heads, longest T, head_dim)."""
-    longest = max(cache[0].shape[2] for cache in caches)
-    padded = [[np.pad(x, ((0, 0), (0, 0), (longest - x.shape[2], 0), (0, 0))) for x in cache] for cache in caches]
-    return [np.concatenate(layer) for layer in zip(*padded, strict=True)]
+    """Caches of several rows, a list of (1, heads, T, head_dim) each, as one of (rows, heads, longest T, head_dim); states of
+    fixed size are as long in all rows."""
+    joined = []
+    for layer in zip(*caches, strict=True):
+        missing = [max(x.shape[2] for x in layer) - x.shape[2] for x in layer]
+        pads = [((0, 0), (0, 0), (n, 0), (0, 0))[: x.ndim] for n, x in zip(missing, layer, strict=True)]
+        joined.append(np.concatenate([np.pad(x, pad) for x, pad in zip(layer, pads, strict=True)]))
+    return joined
 
 
 class OnnxGraphs:
@@ -82,12 +86,13 @@ class OnnxGraphs:
         features, past = given["image_features"], [i for name, i in given.items() if name.startswith("input.")]
         self.past_names, self.places = [i.name for i in past], Places({name: len(i.shape) for name, i in given.items()})
         self.outputs = ["logits", *(name.replace("input.", "output.", 1) for name in self.past_names)]
-        self.empty = np.zeros((1, int(past[0].shape[1]), 0, int(past[0].shape[3])), np.float32)  # (1, heads, T, head_dim)
+        # (1, heads, T, head_dim), T = 0; states of fixed size begin with zeros
+        self.empty = [np.zeros([1, *(n if isinstance(n, int) else 0 for n in i.shape[1:])], np.float32) for i in past]
         self.no_image = np.zeros((1, int(features.shape[1])), np.float32)
         self.reset()
 
     def reset(self) -> None:
-        self.past = [self.value(self.empty)] * len(self.past_names)
+        self.past = [self.value(each) for each in self.empty]
         self.places.reset()
 
     def encode(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -104,13 +109,13 @@ class OnnxGraphs:
         return logits.numpy()[:, -1] if len(ids) > 1 else logits.numpy()[0, -1]
 
     def cache(self) -> list[np.ndarray]:
-        """Keys and values, (1, heads, T, head_dim) each, of the conversation that was read."""
+        """Keys and values, (1, heads, T, head_dim) each, of the conversation that was read, and other states of its layers."""
         return [np.array(each.numpy()) for each in self.past]
 
-    def batch(self, caches: Sequence[Sequence[np.ndarray]], following: Sequence[int]) -> None:
-        """Go on with several conversations, whose caches these are and whose next positions are `following`."""
+    def batch(self, caches: Sequence[Sequence[np.ndarray]], lengths: Sequence[int], following: Sequence[int]) -> None:
+        """Go on with several conversations: their caches, how many tokens those hold, and which positions follow."""
         self.past = [self.value(np.ascontiguousarray(layer)) for layer in left_padded(caches)]
-        self.places.begin([cache[0].shape[2] for cache in caches], following)
+        self.places.begin(lengths, following)
 
 
 def openvino_request(path: Path, precision: str, threads: int | None):  # -> openvino.InferRequest
@@ -150,12 +155,12 @@ class OpenVinoGraphs:
     def cache(self) -> list[np.ndarray]:
         return [state.state.data.copy() for state in self.language.query_state()]
 
-    def batch(self, caches: Sequence[Sequence[np.ndarray]], following: Sequence[int]) -> None:
+    def batch(self, caches: Sequence[Sequence[np.ndarray]], lengths: Sequence[int], following: Sequence[int]) -> None:
         import openvino as ov
 
         for state, layer in zip(self.language.query_state(), left_padded(caches), strict=True):
             state.state = ov.Tensor(np.ascontiguousarray(layer))
-        self.places.begin([cache[0].shape[2] for cache in caches], following)
+        self.places.begin(lengths, following)
 
 
 class ExecutorchGraphs:

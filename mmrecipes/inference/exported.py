@@ -135,7 +135,7 @@ class Exported:
             first.append(self.prefill(row))
             caches.append(self.graphs.cache())
             following.append(int(self.graphs.places.next[0]))
-        self.graphs.batch(caches, following)
+        self.graphs.batch(caches, starts, following)
         unfinished, logits = set(range(len(rows))), np.stack(first)
         for remaining in reversed(range(min(max_new_tokens, self.manifest["max_length"] - max(starts) + 1))):
             for i in sorted(unfinished):
@@ -157,7 +157,14 @@ class Exported:
         if places != given:
             raise UserError(f"{places} places for visual tokens in the text, {given} given: an image is missing or too many")
         positions = self.family.positions and self.family.positions(inputs, self.settings)
-        return self.graphs.step(ids, features, positions)
+        size, read = self.family.piece or ids.shape[1], 0
+        for start in range(0, ids.shape[1], size):
+            piece = ids[:, start : start + size]
+            shown = int((piece == self.manifest["image_token_id"]).sum())
+            at = None if positions is None else positions[..., start : start + size]
+            logits = self.graphs.step(piece, features[read : read + shown] if shown else None, at)
+            read += shown
+        return logits
 
     def encode_images(self, inputs: dict[str, np.ndarray] | np.ndarray) -> np.ndarray:
         """Visual tokens (T, D) that stand for the placeholders of one conversation, from what the processor made of its images
