@@ -113,7 +113,8 @@ def blip2():
 
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {"model_type": "opt", "vocab_size": len(processor().tokenizer), "ffn_dim": 64, "word_embed_proj_dim": 32} | small
-    config = Blip2Config(vision_config=VISION, qformer_config=small | {"encoder_hidden_size": 32}, text_config=text)
+    parts = {"vision_config": VISION, "qformer_config": small | {"encoder_hidden_size": 32}, "text_config": text}
+    config = Blip2Config(image_token_index=_image_id(), **parts)
     return _seeded(Blip2ForConditionalGeneration, config)
 
 

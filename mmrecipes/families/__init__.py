@@ -8,7 +8,14 @@ from mmrecipes.families import idefics2, llava_next, minicpm_v, pixtral, qwen_vl
 from mmrecipes.families.family import Family
 
 # a new family is a file, and a row here
-TABLE: tuple[Family, ...] = (*tiles.FAMILIES, *llava_next.FAMILIES, *qwen_vl.FAMILIES, *pixtral.FAMILIES, idefics2.FAMILY, minicpm_v.FAMILY)
+TABLE: tuple[Family, ...] = (
+    *tiles.FAMILIES,
+    *llava_next.FAMILIES,
+    *qwen_vl.FAMILIES,
+    *pixtral.FAMILIES,
+    idefics2.FAMILY,
+    minicpm_v.FAMILY,
+)
 NOT_YET = {  # model classes that transformers knows and no runtime here runs, and why
     "Lfm2VlForConditionalGeneration": "its image processor needs torchvision, so no recipe for it could be checked",
     "Blip2ForConditionalGeneration": "its Q-Former stands between the vision encoder and the language model",

@@ -11,7 +11,7 @@ from mmrecipes.families.family import Family, Inputs, Settings
 
 
 def images(inputs: Inputs, settings: Settings) -> list[dict[str, np.ndarray]]:
-    """Each image's or slice's patches (P, 3, side, side), of a strip (1, 3, side, all patches * side), and their positions (P,)."""
+    """Each image's or slice's patches (P, 3, side, side), cut from a strip (1, 3, side, side * all), and their positions (P,)."""
     strip, start, found = np.asarray(inputs["pixel_values"], np.float32)[0], 0, []
     side = strip.shape[1]
     for rows, columns in np.asarray(inputs["target_sizes"]).tolist():

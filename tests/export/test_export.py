@@ -135,7 +135,7 @@ def test_bad_requests(vlm, tmp_path):
     mute.processor.chat_template = None
     for model, said in (
         (mute, "chat template"),
-        (tiny.minicpm(), "there is no recipe for MiniCPMV4_6ForConditionalGeneration yet: its decoder keeps recurrent states"),
+        (tiny.blip2(), "there is no recipe for Blip2ForConditionalGeneration yet: its Q-Former stands between"),
     ):
         with pytest.raises(UserError, match=said):
             export.export(model, tmp_path / "out")

@@ -8,7 +8,7 @@ from transformers import vision_utils
 from mmrecipes import export, inference
 from mmrecipes.errors import UserError
 from mmrecipes.export import wrappers
-from mmrecipes.families import BY_NAME, idefics2, llava_next, qwen_vl
+from mmrecipes.families import BY_NAME, idefics2, llava_next, minicpm_v, qwen_vl
 from mmrecipes.models.messages import conversation
 from tests import equality, families
 
@@ -32,7 +32,7 @@ def test_places_of_patches(grid):
     assert np.allclose(*made, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def test_positions_of_tokens(name):
     model = families.load(name)
     family, settings = BY_NAME[name], BY_NAME[name].settings(model)
@@ -43,7 +43,10 @@ def test_positions_of_tokens(name):
         assert np.array_equal(family.positions(inputs, settings), wanted.numpy()), case.name
 
 
-@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "idefics2", "pixtral", "mistral3", "qwen3_vl", "internvl"])
+MANY_SHAPES = ["llava_next", "llava_onevision", "idefics2", "pixtral", "mistral3", "qwen3_vl", "internvl", "minicpmv4_6"]
+
+
+@pytest.mark.parametrize("name", MANY_SHAPES)
 def test_visual_tokens_are_the_models_own(name):
     """Run by run through the vision graph's module, merged: as the whole model makes them of the same images."""
     model = families.load(name)
@@ -52,7 +55,7 @@ def test_visual_tokens_are_the_models_own(name):
     for case in (case for case in equality.cases() if case.images):
         inputs = conversation(model.processor, case.images, case.messages)
         tensors = {k: torch.from_numpy(np.asarray(v)) for k, v in inputs.items()}
-        names = ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw", "pixel_attention_mask")
+        names = ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw", "pixel_attention_mask", "target_sizes")
         names = [n for n in names if n in tensors and (n != "batch_num_images" or name == "llava_onevision")]
         with torch.no_grad():
             wanted = model.model.get_image_features(**{n: tensors[n] for n in names}, return_dict=True).pooler_output
@@ -72,6 +75,18 @@ def test_tokens_of_many_tiles_are_scaled_down():
     assert np.allclose(found, wanted[0].permute(1, 2, 0).numpy(), atol=1e-5)
 
 
+def test_positions_of_slices():
+    """MiniCPM-V's nearest learned positions, and its patches in nested blocks: each once, 2 x 2 inside 4 x 4."""
+    for count in range(1, 80):
+        wanted = vision_utils.get_vision_nearest_position_ids(torch.tensor([[1, count]]), 14)
+        assert np.array_equal(minicpm_v.nearest(count, 14), wanted.numpy()), count
+    places = minicpm_v.nested(8, 12, 2)
+    assert len(np.unique(places, axis=0)) == 96
+    for block in (2, 4):
+        joined = places.reshape(-1, block**2, 2)
+        assert (joined // block == joined[:, :1] // block).all()
+
+
 def test_positions_by_share():
     for count in range(1, 60):
         ratio = torch.arange(count, dtype=torch.float32) * (1.0 / torch.tensor(count))
@@ -80,7 +95,7 @@ def test_positions_by_share():
 
 
 WAYS = [("qwen2_5_vl", "onnx"), ("gemma3", "onnx"), ("llava_onevision", "onnx"), ("mistral3", "onnx"), ("idefics2", "onnx")]
-WAYS += [("qwen3_vl", "openvino"), ("paligemma", "openvino")]
+WAYS += [("qwen3_vl", "openvino"), ("paligemma", "openvino"), ("qwen3_5", "onnx"), ("minicpmv4_6", "openvino")]
 
 
 @pytest.mark.parametrize(("name", "runtime"), WAYS)
@@ -92,7 +107,8 @@ def test_answers_as_the_source_does(name, runtime, tmp_path):
     assert len(outcomes) >= 7
     for outcome in outcomes:
         assert outcome.found == outcome.wanted, outcome.case
-        assert outcome.error < 1e-5
+        # rounding to float32 alone moves the logits of these random hybrid decoders by up to 5e-5, in PyTorch, too
+        assert outcome.error < (1e-4 if loaded.family.piece else 1e-5)
     cases = [(case.images or None, case.messages) for case in equality.cases() if case.name in {o.case for o in outcomes}]
     alone = [loaded.generate(*case, max_new_tokens=8) for case in cases]
     assert len(set(alone)) > 1
