@@ -22,8 +22,8 @@ def load(model_id):
     try:
         processor = AutoProcessor.from_pretrained(model_id)
         model = AutoModelForImageTextToText.from_pretrained(model_id, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        message = f"MODEL={model_id!r} does not load; set it to the hub id or directory of a vision-language model: {error}"
+    except (ImportError, OSError, ValueError, KeyError) as error:
+        message = f"MODEL={model_id!r} does not load; give a vision-language model's hub id or directory: {str(error).strip()}"
         raise SystemExit(message.partition("\n")[0]) from None
     return processor, model.eval()
 

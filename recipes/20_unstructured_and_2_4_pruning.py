@@ -21,7 +21,7 @@ def load():
     try:
         model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
         return model, AutoProcessor.from_pretrained(MODEL)
-    except (OSError, ValueError, KeyError) as error:
+    except (ImportError, OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise SystemExit(f"MODEL={MODEL!r}: set it to the hub id or directory of a vision-language model ({reason})") from None
 

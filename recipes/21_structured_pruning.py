@@ -21,9 +21,8 @@ def load():
     try:
         model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
         return model, AutoProcessor.from_pretrained(MODEL)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise SystemExit(f"MODEL={MODEL!r}: set it to the hub id or directory of a vision-language model ({reason})") from None
+    except (ImportError, OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"MODEL={MODEL!r}: no vision-language model loads from it ({' '.join(str(error).split())})") from None
 
 
 def draw_scene(seed):
@@ -70,8 +69,9 @@ def main():
     model, processor = load()
     parameters = model.num_parameters()
     before = first_tokens(model, processor)
-    for ffn in [m for m in model.modules() if hasattr(m, "down_proj") or hasattr(m, "fc2")]:
-        prune_ffn_(ffn)
+    for name, ffn in list(model.named_modules()):
+        if (hasattr(ffn, "down_proj") or hasattr(ffn, "fc2")) and "resampler" not in name:  # whose width no config tells
+            prune_ffn_(ffn)
     for config in (model.config.vision_config, model.config.get_text_config()):
         config.intermediate_size -= int((1 - KEEP) * config.intermediate_size)
     pruned = save_and_reload(model, processor)  # a plain checkpoint: any runtime that loads MODEL loads it

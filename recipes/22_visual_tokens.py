@@ -19,10 +19,11 @@ TEST = range(24)  # seeds of drawn scenes; put your own images and questions in 
 def load():
     try:
         model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="eager")
+        if model.get_decoder().config.model_type not in ("llama", "mistral", "qwen2", "qwen3"):
+            raise ValueError(f"its language model is a {model.get_decoder().config.model_type}, not Llama-like")
         return model, AutoProcessor.from_pretrained(MODEL)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise SystemExit(f"MODEL={MODEL!r}: set it to the hub id or directory of a vision-language model ({reason})") from None
+    except (ImportError, OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"MODEL={MODEL!r}: no vision-language model loads from it ({' '.join(str(error).split())})") from None
 
 
 def draw_scene(seed):
@@ -53,12 +54,11 @@ def tokens_to_keep(layer, x, rotary, visual):
 def generate(model, inputs):
     decoder = model.get_decoder()
     visual = inputs["input_ids"][0] == model.config.image_token_id
-    features = torch.cat(model.get_image_features(**{k: v for k, v in inputs.items() if "pixel" in k}).pooler_output)
-    x = decoder.embed_tokens(inputs["input_ids"]).masked_scatter(visual[:, None], features.flatten(0, -2))
+    features = model.get_image_features(**{k: v for k, v in inputs.items() if "pixel" in k or k == "image_sizes"}).pooler_output
+    x = decoder.embed_tokens(inputs["input_ids"]).masked_scatter(visual[:, None], torch.cat(list(features)))
     cache = DynamicCache(config=decoder.config)
-    positions = torch.arange(len(visual))[None]
-    x = run_layers(decoder, decoder.layers[:LAYER], x, positions, cache)
-    kept = tokens_to_keep(decoder.layers[LAYER], x, decoder.rotary_emb(x, positions), visual)
+    x = run_layers(decoder, decoder.layers[:LAYER], x, torch.arange(len(visual))[None], cache)
+    kept = tokens_to_keep(decoder.layers[LAYER], x, decoder.rotary_emb(x, torch.arange(len(visual))[None]), visual)
     x = run_layers(decoder, decoder.layers[LAYER:], x[:, kept], kept[None], cache)  # at the positions they had
     tokens = []
     for position in range(len(visual), len(visual) + NEW_TOKENS):  # on from the whole prompt's length

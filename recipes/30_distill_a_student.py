@@ -22,9 +22,8 @@ def load():
     try:
         model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
         return model, AutoProcessor.from_pretrained(MODEL)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise SystemExit(f"MODEL={MODEL!r}: set it to the hub id or directory of a vision-language model ({reason})") from None
+    except (ImportError, OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"MODEL={MODEL!r}: no vision-language model loads from it ({' '.join(str(error).split())})") from None
 
 
 def draw_scene(seed):
@@ -46,9 +45,10 @@ def answered(teacher, processor, seeds):
         turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
         text = processor.apply_chat_template(turn, add_generation_prompt=True)
         prompt = processor(images=[image], text=[text], return_tensors="pt")
-        tokens = teacher.generate(**prompt, max_new_tokens=8, do_sample=False)
-        batch = {**prompt, "input_ids": tokens[:, :-1], "attention_mask": torch.ones_like(tokens[:, :-1])}
-        batch["logits_to_keep"] = tokens.shape[1] - prompt["input_ids"].shape[1]  # those that predict the answer
+        ids = teacher.generate(**prompt, max_new_tokens=8, do_sample=False, suppress_tokens=[teacher.config.image_token_id])
+        new = ids.shape[1] - prompt["input_ids"].shape[1]  # as many logits predict the answer
+        batch = {k: torch.nn.functional.pad(v, (0, new - 1)) if k.endswith("type_ids") else v for k, v in prompt.items()}
+        batch |= {"input_ids": ids[:, :-1], "attention_mask": torch.ones_like(ids[:, :-1]), "labels": None, "logits_to_keep": new}
         yield batch, log_probs(teacher, batch)  # (1, tokens of the answer, vocabulary)
 
 

@@ -21,7 +21,7 @@ RIDGE = 1e-3  # keeps the linear map small where channels are nearly alike
 def load(name, source, expected, model_class, processor_class):
     try:
         return model_class.from_pretrained(source, dtype=torch.float32), processor_class.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except (ImportError, OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise SystemExit(f"{name}={source!r}: set it to the hub id or directory of {expected} ({reason})") from None
 

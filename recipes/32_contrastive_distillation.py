@@ -22,7 +22,7 @@ def load():
     try:
         model = AutoModel.from_pretrained(MODEL, dtype=torch.float32)
         return model, model.logit_scale.exp().detach(), AutoProcessor.from_pretrained(MODEL)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (ImportError, OSError, ValueError, KeyError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise SystemExit(f"MODEL={MODEL!r}: set it to the hub id or directory of a CLIP or SigLIP model ({reason})") from None
 

@@ -21,9 +21,8 @@ def load():
     try:
         model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
         return model, AutoProcessor.from_pretrained(MODEL)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise SystemExit(f"MODEL={MODEL!r}: set it to the hub id or directory of a vision-language model ({reason})") from None
+    except (ImportError, OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"MODEL={MODEL!r}: no vision-language model loads from it ({' '.join(str(error).split())})") from None
 
 
 def draw_scene(seed):
@@ -35,14 +34,15 @@ def draw_scene(seed):
     return image, rng.choice(("What shape is the {} object?", "Is there a {} circle?")).format(colours[0])
 
 
-class Decoder(torch.nn.ModuleList):  # of decoder and head: what is exported
+class Decoder(torch.nn.ModuleList):  # of the decoder and its head: what is exported
     def forward(self, inputs_embeds, past_key_values):
-        decoder, head = self
-        out = decoder(inputs_embeds=inputs_embeds, past_key_values=past_key_values, use_cache=True)
-        return {"logits": head(out.last_hidden_state[:, -1:]), "past_key_values": out.past_key_values}
+        out = self[0](inputs_embeds=inputs_embeds, past_key_values=past_key_values, use_cache=True)
+        return {"logits": self[1](out.last_hidden_state[:, -1:]), "past_key_values": out.past_key_values}
 
 
 def compile_decoder(model, embeds, cache):
+    if any(cache.is_sliding):
+        raise SystemExit(f"MODEL={MODEL!r}: some of its layers look back over a window, whose KV cache is not exported here")
     shapes = {"inputs_embeds": {1: torch.export.Dim("new", min=1)}}
     shapes["past_key_values"] = [{2: torch.export.Dim("past", min=0)}] * (2 * model.config.get_text_config().num_hidden_layers)
     example = {"inputs_embeds": embeds[:, :3], "past_key_values": cache}

@@ -182,16 +182,19 @@ def recipes(s: Subject) -> None:
     own = [p for p in sorted((ROOT / "recipes").glob("*.py")) if ("AutoModelForImageTextToText" in p.read_text()) == answers]
     env = os.environ | {"MODEL": str(s.folder), "PYTHONPATH": "", "MPLBACKEND": "agg"}
     env |= {"ENCODER": str(ROOT / "data" / "models" / "mini-cnn")}
-    bad, refused = [], True
+    failed: dict[str, list[str]] = {}  # reason -> numbers of recipes
+    refused = True
     for recipe in own:
         with tempfile.TemporaryDirectory() as folder:
             done = programs.run([recipe], Path(folder), env, blocked="mmrecipes")
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
             refused &= "Traceback" not in done.stderr
-            bad.append(f"{recipe.stem.split('_')[0]}: {one_line(Exception(lines[-1]), 120)}")
-    if bad:
-        sentence = f"{len(own) - len(bad)} of {len(own)} run; {'; '.join(bad)}"
+            reason = re.sub(r"^MODEL=.*?(?:directory: |model \(|from it \()(.*?)\)?$", r"\1", lines[-1])
+            failed.setdefault(one_line(Exception(reason), 100), []).append(recipe.stem.split("_")[0])
+    if failed:
+        good = len(own) - sum(len(numbers) for numbers in failed.values())
+        sentence = "; ".join([f"{good} of {len(own)} run"] + [f"{', '.join(n)}: {reason}" for reason, n in failed.items()])
         raise UserError(sentence) if refused else Differs(sentence)
 
 
