@@ -108,10 +108,12 @@ def check_replaceable(out: str | Path) -> None:
 def take_place(part: Path, out: Path) -> None:
     """Rename directory `part` to `out`; what was there goes, but only once the new one stands. Both are on one disk."""
     with tempfile.TemporaryDirectory(dir=out.parent) as aside:  # on the same disk, so that each move is one step
-        old = out.rename(Path(aside) / out.name) if out.exists() else None
+        old = Path(aside) / out.name
         try:
+            if out.exists():
+                out.rename(old)
             part.rename(out)
-        except OSError:
-            if old:
+        except BaseException:  # Ctrl-C between the two moves, too
+            if old.exists() and not out.exists():
                 old.rename(out)
             raise

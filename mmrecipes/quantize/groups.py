@@ -71,6 +71,12 @@ def group_scales(weight: Tensor, bits: int, signs: tuple[int, ...] = (1, -1)) ->
     return best.view(len(weight), -1)
 
 
+def packed_values(weight: Tensor, bits: int, signs: tuple[int, ...] = (1, -1)) -> Tensor:
+    """`weight` (out, in) as it is after `pack`, in floating point."""
+    scale = group_scales(weight, bits, signs).view(-1, 1)
+    return fake_quantize(_padded(weight), scale, bits).view(len(weight), -1)[:, : weight.shape[1]]
+
+
 def on_grid(weight: Tensor, bits: int = 4) -> bool:
     """Whether `weight` (out, in) was rounded to `bits` bits in groups of 32 before, so that packing it loses nothing."""
     return bool((_levels(_padded(weight), bits)[1] <= _NOTHING).all())

@@ -161,9 +161,9 @@ def test_what_is_broken_is_not_kept(house_exports, tmp_path):
     out = shutil.copytree(house_exports("onnx", "fp32"), tmp_path / "older")
     kept = inference.load_exported(out).manifest
     wild = tiny.llava()
-    with torch.no_grad():  # one weight in each group so large that the others round to nothing, on an input that is always zero
-        wild.model.language_model.norm.weight[::32] = 0
-        wild.lm_head.weight[:, ::32] = 1e4
+    with torch.no_grad():  # one input in each group so large that the others round to nothing, and which no weight reads
+        wild.model.language_model.norm.weight[::32] = 1e4
+        wild.lm_head.weight[:, ::32] = 0
     export.export(wild, tmp_path / "whole")
     with pytest.raises(ParityError, match="it is broken, and was not kept"):
         export.export(wild, out, "onnx", "int4")
@@ -171,14 +171,23 @@ def test_what_is_broken_is_not_kept(house_exports, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["older", "whole"]
 
 
-def test_a_kill_leaves_nothing_that_looks_like_an_export(foreign_vlm, tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_what_is_stopped_leaves_nothing_that_looks_like_an_export(foreign_vlm, tmp_path, stop):
     code = f"from mmrecipes import export, models; export.export(models.load({str(foreign_vlm)!r}), {str(tmp_path / 'out')!r})"
-    child = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests started in the background ignore it
+    )
     while not (tmp_path / ".out.part" / "vision.onnx").exists():  # in the middle of its work
-        assert child.poll() is None, "it ended before it could be killed"
+        assert child.poll() is None, "it ended before it could be stopped"
         time.sleep(0.05)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.send_signal(stop)
+    assert child.wait() != 0
+    if stop == signal.SIGINT:
+        assert list(tmp_path.iterdir()) == [], "Ctrl-C cleans up"
+        return
     assert not (tmp_path / "out").exists()
     export.export(tiny.llava(), tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"], "what the killed run left is gone"

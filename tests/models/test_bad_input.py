@@ -18,6 +18,7 @@ import tiny
 from mmrecipes import models
 from mmrecipes.errors import UserError
 from mmrecipes.mini import model as mini_model
+from mmrecipes.models import saving
 
 
 def refused(*mentions: object, call: Callable[[], object]) -> str:
@@ -249,6 +250,21 @@ def test_places_where_a_model_may_be_written(intact, tmp_path):
     for out in (tmp_path / "empty", tmp_path / "new", tmp_path / "new" / "deep", intact):
         models.check_replaceable(out)
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]  # asking leaves nothing behind
+
+
+class Interrupted(type(Path())):
+    """A path whose move Ctrl-C cuts short."""
+
+    def rename(self, target):
+        raise KeyboardInterrupt
+
+
+def test_an_older_model_outlives_an_interrupt_between_two_moves(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "weights").write_text("older")
+    with pytest.raises(KeyboardInterrupt):
+        saving.take_place(Interrupted(tmp_path / "part"), tmp_path / "out")
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "weights"]
 
 
 # ---- pictures

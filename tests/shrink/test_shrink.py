@@ -501,10 +501,9 @@ def test_an_interrupt_leaves_nothing(foreign_vlm, tmp_path):
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests started in the background ignore it
     )
-    while not (tmp_path / ".out.part").exists():
+    while not (tmp_path / ".out.part" / ".model.part").exists():  # in the middle of its export
         assert child.poll() is None, "it ended before it could be interrupted"
         time.sleep(0.02)
-    time.sleep(0.5)
     child.send_signal(signal.SIGINT)
     _, said = child.communicate()
     assert child.returncode == 130 and "Traceback" not in said

@@ -25,6 +25,9 @@ features = FAMILY.merge([encode(run) for run in FAMILY.images(inputs, settings)]
 positions = FAMILY.positions and FAMILY.positions(inputs, settings)  # None: 0, 1, 2, ...
 ids, answer = inputs["input_ids"][0].tolist(), []
 logits = step(ids, features, positions)
+if (here / "image_token.npy").is_file():  # what the model's image token means, should it generate one: no image is there then
+    own = np.load(here / "image_token.npy")
+    features = np.pad(own, ((0, 0), (0, features.shape[1] - own.shape[1])))
 for _ in range(64):
     seen, penalty = np.unique(ids + answer), rules.get("repetition_penalty", 1.0)
     logits[seen] *= np.where(logits[seen] > 0, 1 / penalty, penalty)
