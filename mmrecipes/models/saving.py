@@ -49,8 +49,7 @@ def save(
     model: nn.Module, processor: Any, out: str | Path, dtype: torch.dtype | str = torch.bfloat16, extra: dict | None = None
 ) -> Path:
     """Write model, processor and the text files of `extra` {name: text} to directory `out`, all or nothing. Returns `out`.
-    Floating weights are cast to `dtype`
-    on the way ("auto": as they are), and config.json says so; `model` itself stays as it is. Raises UserError.
+    Floating weights are cast to `dtype` ("auto": not), and config.json says so; `model` itself stays as it is. Raises UserError.
     >>> save(model, model.processor, folder / "half", "bfloat16") == folder / "half"
     True
     """
