@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mmrecipes.errors import UserError, one_line, require
 from mmrecipes.quiet import native_stderr
+
+if TYPE_CHECKING:
+    from onnxruntime import OrtValue
 
 PARTS = ("vision", "language")
 PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino", "executorch": "executorch"}  # that run the files
@@ -75,7 +79,8 @@ def left_padded(caches: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
 
 
 class OnnxGraphs:
-    """vision.onnx and language.onnx in ONNX Runtime. The KV cache stays in the runtime's memory from step to step."""
+    """vision.onnx and language.onnx in ONNX Runtime. The KV cache stays in the runtime's memory from step to step; where the
+    graph takes its length, in buffers with room for more, so that a step copies nothing of it."""
 
     def __init__(self, folder: Path, precision: dict[str, str], threads: int | None):
         from onnxruntime import OrtValue
@@ -89,9 +94,11 @@ class OnnxGraphs:
         # (1, heads, T, head_dim), T = 0; states of fixed size begin with zeros
         self.empty = [np.zeros([1, *(n if isinstance(n, int) else 0 for n in i.shape[1:])], np.float32) for i in past]
         self.no_image = np.zeros((1, int(features.shape[1])), np.float32)
+        self.roomy = "past_length" in given
         self.reset()
 
     def reset(self) -> None:
+        self.buffers, self.length = self.empty, 0
         self.past = [self.value(each) for each in self.empty]
         self.places.reset()
 
@@ -104,12 +111,35 @@ class OnnxGraphs:
         M-RoPE puts a prompt."""
         given = {"input_ids": ids.astype(np.int64), "image_features": self.no_image if features is None else features}
         feeds = {name: self.value(x) for name, x in (given | self.places.of(ids, positions)).items()}
+        if self.roomy:
+            return self._step_in_place(feeds, ids.shape[1])
         feeds |= dict(zip(self.past_names, self.past, strict=True))
         logits, *self.past = self.language.run_with_ort_values(self.outputs, feeds)
         return logits.numpy()[:, -1] if len(ids) > 1 else logits.numpy()[0, -1]
 
+    def _step_in_place(self, feeds: Mapping[str, "OrtValue"], tokens: int) -> np.ndarray:
+        """Logits (V); the cache is input and output at once, and twice as long where it is full."""
+        if self.length + tokens > self.buffers[0].shape[2]:
+            longer = max(2 * self.buffers[0].shape[2], self.length + tokens, 256)
+            old, self.buffers = self.buffers, [np.zeros((*b.shape[:2], longer, b.shape[3]), b.dtype) for b in self.buffers]
+            for new, kept in zip(self.buffers, old, strict=True):
+                new[:, :, : self.length] = kept[:, :, : self.length]
+            self.past = [self.value(each) for each in self.buffers]  # the same memory
+        binding = self.language.io_binding()
+        for name, value in (feeds | {"past_length": self.value(np.array([self.length]))}).items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output(self.outputs[0])
+        for name, out, value in zip(self.past_names, self.outputs[1:], self.past, strict=True):
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(out, value)
+        self.language.run_with_iobinding(binding)
+        self.length += tokens
+        return binding.get_outputs()[0].numpy()[0, -1]
+
     def cache(self) -> list[np.ndarray]:
         """Keys and values, (1, heads, T, head_dim) each, of the conversation that was read, and other states of its layers."""
+        if self.roomy:
+            return [buffer[:, :, : self.length].copy() for buffer in self.buffers]
         return [np.array(each.numpy()) for each in self.past]
 
     def batch(self, caches: Sequence[Sequence[np.ndarray]], lengths: Sequence[int], following: Sequence[int]) -> None:

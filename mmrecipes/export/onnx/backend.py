@@ -37,6 +37,7 @@ def write_onnx(
         program = OnnxExporter().export(decoder, example, config).program
         if not batches and not decoder.family.masks and not wrappers.windows(decoder.decoder.config):
             _without_mask(program)
+            _with_length(program)
         onnx_ir.save(program, str(language), external_data="language.onnx.data")
     for path in (vision, language):
         round_weights(path, precisions[path.stem])
@@ -87,6 +88,23 @@ def _without_mask(program) -> None:
             for guard in [n for n in shaped.outputs[0].consumers() if n.op_type == "Where"]:
                 guard.outputs[0].replace_all_uses_with(shaped.outputs[0])
     RemoveUnusedNodesPass()(program)
+
+
+def _with_length(program) -> None:
+    """An input `past_length` (1): how many tokens the cache holds, which may have room for more. Keys and values are then written
+    where they stay (GroupQueryAttention's shared buffer), and a step copies none of those that came before."""
+    import onnx_ir as ir
+
+    caches = {value.name: value for value in program.graph.inputs if value.name.startswith("input.")}
+    lengths = [node for node in program.graph if node.op_type == "Shape" and node.inputs[0].name in caches]
+    readers = {node.op_type for cache in caches.values() for node in cache.consumers() if node not in lengths}
+    if readers != {"GroupQueryAttention"} or any(node.attributes["start"].as_int() != 2 for node in lengths):
+        return  # states, or attention that is not fused, read the cache as a whole
+    given = ir.Value(name="past_length", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
+    program.graph.inputs.append(given)
+    for node in lengths:
+        node.outputs[0].replace_all_uses_with(given)
+    program.graph.remove(lengths, safe=True)
 
 
 def to_nbits(path: Path, bits: int, only: Callable[..., bool] | None = None, rounded: bool = False) -> None:

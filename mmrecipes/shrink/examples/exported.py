@@ -24,7 +24,14 @@ settings, rules = manifest["settings"], manifest["generation"]
 features = FAMILY.merge([encode(run) for run in FAMILY.images(inputs, settings)], inputs, settings)
 positions = FAMILY.positions and FAMILY.positions(inputs, settings)  # None: 0, 1, 2, ...
 ids, answer = inputs["input_ids"][0].tolist(), []
-logits = step(ids, features, positions)
+piece = FAMILY.piece or len(ids)  # decoders with states read a prompt in pieces
+for i in range(0, len(ids), piece):
+    before = ids[:i].count(manifest["image_token_id"])
+    logits = step(
+        ids[i : i + piece],
+        features[min(before, len(features) - 1) :],
+        positions if positions is None else positions[:, :, i : i + piece],
+    )
 if (here / "image_token.npy").is_file():  # what the model's image token means, should it generate one: no image is there then
     own = np.load(here / "image_token.npy")
     features = np.pad(own, ((0, 0), (0, features.shape[1] - own.shape[1])))
