@@ -8,7 +8,9 @@ from transformers import vision_utils
 from mmrecipes import export, inference
 from mmrecipes.errors import UserError
 from mmrecipes.export import wrappers
+from mmrecipes.export.onnx import to_dynamic_int8
 from mmrecipes.families import BY_NAME, idefics2, llava_next, minicpm_v, qwen_vl
+from mmrecipes.inference.backends import onnx_session
 from mmrecipes.models.messages import conversation
 from tests import equality, families
 
@@ -144,3 +146,21 @@ def test_windows_are_known_from_the_config(name, expected):
     if name == "mistral3":
         config = type(config)(**config.to_dict() | {"sliding_window": 16, "layer_types": None})
         assert wrappers.windows(config)
+
+
+def test_weights_that_one_file_cannot_hold_lie_beside_it(monkeypatch, tmp_path):
+    """As for a vision encoder of more than 2 GB: the graph is the same, and int8 is made of it, too."""
+    from mmrecipes.export.onnx import graphs
+
+    model = families.load("qwen2_5_vl")
+    encoder, run, free = wrappers.vision_graph(model)
+    with torch.no_grad():
+        wanted = encoder.eval()(**run).numpy()
+    monkeypatch.setattr(graphs, "MAX_BYTES", 1000)
+    path = graphs.to_onnx(encoder, run, tmp_path / "vision.onnx", free)
+    assert {p.name for p in tmp_path.iterdir()} == {"vision.onnx", "vision.onnx.data"}
+    feeds = {name: x.numpy() for name, x in run.items()}
+    assert np.allclose(onnx_session(path).run(None, feeds)[0], wanted, atol=1e-4)
+    to_dynamic_int8(path)
+    rounded = onnx_session(path).run(None, feeds)[0]
+    assert 0 < np.linalg.norm(rounded - wanted) / np.linalg.norm(wanted) < 0.1

@@ -1,7 +1,8 @@
 """A module as an ONNX graph, which module each of its nodes came from, and how graphs are saved."""
 
+import contextlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,28 +14,28 @@ from mmrecipes.export.wrappers import check_float32
 from mmrecipes.models.saving import written_aside
 from mmrecipes.quiet import library_logs
 
-MAX_BYTES = 1_900_000_000  # bytes of weights: one ONNX file holds at most 2 GB
+MAX_BYTES = 1_900_000_000  # bytes of weights in one ONNX file, which holds at most 2 GB; more lie in a file beside it
 
 
 def to_onnx(module: nn.Module, inputs: Mapping[str, Tensor], path: str | Path, free: Mapping[str, Mapping[int, str]]) -> Path:
-    """One module as one ONNX file at `path`, by torch.export. `inputs` are an example, by the names of forward's parameters.
+    """One module as an ONNX file at `path`, by torch.export; its weights beyond MAX_BYTES in PATH.data. `inputs` are an example,
+    by the names of forward's parameters.
     `free` names the axes whose length may change, {"pixel_values": {0: "batch"}} (or gives a Dim of torch.export's for a name);
     give them a length of 2 or more in the example. Attention without a mask becomes ONNX Runtime's fused MultiHeadAttention.
     Raises as `export`.
     """
     require("onnx", "onnxscript")
     check_float32(module)
-    if (size := sum(t.nbytes for t in (*module.parameters(), *module.buffers()))) > MAX_BYTES:
-        raise UserError(f"export: {size / 1e9:.1f} GB of weights do not fit in one ONNX file of 2 GB; export a smaller part")
+    apart = sum(t.nbytes for t in (*module.parameters(), *module.buffers())) > MAX_BYTES
     dims = {name: torch.export.Dim(name, min=1) for axes in free.values() for name in axes.values() if isinstance(name, str)}
     shapes = {k: {i: dims[d] if isinstance(d, str) else d for i, d in free.get(k, {}).items()} for k in inputs}
     options = {"input_names": list(inputs), "output_names": ["output"]}
     options["custom_translation_table"] = {torch.ops.aten.scaled_dot_product_attention.default: _attention()}
-    with library_logs(), written_aside(path) as aside, torch.no_grad(), patch_forward_signature(module, inputs):
-        program = torch.onnx.export(
-            module.eval(), kwargs=dict(inputs), dynamic_shapes=shapes, dynamo=True, verbose=False, opset_version=20, **options
-        )
-        program.save(aside, external_data=False)
+    options |= {"dynamo": True, "verbose": False, "opset_version": 20}
+    with library_logs(), (_moved if apart else written_aside)(path) as aside:
+        with torch.no_grad(), patch_forward_signature(module, inputs):
+            program = torch.onnx.export(module.eval(), kwargs=dict(inputs), dynamic_shapes=shapes, **options)
+        program.save(aside, external_data=apart)
     return Path(path)
 
 
@@ -105,10 +106,19 @@ def save_onnx(model, path: str | Path) -> Path:
     import onnx
 
     path = Path(path)
-    data = path.with_name(path.name + ".data")
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".save-") as aside:
-        onnx.save(model, f"{aside}/{path.name}", save_as_external_data=True, location=data.name)
-        Path(aside, data.name).chmod(Path(aside, path.name).stat().st_mode)  # else nobody but its owner could read it
-        Path(aside, data.name).replace(data)
-        Path(aside, path.name).replace(path)
+    with _moved(path) as aside:
+        onnx.save(model, str(aside), save_as_external_data=True, location=f"{path.name}.data")
     return path
+
+
+@contextlib.contextmanager
+def _moved(path: str | Path) -> Iterator[Path]:
+    """A name in a folder beside `path`: the graph that is written there, and the weights beside it, come to `path` in the end."""
+    path = Path(path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".save-") as folder:
+        aside = Path(folder, path.name)
+        yield aside
+        data = aside.with_name(f"{path.name}.data")
+        data.chmod(aside.stat().st_mode)  # else nobody but its owner could read it
+        data.replace(path.with_name(data.name))
+        aside.replace(path)

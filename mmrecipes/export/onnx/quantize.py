@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from mmrecipes.errors import UserError, one_line, require
-from mmrecipes.export.onnx.graphs import nodes_of_modules, to_onnx
+from mmrecipes.export.onnx.graphs import MAX_BYTES, nodes_of_modules, to_onnx
 from mmrecipes.models import modules
 from mmrecipes.models.saving import written_aside
 from mmrecipes.quantize.static import SingleOutput, saturates
@@ -109,6 +109,8 @@ def prepared(graph: str | Path) -> Iterator[str]:
             model = onnx.load(str(graph))
         except Exception as e:  # whatever a file that is none makes the parser raise
             raise UserError(f"{graph}: not an ONNX file ({one_line(e, 80)}); export it again") from e
+        if (size := model.ByteSize()) > MAX_BYTES:
+            raise UserError(f"{graph}: {size / 1e9:.1f} GB of weights; ONNX Runtime's quantizer takes 2 GB: use int8")
         bare, ready = f"{folder}/bare.onnx", f"{folder}/ready.onnx"
         weights = {t.name for t in model.graph.initializer}
         # the exporter notes the shapes of weights, too; the pre-processing turns weights of Gemm round and forgets these notes
