@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export JUPYTER_PREFER_ENV_PATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help tour test portable fuzz torchvision lab lint notebooks recipes readme results bench compat clean
+.PHONY: help tour test portable fuzz torchvision lab lint notebooks recipes readme results bench peers compat clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' Makefile | expand -t 16
@@ -74,12 +74,21 @@ bench: .venv/.installed ## the real-size twin in every runtime, beside the peers
 	@$(BIN)/python benchmarks/bench.py
 	@$(BIN)/python tools/readme.py
 
+# No cache: a wheel built with other flags, or for another CPU, would be taken for this one's.
+peers: .venv-peers/.installed ## llama.cpp for `make bench`, built from source in an environment of its own: 10 minutes (by hand)
+
+.venv-peers/.installed: benchmarks/peers.txt requirements.lock
+	@echo "building llama.cpp for this CPU into .venv-peers: about 10 CPU-minutes, once"
+	@test -x .venv-peers/bin/pip || $(PYTHON) -m venv .venv-peers
+	@CMAKE_ARGS=-DGGML_NATIVE=ON .venv-peers/bin/pip install -qq --no-cache-dir -r benchmarks/peers.txt
+	@touch $@
+
 compat: .venv/.installed ## every family of models through every technique and runtime: about an hour (by hand)
 	@$(BIN)/python tools/compat.py
 
 clean: ## remove what was generated; .venv and runs/ (training checkpoints) stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis tour.html
-	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 # Building matplotlib's font list here keeps its message out of the first notebook.
 .venv/.installed: requirements.lock pyproject.toml

@@ -2,14 +2,17 @@
 
 One picture of 512 px and 32 words in, 32 tokens out. Each variant runs in a fresh process, on two threads, and all of them in
 turn, `ROUNDS` times: a row shows the median of the rounds, and their range. The exported models stay in runs/bench, and are not
-made again. Random weights: accuracy means nothing here; "error" is that of the logits, relative to fp32, the larger of the
-prompt's and of the last token's, with the same tokens fed to all.
+made again. Random weights: accuracy means nothing here; "error" is that of the logits, relative to fp32, the largest of the
+prompt's and of each token's, with the same tokens fed to all. `load_s` is what a fresh process takes until the model is ready,
+imports included (and quantization, where it is done in memory), `first_s` until its first token. The files that are loaded lie
+in the page cache. llama.cpp takes part where `make peers` has built it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -17,24 +20,33 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-WORK = Path(__file__).resolve().parent.parent / "runs" / "bench"
-ROUNDS, RUNS, TOKENS, THREADS = 3, 1, 32, 2
-QUESTION = "What is in this picture? Name each of the objects, say what colour it has, how large it is, and where it is."
+import bench_torch
+from bench_row import CHECKPOINT, QUESTION, ROOT, THREADS, TOKENS, WORK, measured
+
+PEERS = ROOT / ".venv-peers" / "bin" / "python"  # `make peers`
+ROUNDS = 3
 # name -> what it is: a way to load it in PyTorch, or a runtime and how its files are made
 VARIANTS = {
     "PyTorch fp32, eager": ("torch", "fp32"),
     "PyTorch bf16, eager": ("torch", "bf16"),
     "PyTorch fp32, compiled": ("torch", "compiled"),
+    "PyTorch bf16, compiled": ("torch", "bf16-compiled"),
     "PyTorch int8, quantize_dynamic": ("torch", "quantize_dynamic"),
     "PyTorch int8, torchao": ("torch", "torchao"),
     "PyTorch NF4, bitsandbytes": ("torch", "nf4"),
     "ONNX Runtime fp32, as exported": ("onnx", "plain-fp32"),
     "ONNX Runtime int8, quantize_dynamic": ("onnx", "plain-int8"),
+    "ONNX Runtime int8, transformers optimizer": ("onnx", "plain-fused-int8"),
     "ONNX Runtime 4 bits, MatMulNBitsQuantizer": ("onnx", "plain-int4"),
     "OpenVINO fp32": ("openvino", "fp32"),
     "OpenVINO bf16": ("openvino", "bf16"),
     "OpenVINO int8, NNCF": ("openvino", "nncf-int8"),
     "OpenVINO 4 bits, NNCF": ("openvino", "nncf-int4"),
+    "llama.cpp Q8_0": ("llama.cpp", "q8_0"),
+    "llama.cpp Q4_0": ("llama.cpp", "q4_0"),
+    "llama.cpp Q4_K_M": ("llama.cpp", "q4_k_m"),
+    "llama.cpp Q4_0, mtmd's own prompt": ("llama.cpp", "q4_0-two-tiles"),
+    "llama.cpp Q4_0, on our visual tokens": ("llama.cpp", "q4_0-our-tokens"),
     "ours: ONNX Runtime fp32": ("onnx", "fp32"),
     "ours: ONNX Runtime int8": ("onnx", "int8"),
     "ours: ONNX Runtime int4": ("onnx", "int4"),
@@ -43,16 +55,21 @@ VARIANTS = {
     "ours: OpenVINO int4, vision static": ("openvino", "static"),
     "ours: ExecuTorch int8": ("executorch", "int8"),
 }
+NOTES = ["OpenVINO GenAI has no row: its VLMPipeline (2026.4.1) ends with \"Unsupported 'idefics3' VLM model type\"."]
+NOTES += ["ONNX Runtime's transformer optimizer fuses norms and biases in these graphs, and finds no attention that it knows."]
 
 
 def folder(runtime: str, how: str) -> Path:
-    return WORK / ("checkpoint" if runtime == "torch" else f"{runtime}-{how}")
+    how = how.partition("-")[0] if runtime == "llama.cpp" else how  # the rest of it is about the prompt
+    return CHECKPOINT if runtime == "torch" else WORK / f"{runtime}-{how}"
 
 
 def applies(runtime: str, how: str) -> bool:
     """OpenVINO computes in bf16 only where the CPU has instructions for it, and in fp32 elsewhere, whatever it is told."""
     from mmrecipes import measure
 
+    if runtime == "llama.cpp":
+        return PEERS.exists()
     return (runtime, how) != ("openvino", "bf16") or any("bf16" in c for c in measure.environment()["capabilities"])
 
 
@@ -66,175 +83,88 @@ def prepare(runtime: str, how: str) -> None:
     from mmrecipes.mini import model as mini_model
 
     if runtime == "torch":
-        models.save(twin := mini_model.real_size(), twin.processor, folder("torch", ""), "bfloat16")
+        models.save(twin := mini_model.real_size(), twin.processor, CHECKPOINT, "bfloat16")
         scenes.render(scenes.make_scene(5), 512).save(WORK / "picture.png")
         return
+    if runtime == "llama.cpp":
+        peer("write", folder(runtime, how), how.partition("-")[0])
+        return
+    import peer_exports
+
     from mmrecipes import export
 
-    model = models.load(folder("torch", ""))
+    model, out = models.load(CHECKPOINT), folder(runtime, how)
     if how.startswith("plain-"):
-        _plain_onnx(model, how.removeprefix("plain-"))
+        peer_exports.plain_onnx(model, out, how.removeprefix("plain-"))
     elif how.startswith("nncf-"):
-        _plain_openvino(model, how.removeprefix("nncf-"))
+        peer_exports.plain_openvino(model, out, how.removeprefix("nncf-"))
     elif how == "static":
         seen = [scenes.render(scenes.make_scene(seed), 512) for seed in range(10, 14)]
-        with export.written(model, folder(runtime, how), runtime, {"vision": "static", "language": "int4"}, seen, False):
+        with export.written(model, out, runtime, {"vision": "static", "language": "int4"}, seen, False):
             pass
     elif how == "fp32":
-        export.export(model, folder(runtime, how), runtime, how)
+        export.export(model, out, runtime, how)
     else:
-        with export.written(model, folder(runtime, how), runtime, how, (), False):
+        with export.written(model, out, runtime, how, (), False):
             pass
 
 
-def _plain_onnx(model, how: str) -> None:
-    """As the exporters write it, without fusions, and then the runtime's own quantizer with its defaults."""
-    import torch
-    from onnxruntime.quantization import quantize_dynamic
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+def ready(place: Path) -> bool:
+    """Whether all files of a variant are there: each of these is written last."""
+    from mmrecipes import inference
 
-    from mmrecipes import export
-    from mmrecipes.export import wrappers
-    from mmrecipes.export.onnx import strip_metadata
-    from mmrecipes.quiet import library_logs
-
-    out = folder("onnx", f"plain-{how}")
-    out.mkdir()
-    tower, picture = wrappers.vision_wrapper(model)
-    module, example, axes = wrappers.language_wrapper(model)
-    graphs = {"vision": out / "vision.onnx", "language": out / "language.onnx"}
-    with library_logs(), torch.no_grad():
-        torch.onnx.export(tower.eval(), (picture,), dynamo=True, verbose=False).save(graphs["vision"], external_data=False)
-        config = OnnxConfig(dynamic_shapes=axes, prefer_deferred_runtime_asserts_over_guards=True)
-        program = OnnxExporter().export(module, example, config).program
-        import onnx_ir
-
-        onnx_ir.save(program, str(graphs["language"]))
-        for graph in graphs.values():
-            if how == "int8":
-                quantize_dynamic(graph, graph)
-            elif how == "int4":
-                found = MatMulNBitsQuantizer(str(graph))
-                found.process()
-                found.model.save_model_to_file(str(graph))
-    for graph in graphs.values():
-        strip_metadata(graph)
-    export.write_manifest(model, out, export.BACKENDS["onnx"], {"vision": how, "language": how})
-
-
-def _plain_openvino(model, how: str) -> None:
-    import nncf
-    import openvino as ov
-
-    from mmrecipes import export
-    from mmrecipes.export import openvino
-
-    # from our graph, whose attention OpenVINO keeps whole: so weights alone are compared, and the peer is at its best
-    mode = {"int8": {}, "int4": {"mode": nncf.CompressWeightsMode.INT4_SYM, "group_size": 64}}[how]  # 128 does not divide 576
-    out = folder("openvino", f"nncf-{how}")
-    out.mkdir()
-    openvino.write_openvino(model, out, {"vision": "fp32", "language": "fp32"}, [])
-    for part in export.PARTS:
-        small = nncf.compress_weights(ov.Core().read_model(out / f"{part}.xml"), **mode)
-        ov.save_model(small, out / "small.xml", compress_to_fp16=False)
-        for ending in ("xml", "bin"):
-            (out / f"small.{ending}").replace(out / f"{part}.{ending}")
-    export.write_manifest(model, out, export.BACKENDS["openvino"], {"vision": how, "language": how})
+    return any((place / name).exists() for name in (inference.MANIFEST, "model.safetensors", "types.txt"))
 
 
 # ---- one variant in this process
 
 
 def run(runtime: str, how: str, forced: list[int] | None) -> dict:
-    """Median ms to the first token, tokens a second, peak memory and bytes; and the logits, for the error."""
-    import numpy as np
-
+    """What `bench_row.measured` finds; without `forced` also the prompt and its visual tokens, for peers.py."""
     if runtime == "torch":
-        look, step = _torch(how)
-    else:
-        if runtime != "executorch":  # whose Python API takes PyTorch's tensors
-            sys.modules.update(torch=None, torchao=None)  # as where only the runtime is installed: it needs no PyTorch
-        look, step = _exported(runtime, how)
-    from mmrecipes import measure
-
-    # the first run warms up: kernels are chosen, pages touched
-    runs = [measure.time_generation(look, step, TOKENS - 1, forced) for _ in range(1 + RUNS)][1:]
-    logits = runs[-1][2]
-    tokens = list(forced or (int(each.argmax()) for each in logits[:-1]))
-    files = [p for p in folder(runtime, how).iterdir() if p.name.startswith(("model", "vision", "language"))]
-    ttft, step_ms = (statistics.median(run[i] for run in runs) for i in (0, 1))
-    row = {"ttft_ms": ttft, "tokens_per_s": 1e3 / step_ms, "peak_mb": measure.peak_mb()}
-    row |= {"disk_mb": sum(p.stat().st_size for p in files) / 1e6, "tokens": tokens}
-    return row | {"logits": [np.asarray(each, np.float32).tolist() for each in logits]}
+        row = measured(lambda: bench_torch.load(how), bench_torch.calls, CHECKPOINT, forced)
+        return row if forced else row | bench_torch.reference()
+    if runtime != "executorch":  # whose Python API takes PyTorch's tensors
+        sys.modules.update(torch=None, torchao=None)  # as where only the runtime is installed: it needs no PyTorch
+    return measured(lambda: _load_exported(folder(runtime, how)), _exported_calls, folder(runtime, how), forced)
 
 
-def _exported(runtime: str, how: str):
+def _load_exported(place: Path):
+    from mmrecipes import inference
+
+    return inference.load_exported(place, threads=THREADS)
+
+
+def _exported_calls(loaded):
     import numpy as np
     from PIL import Image
 
-    from mmrecipes import inference
-
-    loaded = inference.load_exported(folder(runtime, how), threads=THREADS)
     inputs = loaded.inputs(Image.open(WORK / "picture.png"), QUESTION)
     return lambda: loaded.prefill(inputs), lambda token: loaded.graphs.step(np.array([[token]]))
-
-
-def _torch(how: str):
-    import torch
-
-    from mmrecipes import models, quantize
-
-    torch.set_num_threads(THREADS)
-    model = _nf4() if how == "nf4" else models.load(folder("torch", ""), dtype="bfloat16" if how == "bf16" else "float32")
-    inputs = models.chat(model, WORK / "picture.png", QUESTION)
-    if how == "quantize_dynamic":
-        model = quantize.dynamic_int8(model)
-    elif how == "torchao":
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-        quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    elif how == "compiled":
-        model.forward = torch.compile(model.forward, dynamic=True)
-    kept = {}
-
-    @torch.inference_mode()
-    def look():
-        kept["cache"] = None
-        return _next(inputs)
-
-    @torch.inference_mode()
-    def step(token: int):
-        return _next({"input_ids": torch.tensor([[token]])})
-
-    def _next(given):
-        found = model(**given, past_key_values=kept["cache"], use_cache=True, logits_to_keep=1)
-        kept["cache"] = found.past_key_values
-        return found.logits[0, -1].float().numpy()
-
-    return look, step
-
-
-def _nf4():
-    import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    model = AutoModelForImageTextToText.from_pretrained(folder("torch", ""), quantization_config=config, dtype=torch.float32)
-    model.processor = AutoProcessor.from_pretrained(folder("torch", ""))
-    return model.eval()
 
 
 # ---- all of them
 
 
-def _child(*arguments: str) -> dict:
-    """What a fresh process prints last, as JSON; with its seconds and peak memory for a preparation."""
+def child(*arguments: str, python: Path = Path(sys.executable), script: Path = Path(__file__)) -> str:
+    """The last line that a fresh process prints."""
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": str(THREADS)}
-    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, env=env)
+    done = subprocess.run([python, script, *arguments], capture_output=True, text=True, env=env)
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout.rpartition("\n\n")[2]
+
+
+def peer(command: str, place: Path, how: str) -> str:
+    return child(command, str(place), how, python=PEERS, script=Path(__file__).with_name("peers.py"))
+
+
+def run_fresh(name: str, reference: Path) -> dict:
+    """The row of one variant, from a process of its own, with the tokens of the reference if there is one."""
+    runtime, how = VARIANTS[name]
+    if runtime == "llama.cpp":
+        return json.loads(peer("run", folder(runtime, how), how))
+    return json.loads(child("run", name, *([str(reference)] if reference.exists() else [])))
 
 
 def everything(only: list[str]) -> dict:
@@ -243,29 +173,31 @@ def everything(only: list[str]) -> dict:
 
     from tqdm import tqdm
 
-    from mmrecipes import inference
-
     WORK.mkdir(parents=True, exist_ok=True)
-    names = [n for n, how in VARIANTS.items() if applies(*how) and (not only or any(o in n for o in only))]
-    if not names:
+    wanted = [n for n in VARIANTS if not only or any(o in n for o in only)]
+    if not wanted:
         raise SystemExit(f"no variant is called {' or '.join(only)}; there are: {', '.join(VARIANTS)}")
+    if not PEERS.exists() and any(VARIANTS[n][0] == "llama.cpp" for n in wanted):
+        print("llama.cpp is left out: `make peers` builds it")
+    names = [n for n in wanted if applies(*VARIANTS[n])]
     names = list(dict.fromkeys(["PyTorch fp32, eager", *names]))
     exports = WORK / "exports.json"
     made = json.loads(exports.read_text()) if exports.exists() else {}
     for name in tqdm(names, desc="exports"):
         place = folder(*VARIANTS[name])
-        if not (place / inference.MANIFEST).exists() and not (place / "model.safetensors").exists():
+        if not ready(place):
             shutil.rmtree(place, ignore_errors=True)
-            made[name] = _child("prepare", name)
+            made[name] = json.loads(child("prepare", name))
             exports.write_text(json.dumps(made))
     rounds: dict[str, list[dict]] = {n: [] for n in names}
     reference = WORK / "reference.json"
     reference.unlink(missing_ok=True)  # left by an interrupted run, maybe of another checkpoint
     for _ in range(ROUNDS):
         for name in tqdm(names, desc="runs"):
-            row = _child("run", name, *([str(reference)] if reference.exists() else []))
-            if name == "PyTorch fp32, eager":
-                reference.write_text(json.dumps(row["tokens"]))
+            row = run_fresh(name, reference)
+            if not reference.exists():  # the first of all, PyTorch in fp32
+                keys = ("tokens", "prompt", "prompt_ids", "image_token_id", "visual_tokens")
+                reference.write_text(json.dumps({key: row[key] for key in keys}))
             rounds[name].append(row)
     reference.unlink()
     return {"rows": _rows(rounds), "exports": made}
@@ -278,24 +210,29 @@ def _rows(rounds: dict[str, list[dict]]) -> list[dict]:
     rows = []
     for name, runs in rounds.items():
         row: dict = {"name": name}
-        for key in ("ttft_ms", "tokens_per_s", "peak_mb"):
+        for key in ("ttft_ms", "tokens_per_s", "peak_mb", "load_s", "first_s"):
             values = [r[key] for r in runs]
             row |= {key: statistics.median(values), f"{key}_range": [min(values), max(values)]}
         found = [np.array(each) for each in runs[0]["logits"]]
         errors = [np.linalg.norm(f - w) / np.linalg.norm(w) for f, w in zip(found, wanted, strict=True)]
-        rows.append(row | {"disk_mb": runs[0]["disk_mb"], "error": float(np.max(errors))})
+        row |= {"disk_mb": runs[0]["disk_mb"], "error": float(np.max(errors))}
+        rows.append(row | {key: runs[0][key] for key in ("note",) if key in runs[0]})
     return rows
 
 
 def show(rows: list[dict]) -> None:
     first = rows[0]
-    print(f"{'variant':42s} {'TTFT ms':>8s} {'x':>5s} {'tokens/s':>8s} {'x':>5s} {'peak MB':>8s} {'disk MB':>8s} {'error':>8s}")
+    print(f"{'variant':42s} {'TTFT ms':>8s} {'x':>5s} {'tokens/s':>8s} {'x':>5s} {'peak MB':>8s} {'disk MB':>8s}", end="")
+    print(f" {'load s':>7s} {'first s':>7s} {'error':>8s}")
     for r in rows:
         faster, rate = first["ttft_ms"] / r["ttft_ms"], r["tokens_per_s"] / first["tokens_per_s"]
         print(
-            f"{r['name']:42s} {r['ttft_ms']:8.0f} {faster:5.2f} {r['tokens_per_s']:8.1f} {rate:5.2f} "
-            f"{r['peak_mb']:8.0f} {r['disk_mb']:8.0f} {r['error']:8.1g}"
+            f"{r['name']:42s} {r['ttft_ms']:8.0f} {faster:5.2f} {r['tokens_per_s']:8.1f} {rate:5.2f} {r['peak_mb']:8.0f} "
+            f"{r['disk_mb']:8.0f} {r['load_s']:7.2f} {r['first_s']:7.2f} {r['error']:8.1g}"
         )
+    for r in rows:
+        if "note" in r:
+            print(f"{r['name']}: {r['note']}")
 
 
 def main(arguments: list[str]) -> None:
@@ -305,19 +242,22 @@ def main(arguments: list[str]) -> None:
         from mmrecipes import measure
 
         made = {"seconds": time.perf_counter() - start, "peak_mb": measure.peak_mb(), "commit": measure.environment()["commit"]}
-        print("\n" + json.dumps(made))
+        print("\n\n" + json.dumps(made))
     elif arguments[:1] == ["run"]:
-        forced = json.loads(Path(arguments[2]).read_text()) if len(arguments) > 2 else None
-        print("\n" + json.dumps(run(*VARIANTS[arguments[1]], forced)))
+        forced = json.loads(Path(arguments[2]).read_text())["tokens"] if len(arguments) > 2 else None
+        print("\n\n" + json.dumps(run(*VARIANTS[arguments[1]], forced)))
     else:
         from mmrecipes import measure, models
 
         found = everything(arguments)
         words = {"question": QUESTION, "tokens": TOKENS, "threads": THREADS, "rounds": ROUNDS}
         versions = {n: metadata.version(n) for n in ("onnxruntime", "openvino", "nncf", "torchao", "bitsandbytes", "executorch")}
-        content = {"environment": measure.environment() | versions, **words, **found}
+        if any(row["name"].startswith("llama.cpp") for row in found["rows"]):
+            pinned = Path(__file__).with_name("peers.txt").read_text()
+            versions["llama-cpp-python"] = re.search("llama-cpp-python==(.*)", pinned)[1]
+        content = {"environment": measure.environment() | versions, **words, **found, "notes": NOTES}
         if not arguments:  # a part of the table is for the eye alone
-            models.write_json(Path(__file__).resolve().parent.parent / "results" / "bench.json", content)
+            models.write_json(ROOT / "results" / "bench.json", content)
         show(found["rows"])
 
 

@@ -209,6 +209,16 @@ def test_bench_table_compares_with_its_first_row():
     assert "3 fresh processes" in lines[-1] and "a CPU" in lines[-1]
 
 
+def test_bench_table_shows_loading_and_notes_where_there_are_any():
+    row = {"name": "first", "ttft_ms": 2000.0, "tokens_per_s": 10.0, "peak_mb": 1000.0, "disk_mb": 500.0, "error": 0.0}
+    row |= {"load_s": 3.14, "first_s": 5.2, "note": "with two tiles"}
+    content = {"environment": {"cpu": "a CPU"}, "rounds": 3, "rows": [row], "notes": ["One has no row."]}
+    lines = readme.bench_table(content).splitlines()
+    assert lines[0].endswith("| disk MB | load s | load to first token s | logit error |")
+    assert lines[2] == "| first | 2,000 (1.0x) | 10.0 (1.0x) | 1,000 (1.00x) | 500 | 3.1 | 5.2 | - |"
+    assert lines[4:7] == ["first: with two tiles.", "", "One has no row."]
+
+
 def test_quantization_table_shows_what_was_measured(project):
     accuracy, change = {"n": 4200}, {"points": -1.24, "low": -1.9, "high": -0.6}
     row = {"accuracy": accuracy, "change": change, "times_smaller": 9.04}

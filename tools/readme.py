@@ -234,19 +234,26 @@ def adapters_table(results: Path) -> str:
     return table(["two colours and two shapes, learned by", new, "points on old questions [95% interval]", "old"], rows)
 
 
+FRESH = {"load_s": "load s", "first_s": "load to first token s"}
+
+
 def bench_table(content: dict[str, Any]) -> str:
-    """The real-size twin in every runtime: each row beside PyTorch's fp32, the first."""
+    """The real-size twin in every runtime: each row beside PyTorch's fp32, the first. What a fresh process takes to load it
+    and to its first token is there since November 2026."""
     first, body = content["rows"][0], []
+    fresh = [key for key in ("load_s", "first_s") if key in first]
     for row in content["rows"]:
         times = [
             f"{row['ttft_ms']:,.0f} ({first['ttft_ms'] / row['ttft_ms']:.1f}x)",
             f"{row['tokens_per_s']:.1f} ({row['tokens_per_s'] / first['tokens_per_s']:.1f}x)",
             f"{row['peak_mb']:,.0f} ({row['peak_mb'] / first['peak_mb']:.2f}x)",
         ]
-        body.append([row["name"], *times, f"{row['disk_mb']:,.0f}", f"{100 * row['error']:.1f}%" if row is not first else "-"])
-    note = f"Each row is the median of {content['rounds']} fresh processes. Measured on {where(content['environment'])}."
-    head = ["variant", "TTFT ms", "tokens/s", "peak MB", "disk MB", "logit error"]
-    return f"{table(head, body)}\n\n{note}"
+        error = f"{100 * row['error']:.1f}%" if row is not first else "-"
+        body.append([row["name"], *times, f"{row['disk_mb']:,.0f}", *(f"{row[key]:.1f}" for key in fresh), error])
+    head = ["variant", "TTFT ms", "tokens/s", "peak MB", "disk MB", *(FRESH[key] for key in fresh), "logit error"]
+    notes = [f"{row['name']}: {row['note']}." for row in content["rows"] if "note" in row] + content.get("notes", [])
+    notes.append(f"Each row is the median of {content['rounds']} fresh processes. Measured on {where(content['environment'])}.")
+    return "\n\n".join([table(head, body), *notes])
 
 
 def where(environment: dict[str, Any]) -> str:
