@@ -40,6 +40,7 @@ class LlamaCpp:
         self.quiet = llama_cpp.llama_log_callback(lambda *_: None)  # kept: the library calls it as long as it lives
         llama_cpp.llama_log_set(self.quiet, None)
         mtmd_cpp.mtmd_log_set(self.quiet, None)
+        llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(
             str(folder / "model.gguf").encode(), llama_cpp.llama_model_default_params()
         )
