@@ -53,13 +53,33 @@ def round_columns(weight: Tensor, importance: Tensor, bits: int, group_size: int
     return change
 
 
-def gptq_round(weight: Tensor, hessian: Tensor, bits: int, group_size: int | None = None, damp: float = 0.01) -> Tensor:
-    """`weight` (out, in) rounded by GPTQ (arXiv:2210.17323). UserError as `check_hessian` and `grouped`."""
+def static_scales(weight: Tensor, importance: Tensor, bits: int, group_size: int) -> Tensor:
+    """The best scale of each group of `weight` (out, in), before any sweep, at each of its inputs: (out, in)."""
+    rows = grouped(weight, group_size).float()
+    scale = best_scale(rows, bits, importance.reshape(-1, group_size).repeat(len(weight), 1))
+    return scale.expand_as(rows).reshape(weight.shape)
+
+
+def gptq_round(
+    weight: Tensor,
+    hessian: Tensor,
+    bits: int,
+    group_size: int | None = None,
+    damp: float = 0.01,
+    act_order: bool | None = None,
+) -> Tensor:
+    """`weight` (out, in) rounded by GPTQ (arXiv:2210.17323). UserError as `check_hessian` and `grouped`.
+    `act_order`: the largest inputs (diagonal of H) come first, while most others can still compensate; None: where there are no
+    groups. In groups it fixes their scales before the sweep ("static groups"), so that a group still is neighbouring inputs.
+    """
     check_hessian(weight, hessian)
-    # act-order: what matters most comes first, while most others can still compensate, unless groups tie it to its neighbours
-    order = torch.arange(len(hessian)) if group_size else hessian.diagonal().argsort(descending=True)
-    weight, hessian = weight.detach().T[order].T, hessian[order][:, order]  # .T twice: a column is contiguous, quick to reach
+    act_order = not group_size if act_order is None else act_order
+    order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(len(hessian))
+    original, weight, hessian = weight, weight.detach().T[order].T, hessian[order][:, order]  # .T twice: contiguous columns
     importance = hessian.diagonal() + (damp * hessian.diagonal().mean() + 1e-8)
+    if act_order and group_size:
+        scales = static_scales(original.detach(), importance[order.argsort()], bits, group_size)[:, order]
+        return column_sweep(weight, hessian, lambda w, i, _: fake_quantize(w[:, i], scales[:, i], bits), damp)[:, order.argsort()]
     return column_sweep(weight, hessian, round_columns(weight, importance, bits, group_size), damp)[:, order.argsort()]
 
 
