@@ -67,12 +67,17 @@ def clustered(hits: Sequence[int], totals: Sequence[int]) -> Share:
 
 def questions_needed(points: float, accuracy: float = 0.95, flips: float | None = None) -> int:
     """How many questions tell a loss of `points` (out of 100) from nothing, at 95% confidence and 80% power.
-    Unpaired, two samples of `n` questions each; with `flips` (share of questions on which the two variants differ), paired.
+    Unpaired, `n` questions for each of two variants, at `accuracy` and `points` below it; with `flips` (share of questions that
+    one variant answers right and the other wrong), paired. UserError for a loss that these numbers do not allow.
     >>> questions_needed(2), questions_needed(2, flips=0.04)
-    (1863, 777)
+    (2207, 777)
     """
     d = points / 100
-    variance = 2 * accuracy * (1 - accuracy) if flips is None else flips - d * d
+    if not 0 < d <= (accuracy if flips is None else flips):
+        raise UserError(f"questions_needed: a loss of {points} points at accuracy={accuracy}, flips={flips} cannot be")
+    less = accuracy - d
+    # of the difference, one question: unpaired, both variants' variances; paired, that of -1, 0 and 1 (Connor 1987)
+    variance = accuracy * (1 - accuracy) + less * (1 - less) if flips is None else flips - d * d
     return math.ceil((1.96 + 0.84) ** 2 * variance / (d * d))
 
 

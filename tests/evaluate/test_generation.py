@@ -71,6 +71,25 @@ def test_questions_needed_finds_the_gap_at_its_power():
     assert evaluate.questions_needed(1, flips=0.02) < evaluate.questions_needed(1) / 4  # pairing is worth a lot
 
 
+def test_questions_needed_in_pairs_finds_the_gap_at_its_power():
+    n, rng = evaluate.questions_needed(2, flips=0.04), np.random.default_rng(0)
+    lost, won, _ = rng.multinomial(n, [0.03, 0.01, 0.96], 2000).T / n
+    z = (lost - won) / np.sqrt((lost + won - (lost - won) ** 2) / n)
+    assert 0.75 < np.mean(z > 1.96) < 0.85
+
+
+@pytest.mark.parametrize("given", [{"points": 0}, {"points": 96}, {"points": 5, "flips": 0.04}])
+def test_questions_needed_refuses_a_loss_that_cannot_be(given):
+    with pytest.raises(UserError, match="cannot be"):
+        evaluate.questions_needed(**given)
+
+
+def test_pairing_never_needs_more_questions_than_two_samples_of_the_same_two_models():
+    for points in (1, 2, 5):  # the most that can differ by chance alone: answers independent of each other
+        flips = 0.95 * (0.05 + points / 100) + 0.05 * (0.95 - points / 100)
+        assert evaluate.questions_needed(points, flips=flips) == evaluate.questions_needed(points)
+
+
 def test_score_counts_per_family_and_ignores_case():
     result = evaluate.score(["Yes", "red", "2"], ["yes", "blue", "2"], ["exists", "colour", "count"], {})
     assert result.overall.value == pytest.approx(2 / 3) and result.families["colour"].value == 0
