@@ -4,6 +4,7 @@
 
 import os
 import random
+import statistics
 import time
 import warnings
 
@@ -42,12 +43,15 @@ def draw_scene(seed):
 
 
 def ask(model, processor, image, question):
+    """The answer, and the milliseconds it took."""
     turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
     inputs = processor(images=[image], text=[prompt], return_tensors="pt")
+    start = time.perf_counter()
     tokens = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-    answer = tokens[:, inputs["input_ids"].shape[1] :]
-    return processor.batch_decode(answer, skip_special_tokens=True)[0].strip().lower().rstrip(".")
+    milliseconds = 1000 * (time.perf_counter() - start)
+    answer = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+    return answer.strip().lower().rstrip("."), milliseconds
 
 
 def quantize_linears(model):
@@ -57,23 +61,18 @@ def quantize_linears(model):
     return quantize_dynamic(model, dict.fromkeys(linears, per_channel_dynamic_qconfig))
 
 
-def evaluate(model, processor, examples):
-    """The answers to all examples (image, question, truth), and the mean seconds per answer."""
-    ask(model, processor, *examples[0][:2])  # warm-up
-    start = time.perf_counter()
-    answers = [ask(model, processor, image, question) for image, question, _ in examples]
-    return answers, (time.perf_counter() - start) / len(examples)
-
-
 def main(model_id):
     processor, model = load(model_id)
-    scenes = [draw_scene(seed) for seed in range(SCENES)]
-    examples = [(image, question, truth) for image, questions in scenes for question, truth in questions.items()]
-    truths = [truth for _, _, truth in examples]
-    for name, variant in {"fp32": model, "int8": quantize_linears(model)}.items():
-        answers, seconds = evaluate(variant, processor, examples)
-        right = sum(truth in answer.split() for truth, answer in zip(truths, answers, strict=True))
-        print(f"{name}: {right} of {len(truths)} questions right, {seconds:.2f} s per answer; the first: {answers[0]!r}")
+    variants = {"fp32": model, "int8": quantize_linears(model)}
+    drawn = [draw_scene(seed) for seed in range(SCENES)]
+    examples = [(image, question, truth) for image, questions in drawn for question, truth in questions.items()]
+    for variant in variants.values():
+        ask(variant, processor, *examples[0][:2])  # warm-up
+    asked = [{n: ask(v, processor, image, question) for n, v in variants.items()} for image, question, _ in examples]
+    for name in variants:
+        right = sum(truth in a[name][0].split() for (_, _, truth), a in zip(examples, asked, strict=True))
+        low, median, high = statistics.quantiles([a[name][1] for a in asked], n=4)
+        print(f"{name}: {right} of {len(examples)} right; {median:.0f} ms per answer, quartiles {low:.0f} to {high:.0f}")
 
 
 if __name__ == "__main__":

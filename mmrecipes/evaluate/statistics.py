@@ -76,7 +76,7 @@ def questions_needed(points: float, accuracy: float = 0.95, flips: float | None 
     if not 0 < d <= (accuracy if flips is None else flips):
         raise UserError(f"questions_needed: a loss of {points} points at accuracy={accuracy}, flips={flips} cannot be")
     less = accuracy - d
-    # of the difference, one question: unpaired, both variants' variances; paired, that of -1, 0 and 1 (Connor 1987)
+    # of the difference, one question: unpaired, both variants' variances; paired, that of -1, 0 and 1 (Connor 1987 refines it)
     variance = accuracy * (1 - accuracy) + less * (1 - less) if flips is None else flips - d * d
     return math.ceil((1.96 + 0.84) ** 2 * variance / (d * d))
 
