@@ -64,8 +64,10 @@ def family_code(model: nn.Module) -> str:
     package with all that they need of it. Without PyTorch and, for images, without torchvision."""
     family = family_of(model)
     special = sys.modules[family.images.__module__]
-    sources = errors.UserError, errors.one_line, processors, families.family, special
-    code = "\n\n".join(inspect.getsource(source) for source in sources)
+    shared = {name: m for name, m in vars(special).items() if inspect.ismodule(m) and m.__name__.startswith("mmrecipes.families.")}
+    sources = errors.UserError, errors.one_line, processors, families.family, *shared.values()
+    code = "\n\n".join(inspect.getsource(source) for source in sources) + "\n\nimport sys\n"
+    code += "".join(f"{name} = sys.modules[__name__]\n" for name in shared) + inspect.getsource(special)
     code = re.sub(r"^from mmrecipes\..*\n", "", code, flags=re.MULTILINE)
     table = "FAMILIES" if hasattr(special, "FAMILIES") else "(FAMILY,)"
     return f"{code}\nFAMILY = next(family for family in {table} if family.name == {family.name!r})\n"

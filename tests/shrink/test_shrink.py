@@ -183,7 +183,7 @@ def test_the_example_answers_as_the_model_does(made, request):
     else:
         assert answer == model.generate(out / "example.png", question, max_new_tokens=64)
     text = (out / "example.py").read_text()
-    assert "import mmrecipes" not in text and "from mmrecipes" not in text and len(text.splitlines()) <= 60
+    assert "import mmrecipes" not in text and "from mmrecipes" not in text and len(text.splitlines()) <= 76
 
 
 def test_the_example_runs_anywhere(small, tmp_path):
