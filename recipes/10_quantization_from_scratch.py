@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolVLM-256M-Instruct")
-BITS = (8, 4, 3, 2)  # widths to try
+BITS = (8, 4, 3, 2)  # widths to try; 2 is ternary: -1, 0 and 1
 GROUP = 32  # weights that share a scale: a smaller group is more accurate and costs more bytes
 SCENES = 12  # images, with a question each
 COLOURS = {"red": "#d62728", "blue": "#2350c8", "green": "#289632", "yellow": "#f0d71e"}
@@ -47,7 +47,7 @@ def next_token_log_probs(model, batches):
 
 
 def round_to_levels(weight, bits):
-    """The weight rounded to symmetric levels, a scale per group of inputs (per output channel if groups do not divide it)."""
+    """Symmetric absmax rounding, a scale per group of inputs (per output channel if groups do not divide it)."""
     group = GROUP if weight.shape[1] % GROUP == 0 else weight.shape[1]
     largest_level = 2 ** (bits - 1) - 1
     groups = weight.reshape(-1, group)
@@ -67,9 +67,11 @@ def main(model_id):
         for layer, weight in zip(linears, originals, strict=True):
             layer.weight.data = round_to_levels(weight, bits)
         rounded = next_token_log_probs(model, batches)
-        divergence = (reference.exp() * (reference - rounded)).sum(-1).mean()
+        divergences = (reference.exp() * (reference - rounded)).sum(-1)
+        margin = 1.96 * divergences.std() / len(batches) ** 0.5  # of a 95% interval
         same = (reference.argmax(-1) == rounded.argmax(-1)).sum()
-        print(f"{bits} bits: first answer token the same in {same} of {len(batches)}, KL divergence {divergence:.4f} nats")
+        divergence = f"KL divergence {divergences.mean():.4f} ± {margin:.4f} nats"
+        print(f"{bits} bits: first answer token the same in {same} of {len(batches)}, {divergence}")
 
 
 if __name__ == "__main__":
