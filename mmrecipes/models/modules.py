@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -82,13 +82,13 @@ def block_of(name: str) -> str:
     return re.sub(r"(^|\.)(\d+)\..*", r"\1\2", name)
 
 
-def clone(model: nn.Module) -> nn.Module:
-    """A deep copy of the weights that shares the processor, which compression never touches.
+def clone(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
+    """A deep copy of the weights, but for `shared` ones, that shares the processor, which compression never touches.
     >>> clone(model).processor is model.processor
     True
     """
     processor = getattr(model, "processor", None)
-    return copy.deepcopy(model, {id(processor): processor})
+    return copy.deepcopy(model, {id(each): each for each in (processor, *shared)})
 
 
 def refuse_encoder_decoder(model: nn.Module) -> None:

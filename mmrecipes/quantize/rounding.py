@@ -76,9 +76,13 @@ def simulate(model: nn.Module, bits: int, per: str = "channel", group_size: int 
 
 
 @torch.no_grad()
-def changed(model: nn.Module, chosen: Mapping[str, Any], change: Callable[[Tensor, Any], Tensor]) -> nn.Module:
-    """A copy in which the weight of each module of `chosen` {name: how} has become `change(weight, how)`."""
-    small = clone(model)
+def changed(
+    model: nn.Module, chosen: Mapping[str, Any], change: Callable[[Tensor, Any], Tensor], share: bool = False
+) -> nn.Module:
+    """A copy in which the weight of each module of `chosen` {name: how} has become `change(weight, how)`; with `share` the others
+    are `model`'s own, which saves memory: for copies that nobody trains."""
+    weights = {id(model.get_submodule(name).weight) for name in chosen}
+    small = clone(model, [p for p in model.parameters() if id(p) not in weights] if share else ())
     for name, how in chosen.items():
         weight = small.get_submodule(name).weight
         weight.copy_(change(weight, how))

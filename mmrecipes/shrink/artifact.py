@@ -64,7 +64,9 @@ def family_code(model: nn.Module) -> str:
     package with all that they need of it. Without PyTorch and, for images, without torchvision."""
     family = family_of(model)
     special = sys.modules[family.images.__module__]
-    shared = {name: m for name, m in vars(special).items() if inspect.ismodule(m) and m.__name__.startswith("mmrecipes.families.")}
+    shared = {
+        name: m for name, m in vars(special).items() if inspect.ismodule(m) and m.__name__.startswith("mmrecipes.families.")
+    }
     sources = errors.UserError, errors.one_line, processors, families.family, *shared.values()
     code = "\n\n".join(inspect.getsource(source) for source in sources) + "\n\nimport sys\n"
     code += "".join(f"{name} = sys.modules[__name__]\n" for name in shared) + inspect.getsource(special)

@@ -52,7 +52,9 @@ def mixed(source: Source, rounded: nn.Module, plan: Mapping[str, int], trial: bo
     new = {
         name: rounded.get_submodule(name).weight if b == 4 else None for name, b in bits.items() if b == 4 or (trial and b == 8)
     }
-    return rounding.changed(source.model, new, lambda w, four: rounding.round_to_nearest(w, 8) if four is None else four)
+    return rounding.changed(
+        source.model, new, lambda w, four: rounding.round_to_nearest(w, 8) if four is None else four, share=True
+    )
 
 
 def costs(source: Source, rounded: nn.Module, four: list[str], rows: Rows) -> list[Cost]:
