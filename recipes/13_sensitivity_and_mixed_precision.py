@@ -46,11 +46,11 @@ def next_token_log_probs(model, batches):
 
 
 def damage(model, layers, batches, reference):
-    """Mean KL divergence from `reference`, in nats, while the weights of `layers` have BITS bits (a scale per channel)."""
+    """Mean KL divergence from `reference`, in nats, while the weights of `layers` are rounded to BITS bits."""
     weights = [layer.weight.data for layer in layers]
     for layer, weight in zip(layers, weights, strict=True):
         scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / (2 ** (BITS - 1) - 1)
-        layer.weight.data = (weight / scale).round() * scale
+        layer.weight.data = (weight / scale).round() * scale  # to nearest: put the rounding that you will ship here
     rounded = next_token_log_probs(model, batches)
     for layer, weight in zip(layers, weights, strict=True):
         layer.weight.data = weight

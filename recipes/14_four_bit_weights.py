@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolVLM-256M-Instruct")
 BITS = 3
 LARGEST_LEVEL = 2 ** (BITS - 1) - 1
-CLIP = 0.7  # of the largest weight: at 3 bits clipping pays, from 4 bits on take 1.0
+CLIP = 0.7 if BITS <= 3 else 1.0  # of the largest weight: with few levels clipping pays
 DAMPING = 0.01  # of the Hessian's mean diagonal, so that it can be inverted
 LANGUAGE_MODELS = ("text_model", "language_model")  # what model families call the part to quantize
 SCENES = 12  # images to calibrate on, with a question each (take a hundred of yours); as many others evaluate
