@@ -8,7 +8,6 @@ no mask, and the cache can stay in the runtime. `inference.load_exported` reads 
 import contextlib
 import functools
 import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -207,7 +206,7 @@ def parity(model: nn.Module, loaded: exported.Exported | ExportedDual, tolerance
 
 def _check(model: nn.Module, loaded: exported.Exported | ExportedDual, runtime: str, precisions: Mapping[str, str]) -> None:
     """ParityError for an export that is broken. How far 4 bits move the logits depends on the model, so where they move far, the
-    export must answer as the model does with the same rounding in PyTorch; a model that loses too much is warned of."""
+    export must answer as the model does with the same rounding in PyTorch; a model that loses too much is refused for that."""
     if precisions["language"] != "int4":
         parity(model, loaded, max(TOLERANCE[p] for p in precisions.values()))
         return
@@ -215,8 +214,8 @@ def _check(model: nn.Module, loaded: exported.Exported | ExportedDual, runtime: 
     if moved > TOLERANCE["mixed"]:
         parity(rounded(model, runtime), loaded, TOLERANCE["mixed"])
     if moved > TOLERANCE["int4"]:
-        cure = "use int8, or `mmrecipes shrink`, which gives 4 bits where they fit"
-        warnings.warn(f"4 bits move this model's logits by {moved:.2g} (relative), more than most models': {cure}", stacklevel=3)
+        why = f"rounding to 4 bits moves this model's logits by {moved:.2g} (relative), in PyTorch, too: it loses too much"
+        raise ParityError(f"{why}, and was not kept; use int8, or `mmrecipes shrink`, which gives 4 bits where they fit")
 
 
 @torch.no_grad()

@@ -170,15 +170,17 @@ def test_weights_that_do_not_divide_into_groups_and_products_with_a_bias_are_pac
     assert found.shape == wanted.shape and np.linalg.norm(found - wanted) < {4: 0.25, 8: 0.03}[bits] * np.linalg.norm(wanted)
 
 
-def test_a_model_that_4_bits_change_too_much_is_kept_with_a_warning(tmp_path):
-    """Random weights do not hold 4 bits; the export answers as the same rounding in PyTorch does."""
+def test_a_model_that_4_bits_change_too_much_is_told_from_a_broken_export(tmp_path):
+    """Random weights do not hold 4 bits: the export answers as the same rounding in PyTorch does, and the refusal says so."""
     model = families.FAMILIES["qwen2_5_vl"]()
-    with pytest.warns(UserWarning, match=r"4 bits move this model's logits by 0\.\d+ .*use int8"):
-        out = export.export(model, tmp_path / "out", "onnx", "int4")
-    loaded = inference.load_exported(out)
-    with pytest.raises(ParityError, match="away from the source's"):
-        export.parity(model, loaded, 0.5)
-    export.parity(export.pipeline.rounded(model, "onnx"), loaded, 0.1)
+    with pytest.raises(ParityError, match=r"4 bits moves this model's logits by 0\.\d+ .*in PyTorch, too.*use int8"):
+        export.export(model, tmp_path / "out", "onnx", "int4")
+    assert not list(tmp_path.iterdir())
+    with export.written(model, tmp_path / "out", "onnx", "int4", (), False) as (aside, _):
+        loaded = inference.load_exported(aside)
+        with pytest.raises(ParityError, match="away from the source's"):
+            export.parity(model, loaded, 0.5)
+        export.parity(export.pipeline.rounded(model, "onnx"), loaded, 0.1)
 
 
 # ---- refusals
