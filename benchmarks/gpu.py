@@ -88,11 +88,11 @@ def qwen(dtype: torch.dtype) -> nn.Module:
 
     rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
     config = Qwen2_5_VLConfig(text_config=QWEN_TEXT | {"rope_parameters": rope}, vision_config=QWEN_VISION)
-    config.tie_word_embeddings = True
     with torch.device("cuda"), no_init_weights():
         model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
         for p in model.parameters():
             p.data.normal_(std=0.02) if p.ndim > 1 else p.data.fill_(1)
+    model.lm_head.weight = model.model.language_model.embed_tokens.weight  # tied, as in the 3B model
     return model.eval()
 
 
