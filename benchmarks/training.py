@@ -39,17 +39,16 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "runs" / "training"
 AT_ONCE = int(os.environ.get("AT_ONCE", max(1, (os.cpu_count() or 1) - 2)))  # processes
 SHORTER = int(os.environ.get("SHORTER", 1))  # so many times less of everything, for a trial
-TAUGHT_STEPS = 600  # of recovery with a teacher; with labels alone more, for as many FLOP
-BUDGET = train.TrainConfig(1000, 16, 0.001, 3e-4)
+TAUGHT_STEPS = 450  # of recovery with a teacher; with labels alone more, for as many FLOP
+BUDGET = train.TrainConfig(700, 16, 0.001, 3e-4)
 IMAGES = {"100": 8, "1000": 77, "10000": 770, "unlimited": None}  # labelled images, of thirteen questions each
 LOGITS_AND_FEATURES = distill.LossWeights()
 
 RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "stages": {
-        "naive": {"way": "naive", "of": 1},
-        "staged, half": {"way": "staged", "of": 2},
-        "naive, half": {"way": "naive", "of": 2},
-        "helpers without stage 1, half": {"way": "helpers", "of": 2},
+        "staged": {"way": "staged", "of": 3},
+        "naive": {"way": "naive", "of": 3},
+        "helpers without stage 1": {"way": "helpers", "of": 3},
     },
     "recovery": {
         f"{start}, {who}": {"start": start, "from": who}
@@ -66,12 +65,12 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 RULES = {
-    "stages": "as many training FLOP as half the committed model's course, or (naive) the whole of it; one seed each",
+    "stages": "as many training FLOP as a third of the committed model's course; one seed each",
     "recovery": f"as many training FLOP, the teacher's included: {TAUGHT_STEPS} steps with a teacher; one seed each",
     "budget": f"{BUDGET.steps} steps of {BUDGET.batch} images; losses of answers and teacher, no patch labels; one seed each",
 }
 PAIRS = {
-    "stages": [("naive, half", "staged, half"), ("helpers without stage 1, half", "staged, half")],
+    "stages": [("naive", "staged"), ("helpers without stage 1", "staged")],
     "recovery": [
         *((f"{start}, labels", f"{start}, teacher") for start in ("scored", "random", "scratch")),
         *((f"{start}, {who}", f"scored, {who}") for start in ("random", "scratch") for who in ("labels", "teacher")),
