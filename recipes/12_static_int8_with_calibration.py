@@ -68,7 +68,7 @@ def main(model_id):
         raise SystemExit(f"MODEL={model_id!r} has no module called one of {VISION_ENCODERS}: add its vision encoder's name there")
     layers = [m for m in encoder.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
     evaluation = [draw_scene(seed) for seed in range(IMAGES)]
-    noise = [Image.effect_noise((512, 512), 80).convert("RGB") for _ in range(IMAGES)]
+    noise = [Image.frombytes("RGB", (512, 512), random.Random(seed).randbytes(3 * 512 * 512)) for seed in range(IMAGES)]
     reference = encode(processor, model, encoder, evaluation)
     for layer in layers:
         quantize_weight_(layer)

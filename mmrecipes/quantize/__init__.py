@@ -1,4 +1,4 @@
-"""Fewer bits: rounding, GPTQ and AWQ, static int8, mixed precision, NF4. Chapter 1 (notebooks 10 to 14)."""
+"""Fewer bits: rounding, GPTQ and AWQ, static int8, mixed precision, NF4. Chapter 1 (notebooks 10 to 17)."""
 
 from mmrecipes.lazy import lazy_exports
 

@@ -1,4 +1,4 @@
-"""Static int8 for vision models on images (N, 3, H, W): calibrated, simulated in float or lowered by PT2E (notebook 12)."""
+"""Static int8 for vision models on images (N, 3, H, W): calibrated, simulated in float or lowered by PT2E (notebooks 12, 17)."""
 
 from collections.abc import Callable, Mapping
 
