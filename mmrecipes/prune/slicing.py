@@ -1,4 +1,4 @@
-"""Smaller hidden sizes: only the principal directions of the hidden states stay (SliceGPT, arXiv:2401.15024; notebook 30)."""
+"""Smaller hidden sizes: only the principal directions of the hidden states stay (SliceGPT, arXiv:2401.15024; notebook 23)."""
 
 import copy
 from collections.abc import Sequence
