@@ -1,7 +1,7 @@
 """What a training plan, a teacher, a start and labels are worth, compared at equal compute: notebooks 02, 21 and 30.
 
-Many runs at once, each a process of its own, on a GPU where there is one (about ten minutes on an H100 with 16 cores; half a day
-on two cores). Each finished run is kept in runs/training; a killed one starts anew. All test questions. Groups:
+Many runs at once, each a process of its own, on a GPU where there is one (about ten minutes on an H100 with 16 cores; hours on
+two cores). Each finished run is kept in runs/training; a killed one goes on at its last checkpoint. All test questions. Groups:
 
     stages     mini-vlm from nothing: in stages, or all at once, for as many FLOP
     recovery   mini-vlm with the FFNs of structured.py, started three ways, trained on labels or by the whole model, as many FLOP
@@ -178,10 +178,8 @@ def stages(way: str, of: int, work: Path) -> dict:
     """mini-vlm from nothing, in STAGES cut to a part, or all at once for as many FLOP."""
     plan = {name: replace(c, steps=max(2, c.steps // of // SHORTER)) for name, c in vlm.STAGES.items()}
     if way == "staged":
-        model = models.load(vlm.train_mini_vlm(work / "model", work, plan))
-        rows = json.loads((work / "model" / "training.json").read_text())
-        log = [r for r in rows if "answer" in r]
-        return {"model": model, "tflop": course_flop(plan) / 1e12, "steps": sum(c.steps for c in plan.values()), "rows": log}
+        told = _plan(work, sum(c.steps for c in plan.values()), course_flop(plan))
+        return told | {"model": models.load(vlm.train_mini_vlm(work / "model", work, plan))}
     processor = mini_model.make_processor()
     model = mini_model.make_model(processor.tokenizer)
     probes = losses.Probes(model.config.vision_config.hidden_size, model.config.text_config.hidden_size)
@@ -196,9 +194,10 @@ def stages(way: str, of: int, work: Path) -> dict:
     each = _mean_flop(both, loss, drawn)
     steps = max(2, round(course_flop(plan) / each))
     drawn = batches.ChatBatches(data.block("mini-vlm/align"), steps, align.batch, processor.tokenizer)
+    told = _plan(work, steps, steps * each)
     train.fit(both, drawn, loss, replace(align, steps=steps), work)
     model.processor = processor
-    return {"model": model.cpu(), "tflop": steps * each / 1e12, "steps": steps, "rows": _rows(work)}
+    return told | {"model": model.cpu()}
 
 
 def course_flop(plan: dict[str, train.TrainConfig]) -> float:
@@ -225,8 +224,8 @@ def recovery(start: str, who: str, work: Path) -> dict:
     flop = {k: _recovery_flop(model, t, chats(steps=2)) for k, t in (("labels", None), ("teacher", teacher))}
     steps = config.steps if who == "teacher" else round(config.steps * flop["teacher"] / flop["labels"])
     config = replace(config, steps=steps)
-    model = distill.recover(model, chats(steps=steps), config, teacher if who == "teacher" else None, work)
-    return {"model": model, "tflop": steps * flop[who] / 1e12, "steps": steps, "rows": _rows(work)}
+    told = _plan(work, steps, steps * flop[who])
+    return told | {"model": distill.recover(model, chats(steps=steps), config, teacher if who == "teacher" else None, work)}
 
 
 def _narrower(teacher: nn.Module, start: str, seen) -> nn.Module:
@@ -265,13 +264,27 @@ def budget(start: str, labels: str, how: str, work: Path) -> dict:
     weights = LOGITS_AND_FEATURES if taught else distill.kd.LABELS_ONLY
     module = distill.kd.StudentWithProjections(models.clone(model).requires_grad_(True), taught or model, learned=bool(taught))
     each = _mean_flop(module, distill.kd.distillation_loss(taught, weights, drawn.answer_loss), drawn)
-    model = distill.distill(model, taught, drawn, config, weights, work)
-    return {"model": model, "tflop": config.steps * each / 1e12, "steps": config.steps, "rows": _rows(work)}
+    told = _plan(work, config.steps, config.steps * each)
+    return told | {"model": distill.distill(model, taught, drawn, config, weights, work)}
 
 
-def _rows(work: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
-    return [r for i, r in enumerate(lines) if i % 10 == 0 or i + 1 == len(lines)]
+def _plan(work: Path, steps: int, flop: float) -> dict:
+    """What a run is about to do, kept for the case that it does not come to its end."""
+    told = {"steps": steps, "tflop": flop / 1e12}
+    models.write_json(work / "plan.json", told)
+    return told
+
+
+def _log(work: Path) -> dict[str, list]:
+    """Every tenth step of a run, or of all its stages with questions, in turn."""
+    parts = [work / stage for stage in vlm.STAGES if (work / stage).is_dir()] or [work]
+    rows = []
+    for part in parts:
+        lines = [json.loads(line) for line in (part / "log.jsonl").read_text().splitlines()]
+        kept = [r for i, r in enumerate(lines) if i % 10 == 0 or i + 1 == len(lines)]
+        rows += [r | ({"stage": part.name} if part != work else {}) for r in kept]
+    keys = [k for k in ("stage", "step", "seconds", "loss", "answer", *families.FAMILIES) if any(k in r for r in rows)]
+    return {key: [row.get(key) for row in rows] for key in keys}
 
 
 # ---- all of them
@@ -290,11 +303,8 @@ def run(group: str, name: str) -> None:
     minutes, model = (time.perf_counter() - begin) / 60, found.pop("model")
     rows = data.test_split(4200 // SHORTER)
     scored = evaluate.vqa(model.to("cuda" if torch.cuda.is_available() else "cpu"), rows, batch_size=200)
-    logged = found.pop("rows")
-    kept = ("step", "seconds", "loss", "answer", *families.FAMILIES)
-    log = {key: [row.get(key) for row in logged] for key in kept}
     row = {"name": name, **given, **found, "minutes": minutes, "parameters": sum(p.numel() for p in model.parameters())}
-    row |= {"accuracy": vars(scored.overall), "families": {f: vars(s) for f, s in scored.families.items()}, "log": log}
+    row |= {"accuracy": vars(scored.overall), "families": {f: vars(s) for f, s in scored.families.items()}, "log": _log(work)}
     models.write_json(WORK / group / f"{name}.json", {"row": row, "right": scored.right, "environment": measure.environment()})
 
 
@@ -323,15 +333,20 @@ def everything(limit_s: float) -> None:
 
 
 def collect() -> dict:
-    """What results/training.json says of the runs that are there."""
+    """What results/training.json says. A run that was stopped has its log, as far as it came, and no accuracy."""
     found: dict[str, Any] = {"environment": None, "groups": {}}
     for group, runs in RUNS.items():
         rows, right = [], {}
-        for name in runs:
-            if (path := WORK / group / f"{name}.json").exists():
+        for name, given in runs.items():
+            path, work = WORK / group / f"{name}.json", WORK / group / name
+            if path.exists():
                 kept = json.loads(path.read_text())
                 rows.append(kept["row"])
                 right[name], found["environment"] = kept["right"], found["environment"] or kept["environment"]
+            elif (work / "plan.json").exists():
+                log = _log(work)
+                told = json.loads((work / "plan.json").read_text())
+                rows.append({"name": name, **given, **told, "stopped": log["step"][-1] + 1, "log": log})
         pairs = {f"{b} against {a}": evaluate.paired(right[a], right[b]) for a, b in PAIRS[group] if a in right and b in right}
         found["groups"][group] = {"rule": RULES[group], "runs": rows, "paired": {k: vars(v) for k, v in pairs.items()}}
     return found

@@ -2,7 +2,7 @@
 
 A region lies between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. README.md has `badges` and `notebooks` (a table from
 results/notebooks.json). results/README.md has `results` (from results/tour.json), `quantization`, `pruning`, `distillation` and
-`adapters` (what chapters 1 to 3 cost) and `bench`. A notebook has `badges` and, if it likes, `cost`.
+`adapters` (what chapters 1 to 3 cost), `training`, `bench` and `gpu`. A notebook has `badges` and, if it likes, `cost`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import gpu_tables
 from recipes import ROOT, heading, repository
 
 UNMEASURED = "Not measured yet: `make results`."
@@ -336,6 +337,13 @@ def result_regions(results: Path) -> dict[str, str]:
     regions = {name: f"{shown}\n\n{measured_on(results, files)}".strip() for name, (shown, files) in tables.items()}
     regions["bench"] = bench_table(bench) if bench["rows"] else "Not measured yet: `make bench`."
     regions["results"] = result_table(tour) if tour["rows"] else UNMEASURED
+    gpu, training = load(results / "gpu.json"), load(results / "training.json")
+    regions["gpu"] = UNMEASURED
+    if "generation" in gpu:
+        regions["gpu"] = f"{gpu_tables.rows_of(gpu, table)}\n\n{measured_on(results, ['gpu.json'])}"
+    regions["training"] = UNMEASURED
+    if "groups" in training:
+        regions["training"] = f"{gpu_tables.training(training, table)}\n\n{measured_on(results, ['training.json'])}"
     return regions
 
 
