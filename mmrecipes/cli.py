@@ -107,14 +107,14 @@ def _shrink(
 
 @app.command("train")
 def _train(
-    name: Annotated[str, Argument(help="the house model to train: mini-vlm, mini-siglip or mini-cnn")],
+    name: Annotated[str, Argument(help="the house model to train: mini-vlm, mini-siglip, mini-cnn or mini-resampler")],
     out: Annotated[Path | None, Option(help="where the model goes; default: data/models/NAME")] = None,
     work: Annotated[Path | None, Option(help="checkpoints and log; run again to resume; default: runs/NAME")] = None,
     device: Annotated[str | None, Option(help="cpu or cuda; default: cuda where there is one")] = None,
     steps: Annotated[int, Option(help="optimizer steps of mini-cnn, batch 32", min=1)] = 900,
 ) -> None:
-    """Train a house model from nothing. Interrupted, it resumes from its last checkpoint."""
-    from mmrecipes.mini import cnn, siglip, vlm
+    """Train a house model; mini-resampler goes on from mini-vlm. Interrupted, it resumes from its last checkpoint."""
+    from mmrecipes.mini import cnn, resampler, siglip, vlm
 
     out, work = out or Path("data/models") / name, work or Path("runs") / name
     if name == "mini-vlm":
@@ -123,8 +123,10 @@ def _train(
         wrote = siglip.train_mini_siglip(out, work, device=device)
     elif name == "mini-cnn":
         wrote = cnn.train_mini_cnn(out, work, replace(cnn.CONFIG, steps=steps, device=device))
+    elif name == "mini-resampler":
+        wrote = resampler.train_mini_resampler(out, work, device=device)
     else:
-        raise UserError(f"no house model {name!r} to train; expected mini-vlm, mini-siglip or mini-cnn")
+        raise UserError(f"no house model {name!r} to train; expected mini-vlm, mini-siglip, mini-cnn or mini-resampler")
     echo(f"wrote {wrote}")
 
 

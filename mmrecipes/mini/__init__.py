@@ -1,7 +1,8 @@
-"""The models that come with the book (`mini-vlm`, `mini-siglip`, `mini-cnn`): classes, data and training (notebook 02)."""
+"""The models of the book (`mini-vlm`, `mini-siglip`, `mini-cnn`, `mini-resampler`): classes, data and training (notebook 02)."""
 
 from mmrecipes.lazy import lazy_exports
 
 __getattr__, __dir__, __all__ = lazy_exports(
-    __name__, dict.fromkeys(("batches", "clevr", "cnn", "curriculum", "labels", "losses", "model", "siglip", "vlm"), "")
+    __name__,
+    dict.fromkeys(*(("batches", "clevr", "cnn", "curriculum", "labels", "losses", "model", "resampler", "siglip", "vlm"), "")),
 )

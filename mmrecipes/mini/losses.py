@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -90,16 +90,11 @@ def answer_loss(
     with torch.no_grad() if frozen else torch.enable_grad():
         features = core.vision_model(batch.images).last_hidden_state
     visual = core.connector(features)
-    embeds = core.inputs_merger(ids, core.get_input_embeddings()(ids), visual.flatten(0, 1))
-    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
-    same = segments[:, :, None] == segments[:, None, :]
-    mask = (causal & (same | (segments == 0)[:, None, :]))[:, None]
-    settings = {"position_ids": batch.positions, "use_cache": False, "output_hidden_states": probes is not None}
-    out = core.text_model(inputs_embeds=embeds, attention_mask=mask, **settings)
+    out, mask = packed_pass(core, visual, batch, hidden=probes is not None)
     here = batch.answers[:, 1:] >= 0  # the token before an answer's token predicts it
     logits, want = model.lm_head(out.last_hidden_state[:, :-1][here]), batch.answers[:, 1:][here]
     loss = F.cross_entropy(logits.float(), want)
-    logs = {"answer": loss.item(), **_family_accuracy(logits.argmax(-1) == want, here, segments[:, 1:], batch.kinds)}
+    logs = {"answer": loss.item(), **family_accuracy(logits.argmax(-1) == want, here, segments[:, 1:], batch.kinds)}
     if align:
         table = F.normalize(core.get_input_embeddings().weight[word_ids.to(ids.device)].float(), dim=-1)
         match = 16 * F.normalize(visual.float(), dim=-1) @ table.T - 5
@@ -116,6 +111,20 @@ def answer_loss(
             kept, accuracy = probes.patches(features, batch.labels, batch.centres, char=3.0)
             loss, logs = loss + 0.2 * kept, logs | {f"patch_{k}": v for k, v in accuracy.items()}
     return loss, logs
+
+
+def packed_pass(core: nn.Module, visual: Tensor, batch: ChatBatch, hidden: bool = False) -> tuple[Any, Tensor]:
+    """The language model over packed questions, with visual tokens (B, N, D) in their places: its output, with all its hidden
+    states if asked for, and the mask (B, 1, T, T): a question's tokens see the image and their own past, no other question."""
+    ids, segments = batch.ids, batch.segments
+    embeds = core.get_input_embeddings()(ids)
+    at = (ids == core.config.image_token_id)[..., None].expand_as(embeds)
+    embeds = embeds.masked_scatter(at, visual.to(embeds.dtype))
+    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+    same = segments[:, :, None] == segments[:, None, :]
+    mask = (causal & (same | (segments == 0)[:, None, :]))[:, None]
+    settings = {"position_ids": batch.positions, "use_cache": False, "output_hidden_states": hidden}
+    return core.text_model(inputs_embeds=embeds, attention_mask=mask, **settings), mask
 
 
 def name_positions(batch: ChatBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,7 +189,7 @@ def head_attention(run: LanguagePass, layer: int, head: int, row: Tensor, at: Te
     return scores.masked_fill(~run.mask[row, 0, at], -torch.inf).log_softmax(-1)
 
 
-def _family_accuracy(right: Tensor, here: Tensor, segments: Tensor, kinds: Tensor) -> dict[str, float]:
+def family_accuracy(right: Tensor, here: Tensor, segments: Tensor, kinds: Tensor) -> dict[str, float]:
     """Share of questions of each family with every answer token right. Batches are never seen twice: this is held-out."""
     row = torch.arange(len(here), device=here.device)[:, None].expand_as(here)
     question = (row * kinds.shape[1] + segments - 1)[here]

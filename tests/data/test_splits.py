@@ -9,7 +9,7 @@ import pytest
 
 from mmrecipes import data, models, train
 from mmrecipes.data import scenes
-from mmrecipes.mini import cnn, curriculum, siglip, vlm
+from mmrecipes.mini import cnn, curriculum, resampler, siglip, vlm
 from mmrecipes.mini.batches import VisionBatches
 
 # longer and larger than any training of the book, and as small and short as its tests
@@ -42,6 +42,8 @@ def trainings(tokenizer):
             yield f"{purpose} captions", curriculum.caption_batches(purpose, c, tokenizer)
         for replay in (False, True):
             yield "lora chat", curriculum.novel_batches(c, tokenizer, replay)
+    for c in (*CONFIGS, *resampler.STAGES.values()):
+        yield "mini-resampler chat", resampler.ResizedChats(data.block("mini-resampler/chat"), c.steps, c.batch, tokenizer)
 
 
 def test_no_scene_is_drawn_for_two_purposes(drawn):
