@@ -53,6 +53,8 @@ VARIANTS = {
     "ours: ONNX Runtime int4, vision static": ("onnx", "static"),
     "ours: OpenVINO int4": ("openvino", "int4"),
     "ours: OpenVINO int4, vision static": ("openvino", "static"),
+    "ours: vision static in OpenVINO, ONNX Runtime int8": ("mixed", "int8"),
+    "ours: vision static in OpenVINO, ONNX Runtime int4": ("mixed", "int4"),
     "ours: ExecuTorch int8": ("executorch", "int8"),
 }
 NOTES = ["OpenVINO GenAI has no row: its VLMPipeline (2026.4.1) ends with \"Unsupported 'idefics3' VLM model type\"."]
@@ -98,9 +100,11 @@ def prepare(runtime: str, how: str) -> None:
         peer_exports.plain_onnx(model, out, how.removeprefix("plain-"))
     elif how.startswith("nncf-"):
         peer_exports.plain_openvino(model, out, how.removeprefix("nncf-"))
-    elif how == "static":
+    elif how == "static" or runtime == "mixed":
         seen = [scenes.render(scenes.make_scene(seed), 512) for seed in range(10, 14)]
-        with export.written(model, out, runtime, {"vision": "static", "language": "int4"}, seen, False):
+        where = {"vision": "openvino", "language": "onnx"} if runtime == "mixed" else runtime
+        precisions = {"vision": "static", "language": "int4" if how == "static" else how}
+        with export.written(model, out, where, precisions, seen, False):
             pass
     elif how == "fp32":
         export.export(model, out, runtime, how)

@@ -40,7 +40,7 @@ def plain_onnx(model, out: Path, how: str) -> None:
                 found.model.save_model_to_file(str(graph))
     for graph in graphs.values():
         strip_metadata(graph)
-    export.write_manifest(model, out, export.BACKENDS["onnx"], {"vision": how, "language": how})
+    export.write_manifest(model, out, "onnx", {"vision": how, "language": how})
 
 
 def fuse(graph: Path, config) -> None:
@@ -74,4 +74,4 @@ def plain_openvino(model, out: Path, how: str) -> None:
         ov.save_model(small, out / "small.xml", compress_to_fp16=False)
         for ending in ("xml", "bin"):
             (out / f"small.{ending}").replace(out / f"{part}.{ending}")
-    export.write_manifest(model, out, export.BACKENDS["openvino"], {"vision": how, "language": how})
+    export.write_manifest(model, out, "openvino", {"vision": how, "language": how})

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from importlib import metadata
 
 from bench_row import CHECKPOINT, QUESTION, ROOT, THREADS, WORK
@@ -64,16 +65,14 @@ def _medians(runs: dict) -> dict[str, dict[str, float]]:
     """Interleaved; {"median", "low", "high"} of each."""
     import numpy as np
 
-    from mmrecipes.measure import clock
-
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(1 + ROUNDS):
         for name, run in runs.items():
             if times[name] and times[name][0] > LONG_MS:
                 continue
-            begin = clock()
+            begin = time.perf_counter()
             run()
-            times[name].append(clock() - begin)
+            times[name].append(1e3 * (time.perf_counter() - begin))
     quartiles = {name: np.quantile(t[1:] or t, (0.5, 0.25, 0.75)).tolist() for name, t in times.items()}
     return {name: dict(zip(("median", "low", "high"), q, strict=True)) for name, q in quartiles.items()}
 

@@ -93,7 +93,7 @@ def _shrink(
     out: Annotated[Path, Option(help="the directory to write: model, report.html, report.json, example.py")],
     budget: Annotated[str | None, Option(help="size of the weights: a fraction of float32, 0.25x, or 80MB")] = None,
     max_loss: Annotated[float | None, Option(help="points that may be lost; default: 1 of accuracy, 5 of agreement")] = None,
-    runtime: Annotated[str, Option(help="onnx, openvino, executorch or torch")] = "onnx",
+    runtime: Annotated[str, Option(help="onnx, openvino, executorch, torch; auto: onnx, vision where fastest")] = "onnx",
     calib: Annotated[Path | None, Option(help="a folder of images to calibrate on")] = None,
     images: Annotated[Path | None, Option(help="a folder of images to verify on, questions.jsonl optional")] = None,
     n: Annotated[int | None, Option("-n", "--n", help="questions to verify on; default: what 2 minutes allow", min=2)] = None,

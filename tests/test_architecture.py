@@ -130,7 +130,7 @@ def test_sizes():
     """The notebooks are the book; the package behind them stays thin."""
     core = [p for p in FILES if top(module_name(p)) in CORE]
     assert line_count(core) <= 2_500
-    assert line_count(sorted(PACKAGE.rglob("*.py"))) <= 13_100
+    assert line_count(sorted(PACKAGE.rglob("*.py"))) <= 13_300
     for path in FILES:
         assert line_count([path]) <= 300, path
 
@@ -145,6 +145,7 @@ def test_functions_are_short_and_take_few_arguments(path):
         arguments = [a for a in arguments if a not in ("self", "cls")]
         # a command's options, and signatures that a library prescribes, are not ours to choose
         prescribed = path.name == "cli.py" or node.name in ("attend", "scaled_dot_product_attention")
+        prescribed |= path.name.startswith("modeling_") and node.name == "forward"
         assert prescribed or len(arguments) <= 6, f"{node.name}{arguments}"
 
 

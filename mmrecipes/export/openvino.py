@@ -16,21 +16,21 @@ from mmrecipes.quantize.groups import GROUP, on_grid, pack
 def write_openvino(
     model: nn.Module, folder: Path, precisions: Mapping[str, str], runs: Sequence[Mapping[str, np.ndarray]], batches: bool = False
 ) -> None:
-    """Write both graphs to `folder`, each in its precision; "static" looks at `runs` of the vision graph. Raises as `export`."""
+    """Write the graphs that `precisions` names to `folder`; "static" looks at `runs` of the vision graph. Raises as `export`."""
     require("openvino", "nncf")
     import openvino as ov
     from transformers.exporters.exporter_openvino import OpenVINOConfig
 
-    encoder, image, free = wrappers.vision_graph(model)
-    decoder, example, axes = wrappers.language_wrapper(model, batches)
-    config = OpenVINOConfig(dynamic_shapes=axes)
-    makers = {  # one after the other: of a large model each copy counts
-        "vision": lambda: _vision(encoder.eval(), image, free),
-        "language": lambda: _language(decoder, example, config),
-    }
-    for part, make in makers.items():
+    for part, precision in precisions.items():  # one after the other: of a large model each copy counts
         with quiet.library_logs(), torch.no_grad():
-            ov.save_model(_quantized(make(), precisions[part], runs), folder / f"{part}.xml", compress_to_fp16=False)
+            if part == "vision":
+                encoder, image, free = wrappers.vision_graph(model)
+                graph = _vision(encoder.eval(), image, free)
+            else:
+                decoder, example, axes = wrappers.language_wrapper(model, batches)
+                graph = _language(decoder, example, OpenVINOConfig(dynamic_shapes=axes))
+            ov.save_model(_quantized(graph, precision, runs), folder / f"{part}.xml", compress_to_fp16=False)
+        del graph
 
 
 def write_encoder(encoder: nn.Module, example: dict[str, torch.Tensor], free: dict, precision: str, path: Path) -> None:

@@ -27,7 +27,7 @@ from mmrecipes.export.onnx.backend import write_onnx
 from mmrecipes.export.openvino import write_openvino
 from mmrecipes.export.wrappers import check_float32, family_of, vision_inputs
 from mmrecipes.inference import exported
-from mmrecipes.inference.backends import PACKAGES, PARTS
+from mmrecipes.inference.backends import PACKAGES, PARTS, runtimes
 from mmrecipes.inference.dual import ExportedDual
 from mmrecipes.models import modules
 from mmrecipes.models.saving import directory_aside
@@ -63,48 +63,60 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.25, "static": 0.25, "mixed": 0
 def export(
     model: nn.Module,
     out: str | Path,
-    runtime: str = "onnx",
+    runtime: str | Mapping[str, str] = "onnx",
     precision: str | Mapping[str, str] = "fp32",
     images: Sequence[Image.Image | str | Path] = (),
     batches: bool = False,
 ) -> Path:
     """Write `model` (float32, as `models.load` gives it) to directory `out`, for a `runtime` of BACKENDS. Returns `out`.
-    `precision` is one for both parts or {"vision": ..., "language": ...}, of those that the backend has; "static" fixes ranges on
-    `images`, a dozen like those to come. With `batches` it also answers several conversations together (`generate_batch`), and
-    takes a little longer for one. A dual encoder (CLIP, SigLIP) becomes two graphs that end in unit vectors, in fp32, int8 or
-    bf16 (OpenVINO), of batches always. All or nothing: `out` appears, or takes an older export's place, once the graphs answer
-    as `model` does (`parity`; ParityError), with weights of 4 bits as `rounded` does.
+    `runtime` and `precision` are one for both parts or {"vision": ..., "language": ...}, a precision one of those that its
+    backend has; "static" fixes ranges on `images`, a dozen like those to come. With `batches` it also answers several
+    conversations together (`generate_batch`), and takes a little longer for one. A dual encoder (CLIP, SigLIP) becomes two
+    graphs that end in unit vectors, in fp32, int8 or bf16 (OpenVINO), of batches always. All or nothing: `out` appears, or takes
+    an older export's place, once the graphs answer as `model` does (`parity`; ParityError), with weights of 4 bits as `rounded`.
     Raises UserError for an architecture, dtype or directory that it cannot take; ImportError where a package is missing.
     """
     with written(model, out, runtime, precision, images, batches) as (aside, precisions):
-        _check(model, exported.load_exported(aside), runtime, precisions)
+        _check(model, exported.load_exported(aside), runtimes(runtime)["language"], precisions)
     return Path(out).expanduser().resolve()
 
 
 @contextlib.contextmanager
 def written(
-    model: nn.Module, out: str | Path, runtime: str, precision: str | Mapping[str, str], images: Sequence, batches: bool
+    model: nn.Module,
+    out: str | Path,
+    runtime: str | Mapping[str, str],
+    precision: str | Mapping[str, str],
+    images: Sequence,
+    batches: bool,
 ) -> Iterator[tuple[Path, dict[str, str]]]:
     """A directory beside `out` with the graphs and the manifest, and the precision of each part; it becomes `out` in the end.
     Without `parity`: for timings of random weights, whose rounded logits prove nothing."""
-    if runtime not in BACKENDS:
-        raise UserError(f"export: runtime={runtime!r}; expected one of {', '.join(BACKENDS)}")
-    supported(model, runtime)
-    backend = (DUALS if dual.is_dual(model) else BACKENDS)[runtime]
+    by_part = runtimes(runtime)
+    for name in dict.fromkeys(by_part.values()):
+        if name not in BACKENDS:
+            raise UserError(f"export: runtime={name!r}; expected one of {', '.join(BACKENDS)}")
+        supported(model, name)
+    if len(set(by_part.values())) > 1 and (dual.is_dual(model) or "executorch" in by_part.values()):
+        raise UserError(f"export: runtime={by_part}; two runtimes are for models that answer, and onnx and openvino")
+    backends = DUALS if dual.is_dual(model) else BACKENDS
     precisions = dict(precision) if isinstance(precision, Mapping) else dict.fromkeys(PARTS, precision)
     if precision == "int4":
         precisions["vision"] = "int8"  # 4-bit weights do not pay where hundreds of patches share them
-    for part, known in (("vision", backend.vision), ("language", backend.language)):
+    for part, name in by_part.items():
+        known = getattr(backends[name], part)
         if precisions.get(part) not in known:
-            raise UserError(f"precision of {part} for {runtime}: {precisions.get(part)!r}; expected one of {', '.join(known)}")
-    if batches and runtime == "executorch":
+            raise UserError(f"precision of {part} for {name}: {precisions.get(part)!r}; expected one of {', '.join(known)}")
+    if batches and "executorch" in by_part.values():
         raise UserError("export: batches in executorch, whose cache holds one conversation; use onnx or openvino")
     if (precisions["vision"] == "static") != bool(len(images)):
         raise UserError(f"export: {len(images)} images for vision in {precisions['vision']}; 'static' takes some, others none")
     with directory_aside(out) as aside:
         runs = [run for image in images for run in vision_inputs(model, [image])]
-        backend.write(model, aside, precisions, runs, batches)
-        write_manifest(model, aside, backend, precisions, batches)
+        for name in dict.fromkeys(by_part.values()):
+            own = {part: precisions[part] for part in PARTS if by_part[part] == name}
+            backends[name].write(model, aside, own, runs, batches)
+        write_manifest(model, aside, runtime, precisions, batches)
         yield aside, precisions
 
 
@@ -126,9 +138,12 @@ def supported(model: nn.Module, runtime: str = "onnx") -> None:
         raise UserError(f"export: {name} has no .processor with a chat template; load it with models.load")
 
 
-def write_manifest(model: nn.Module, folder: Path, backend: Backend, precisions: Mapping[str, str], batches=False) -> None:
+def write_manifest(
+    model: nn.Module, folder: Path, runtime: str | Mapping[str, str], precisions: Mapping[str, str], batches: bool = False
+) -> None:
     """Write to `folder`, which holds the graphs, what else an answer needs: processor, configs, manifest."""
-    graphs = [p for p in sorted(folder.iterdir()) if p.is_file()]
+    graphs, by_part = [p for p in sorted(folder.iterdir()) if p.is_file()], runtimes(runtime)
+    same = len(set(by_part.values())) == 1
     model.processor.save_pretrained(folder)
     if not dual.is_dual(model):
         model.generation_config.save_pretrained(folder)
@@ -140,13 +155,13 @@ def write_manifest(model: nn.Module, folder: Path, backend: Backend, precisions:
     else:
         model.config.save_pretrained(folder)
     manifest = {
-        "format": exported.FORMAT,
-        "runtime": backend.name,
+        "format": 3 if same else exported.FORMAT,  # so that yesterday's readers take what they can
+        "runtime": by_part["language"] if same else by_part,
         "precision": dict(precisions),
         "source": model.name_or_path or type(model).__name__,
         "class": type(model).__name__,
-        **(dual.facts(model) if dual.is_dual(model) else {"batches": batches} | facts(model, backend)),
-        "versions": {n: metadata.version(n) for n in ("torch", "transformers", PACKAGES[backend.name])},
+        **(dual.facts(model) if dual.is_dual(model) else {"batches": batches} | facts(model, by_part["language"])),
+        "versions": {n: metadata.version(n) for n in ("torch", "transformers", *(PACKAGES[r] for r in by_part.values()))},
         "bytes": {p.name: p.stat().st_size for p in graphs},
         "sha256": {p.name: exported.sha256(p) for p in sorted(folder.iterdir()) if p.is_file()},
     }
@@ -161,7 +176,7 @@ def _save_image_token(model: nn.Module, folder: Path) -> None:
         np.save(folder / exported.IMAGE_TOKEN, row.numpy())
 
 
-def facts(model: nn.Module, backend: Backend) -> dict[str, object]:
+def facts(model: nn.Module, runtime: str) -> dict[str, object]:
     """What the manifest says of a model that answers."""
     longest = model.config.get_text_config().max_position_embeddings
     return {
@@ -170,7 +185,7 @@ def facts(model: nn.Module, backend: Backend) -> dict[str, object]:
         "generation": exported.generation_rules(model.generation_config),
         "image_token_id": model.config.image_token_id,
         "eos_token_ids": sorted(eos_token_ids(model)),
-        "max_length": max_length(model) if backend.name == "executorch" else longest,
+        "max_length": max_length(model) if runtime == "executorch" else longest,
     }
 
 

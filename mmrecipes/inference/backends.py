@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -79,13 +79,17 @@ def left_padded(caches: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
 
 
 class OnnxGraphs:
-    """vision.onnx and language.onnx in ONNX Runtime. The KV cache stays in the runtime's memory from step to step; where the
-    graph takes its length, in buffers with room for more, so that a step copies nothing of it."""
+    """vision.onnx and language.onnx, or the one that `precision` names, in ONNX Runtime. The KV cache stays in its memory from
+    step to step; where the graph takes its length, in buffers with room for more, so that a step copies nothing of it."""
 
     def __init__(self, folder: Path, precision: dict[str, str], threads: int | None):
         from onnxruntime import OrtValue
 
-        self.vision, self.language = (onnx_session(folder / f"{part}.onnx", threads or 0) for part in PARTS)
+        sessions = {part: onnx_session(folder / f"{part}.onnx", threads or 0) for part in precision}
+        self.vision = sessions.get("vision")
+        if "language" not in sessions:
+            return
+        self.language = sessions["language"]
         self.value = OrtValue.ortvalue_from_numpy
         given = {i.name: i for i in self.language.get_inputs()}
         features, past = given["image_features"], [i for name, i in given.items() if name.startswith("input.")]
@@ -162,7 +166,11 @@ class OpenVinoGraphs:
     """As `OnnxGraphs`, with vision.xml and language.xml in OpenVINO. The KV cache is the language graph's own state."""
 
     def __init__(self, folder: Path, precision: dict[str, str], threads: int | None):
-        self.vision, self.language = (openvino_request(folder / f"{part}.xml", precision[part], threads) for part in PARTS)
+        requests = {part: openvino_request(folder / f"{part}.xml", precision[part], threads) for part in precision}
+        self.vision = requests.get("vision")
+        if "language" not in requests:
+            return
+        self.language = requests["language"]
         width = self.language.get_compiled_model().input("image_features").get_partial_shape()[1]
         self.no_image = np.zeros((1, width.get_length() if width.is_static else 1), np.float32)
         ports = self.language.get_compiled_model().inputs
@@ -229,3 +237,21 @@ class ExecutorchGraphs:
 
 
 GRAPHS = {"onnx": OnnxGraphs, "openvino": OpenVinoGraphs, "executorch": ExecutorchGraphs}
+
+
+def runtimes(runtime: str | Mapping[str, str]) -> dict[str, str]:
+    """Which runtime runs each part, from what a manifest says: one for both, or {"vision": ..., "language": ...}.
+    >>> runtimes("onnx")
+    {'vision': 'onnx', 'language': 'onnx'}
+    """
+    return dict.fromkeys(PARTS, runtime) if isinstance(runtime, str) else dict(runtime)
+
+
+def load_graphs(folder: Path, manifest: Mapping[str, Any], threads: int | None) -> Any:
+    """What runs the files in `folder`: a GRAPHS of one runtime, or of the language model's with the vision encoder of another."""
+    by_part, precision = runtimes(manifest["runtime"]), manifest["precision"]
+    if len(set(by_part.values())) == 1:
+        return GRAPHS[by_part["language"]](folder, precision, threads)
+    vision, language = (GRAPHS[by_part[part]](folder, {part: precision[part]}, threads) for part in PARTS)
+    language.encode = vision.encode
+    return language

@@ -11,13 +11,13 @@ import numpy as np
 from mmrecipes import families
 from mmrecipes.errors import ParityError, UserError, one_line, require
 from mmrecipes.inference import dual
-from mmrecipes.inference.backends import GRAPHS, PACKAGES, PARTS
+from mmrecipes.inference.backends import GRAPHS, PACKAGES, PARTS, load_graphs, runtimes
 from mmrecipes.models.messages import conversation
 from mmrecipes.models.processors import load_processor
 
 MANIFEST = "mmrecipes_export.json"
 IMAGE_TOKEN = "image_token.npy"  # its own embedding (1, D): a model may generate the placeholder, and no image is there then
-FORMAT = 3  # of the manifest; a newer one is refused
+FORMAT = 4  # of the manifest; a newer one is refused. 4: a runtime for each part
 # format 1 was called like transformers' own manifest, and had other names for these
 OLD_MANIFEST, OLD_KEYS = "export.json", {"stop": "eos_token_ids", "longest": "max_length"}
 
@@ -42,7 +42,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = {"family": "idefics3" if "Idefics3" in manifest["class"] else "tiles", "settings": {}} | manifest
         if manifest["family"] not in families.BY_NAME:
             raise UserError(f"{folder}: of a family {manifest['family']!r} that is not known here; upgrade mmrecipes")
-        if manifest["runtime"] not in GRAPHS:
+        if not set(runtimes(manifest["runtime"]).values()) <= set(GRAPHS):
             raise UserError(f"{folder}: exported for {manifest['runtime']!r}; expected one of {', '.join(GRAPHS)}")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: not readable ({one_line(e, 80)}); export the model again") from e
@@ -66,17 +66,18 @@ class Exported:
 
     def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None, graphs: Callable[..., Any] | None = None):
         """`graphs` makes what runs the files, where they are not in our own layout."""
-        package = PACKAGES[manifest["runtime"]]
-        require(package)
+        packages = list(dict.fromkeys(PACKAGES[runtime] for runtime in runtimes(manifest["runtime"]).values()))
+        require(*packages)
         self.folder, self.manifest = folder, manifest
         self.family, self.settings = families.BY_NAME[manifest["family"]], manifest["settings"]
         self.processor = load_processor(folder)
         try:
-            self.graphs = (graphs or GRAPHS[manifest["runtime"]])(folder, manifest["precision"], threads)
+            made = graphs(folder, manifest["precision"], threads) if graphs else load_graphs(folder, manifest, threads)
+            self.graphs = made
         except UserError:
             raise
         except Exception as e:  # the runtimes' own kinds, without a common parent
-            raise UserError(f"{folder}: {package} cannot load it ({one_line(e)}); export the model again") from e
+            raise UserError(f"{folder}: {' and '.join(packages)} cannot load it ({one_line(e)}); export the model again") from e
         if (folder / IMAGE_TOKEN).is_file():  # of DeepStack's further layers: nothing
             row = np.load(folder / IMAGE_TOKEN)
             self.graphs.no_image[:, : row.shape[1]] = row

@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from mmrecipes.errors import UserError
 from mmrecipes.evaluate.statistics import wilson
 from mmrecipes.export import pipeline
 from mmrecipes.export.wrappers import family_of
-from mmrecipes.inference.backends import PACKAGES
-from mmrecipes.inference.exported import Exported, load_exported
+from mmrecipes.inference.backends import PACKAGES, runtimes
+from mmrecipes.inference.exported import MANIFEST, Exported, load_exported, read_manifest
 from mmrecipes.measure import machine, memory, process, size, timing
 from mmrecipes.models import processors, prompts
 from mmrecipes.quantize import nf4
@@ -51,11 +51,19 @@ def open_artifact(made: Path, runtime: str) -> nn.Module | Exported:
     return nf4.load_nf4(made) if runtime == "torch" else load_exported(made)
 
 
+def ran_by(made: Path) -> str:
+    """ "torch", one of the runtimes, or both of an export whose parts have two: "openvino_onnx"."""
+    if not (made / MANIFEST).is_file():
+        return "torch"
+    return "_".join(dict.fromkeys(runtimes(read_manifest(made)["runtime"]).values()))
+
+
 def example_code(runtime: str) -> str:
     """A script that asks the model beside it, with public libraries only; for an exported one `load` of its runtime is put in."""
     if runtime == "torch":
         return _example("torch")
-    code = _example("exported").replace("RUNTIME", PACKAGES[runtime] + (", torch" if runtime == "executorch" else ""))
+    packages = ", ".join(PACKAGES[name] for name in runtime.split("_"))
+    code = _example("exported").replace("RUNTIME", packages + (", torch" if runtime == "executorch" else ""))
     return code.replace("from mmrecipes.shrink.examples.onnx import load, np\n", _example(runtime))
 
 
@@ -83,7 +91,7 @@ def measured(source: Source, made: Path, verify: Evaluator, found: Mapping[str, 
     """Put example.py and an image into `made`, run it, and time original and result side by side.
     {"table": a Comparison of both, "times": milliseconds, "example": question and answer}
     """
-    base, runtime, loss = source.model, source.runtime, found["loss"]
+    base, runtime, loss = source.model, ran_by(made), found["loss"]
     image, question = verify.rows[0]["image"].convert("RGB"), verify.rows[0]["question"]
     image.save(made / IMAGE)
     (made / EXAMPLE).write_text(example_code(runtime), encoding="utf-8")
@@ -94,6 +102,8 @@ def measured(source: Source, made: Path, verify: Evaluator, found: Mapping[str, 
         peak = process.profile_exported(made, image, question, NEW_TOKENS, 1)["peak_mb"]
     small, inputs, notes = open_artifact(made, runtime), prompts.chat(base, image, question), []
     given = prompts.chat(small, image, question) if isinstance(small, nn.Module) else small.inputs(image, question)
+    if "vision" in found:
+        notes.append(_vision_note(found["vision"]))
     # interleaved, so that other programs hit both
     times = timing.interleaved({"before": lambda: _timed(base, inputs), "after": lambda: _timed(small, given)}, 5, 1)
     times = {name: {stage: spread["median"] for stage, spread in spent.items()} for name, spent in times.items()}
@@ -107,7 +117,12 @@ def measured(source: Source, made: Path, verify: Evaluator, found: Mapping[str, 
             f"The source's own files take {source.own_bytes / 1e6:.2f} MB; disk MB of the original are those in float32."
         )
     before = {"name": "original, float32", "peak_mb": peak_before, "disk_mb": source.float_bytes / 1e6}
-    after = {"name": f"shrunk, {runtime}", "peak_mb": peak, "disk_mb": found["bytes"] / 1e6, loss.measure: loss.share}
+    after = {
+        "name": f"shrunk, {runtime.replace('_', ' and ')}",
+        "peak_mb": peak,
+        "disk_mb": found["bytes"] / 1e6,
+        loss.measure: loss.share,
+    }
     for row, spent in zip((before, after), times.values(), strict=True):
         row |= {"ttft_ms": spent["ttft_ms"], "tokens_per_s": 1e3 / spent["ms_a_token"]}
     if loss.paired:
@@ -119,6 +134,13 @@ def measured(source: Source, made: Path, verify: Evaluator, found: Mapping[str, 
     notes.append(f"peak MB: a fresh process that loads the model and answers, its libraries included{without}.")
     table = comparison.Comparison([before, after], machine.environment(), notes)
     return {"table": table, "times": times, "example": {"question": question, "answer": answer}}
+
+
+def _vision_note(tried: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        f"{row['runtime']} {row['precision']} {row['ms']['median']:.0f} ms{' (kept)' if row['kept'] else ''}" for row in tried
+    ]
+    return f"One image through the vision encoder on this machine: {', '.join(rows)}."
 
 
 @torch.inference_mode()

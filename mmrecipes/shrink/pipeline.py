@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from torch import nn
 from mmrecipes import quiet
 from mmrecipes.errors import UserError, require, unsupported
 from mmrecipes.evaluate import generation
-from mmrecipes.export import pipeline
+from mmrecipes.export import fastest, pipeline
+from mmrecipes.measure import size as measured_size
 from mmrecipes.models import loading, prompts
 from mmrecipes.models.modules import parts
 from mmrecipes.models.prompts import Rows
@@ -32,7 +34,7 @@ from mmrecipes.shrink.candidates import STEPS, Candidate, best, costs, eligible_
 from mmrecipes.shrink.fidelity import Evaluator, Loss, make_evaluator
 from mmrecipes.shrink.source import Source, budget_bytes
 
-RUNTIMES = (*pipeline.BACKENDS, "torch")
+RUNTIMES = (*pipeline.BACKENDS, "torch", "auto")  # auto: onnx, and its vision encoder where that runs fastest here
 MAX_LOSS = {"accuracy": 1.0, "agreement": 5.0}  # points; another token is often as good, so more of these may differ
 
 
@@ -77,6 +79,7 @@ class Search:
     verify: Evaluator
     limit: float  # points that may be lost
     budget: int | None  # bytes
+    images: Sequence[Any]  # a dozen, to fix ranges on
 
 
 def run(request: Request, dry_run: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -85,15 +88,15 @@ def run(request: Request, dry_run: bool = False, console: Console | None = None)
     the user can mend, and where the loss is above what was allowed: then nothing is written.
     """
     console, out = console or Console(), Path(request.out).expanduser().resolve()
-    stage = _Stages(console, 5 if dry_run else 8)
+    stage = _Stages(console, 5 if dry_run else 8 + (request.runtime == "auto"))
     check_request(request)
     with stage("loading the model"):
-        source = Source(loading.load(request.model), request.runtime)
+        source = Source(loading.load(request.model), "onnx" if request.runtime == "auto" else request.runtime)
         stage.model = type(source.model).__name__
         if "head" not in parts(source.model):
             raise UserError(f"shrink: {stage.model} compares images with texts; give a model that answers, or use export.export")
         if request.runtime != "torch":
-            pipeline.supported(source.model, request.runtime)
+            pipeline.supported(source.model, source.runtime)
         budget = None if request.budget is None else budget_bytes(request.budget, source.float_bytes)
         side = getattr(source.model.config.vision_config, "image_size", None)
         rows = folders.gather(side if isinstance(side, int) else 256, request.calib, request.images, request.n or 600)
@@ -111,7 +114,8 @@ def run(request: Request, dry_run: bool = False, console: Console | None = None)
         rounded = round_all(source, four, rows.calibrate)
         table = costs(source, rounded, four, rows.calibrate.select(range(rows.tried)))
     with stage("choosing a plan"):
-        search = Search(request, source, rounded, table, choose, verify, limit, budget)
+        images = rows.calibrate.select(range(min(12, len(rows.calibrate))))["image"][:]
+        search = Search(request, source, rounded, table, choose, verify, limit, budget, images)
         within = ([best(source, table, budget)], 0) if budget is not None else smallest_within(search, series(source, table))
         candidates, chosen = within
     report.show_plan(console, source, candidates, chosen)
@@ -132,6 +136,9 @@ def _write(search: Search, candidates: list[Candidate], chosen: int, out: Path, 
         made = part / "model"
         with stage("compressing, exporting and verifying"):
             found |= build(search, candidates, chosen, made)
+        if search.request.runtime == "auto":
+            with stage("the vision encoder where it runs fastest"):
+                found |= with_fastest_vision(search, found, made)
         with stage("time and memory, before and after"):
             found |= artifact.measured(search.source, made, search.verify, found)
         with stage("the report"):
@@ -218,6 +225,24 @@ def build(search: Search, candidates: Sequence[Candidate], chosen: int, made: Pa
                 f"Nothing was written; --max-loss {_above(loss.points)} would accept it"
             )
         chosen += 1
+
+
+def with_fastest_vision(search: Search, found: dict[str, Any], made: Path) -> dict[str, Any]:
+    """The export in `made` with the vision encoder that is fastest here, where loss and size stay within what is allowed; what
+    then changes in `found`, and what was tried."""
+    before = made.with_name("before")
+    shutil.copytree(made, before)
+    tried = fastest.choose_vision_(search.source.model, made, search.images)
+    size = measured_size.disk_bytes(made)
+    changed = not tried[0]["kept"]
+    loss, answers = search.verify.loss(artifact.open_artifact(made, "auto")) if changed else (found["loss"], found["answers"])
+    within = loss.points <= search.limit and (search.budget is None or size <= search.budget)
+    if not within:
+        shutil.rmtree(made)
+        before.rename(made)
+        return {"vision": [row | {"kept": i == 0} for i, row in enumerate(tried)]}
+    shutil.rmtree(before)
+    return {"vision": tried, "loss": loss, "answers": answers, "bytes": size}
 
 
 def _export_within(search: Search, candidate: Candidate, made: Path) -> tuple[Candidate, int]:

@@ -95,6 +95,7 @@ def write(made: Path, verify: Evaluator, found: dict[str, Any]) -> None:
     content |= {"allowed_points": found["limit"], "bytes": sizes, "rows": found["table"].rows, "times_ms": found["times"]}
     content |= {"data": found["rows"] | {"notes": found["notes"]}, "plan": candidates[chosen].plan, "sensitivity": found["costs"]}
     content["kept_in_float"] = found["kept"]
+    content |= {"vision": found["vision"]} if "vision" in found else {}
     content |= {"tried": candidates, "findings": found["diagnosis"].findings, "verdicts": found["diagnosis"].verdicts}
     content |= {"answers": [{k: v for k, v in e.items() if k != "image"} for e in found["examples"]], "example": found["example"]}
     saving.write_json(made / "report.json", content)

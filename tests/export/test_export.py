@@ -15,6 +15,8 @@ import tiny
 from mmrecipes import data, export, inference, models, quantize
 from mmrecipes.data import scenes
 from mmrecipes.errors import ParityError, UserError
+from mmrecipes.export import fastest
+from mmrecipes.inference import backends
 
 # the largest relative error of logits seen is a half or less of these
 CLOSE = {"fp32": 1e-5, "int8": 0.05, "int4": 0.3}
@@ -109,6 +111,38 @@ def test_ranges_fixed_on_images(vlm, rows, runtime, tmp_path):
     for precision, images in (("fp32", seen), ({"vision": "static", "language": "fp32"}, [])):
         with pytest.raises(UserError, match="'static' takes some, others none"):
             export.export(vlm, tmp_path / "odd", runtime, precision, images=images)
+
+
+def test_each_part_in_a_runtime_of_its_own(vlm, tmp_path):
+    where = {"vision": "openvino", "language": "onnx"}
+    out = export.export(vlm, tmp_path / "both", where, {"vision": "fp32", "language": "int8"})
+    assert {p.stem for p in out.glob("*.onnx")} == {"language"} and {p.stem for p in out.glob("*.xml")} == {"vision"}
+    loaded = inference.load_exported(out)
+    assert loaded.manifest["runtime"] == where
+    assert export.parity(vlm, loaded, CLOSE["int8"])
+    for wrong, why in (({"vision": "openvino", "language": "executorch"}, "onnx and openvino"), ({"vision": "x"}, "'x'")):
+        with pytest.raises(UserError, match=why):
+            export.export(vlm, tmp_path / "odd", wrong)
+    assert [p.name for p in tmp_path.iterdir()] == ["both"]
+
+
+def test_the_fastest_vision_encoder_is_put_in(vlm, house_exports, tmp_path):
+    """Which one that is depends on the machine; the export answers as before with any."""
+    seen = data.calibration(12)["image"][:]
+    for own in ("onnx", "openvino"):
+        out = shutil.copytree(house_exports(own, "int8"), tmp_path / own)
+        tried = fastest.choose_vision_(vlm, out, seen, repeats=2)
+        assert (tried[0]["runtime"], tried[0]["precision"]) == (own, "int8") and len(tried) == 3
+        assert sum(row["kept"] for row in tried) == 1
+        assert all(0 < row["error"] < 0.25 for row in tried)
+        loaded, kept = inference.load_exported(out), next(row for row in tried if row["kept"])
+        assert loaded.manifest["precision"] == {"vision": kept["precision"], "language": "int8"}
+        assert backends.runtimes(loaded.manifest["runtime"]) == {"vision": kept["runtime"], "language": own}
+        assert export.parity(vlm, loaded, 0.25)
+        faster = [row for row in tried if row["ms"]["median"] < 0.95 * tried[0]["ms"]["median"]]
+        assert kept == min(faster or tried[:1], key=lambda row: row["ms"]["median"])
+    with pytest.raises(UserError, match="no images"):
+        fastest.choose_vision_(vlm, out, [])
 
 
 def test_openvino_keeps_attention_whole(vlm, house_exports):

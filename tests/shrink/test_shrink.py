@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 import tiny
-from mmrecipes import data, evaluate, inference, measure, models, quantize, shrink
+from mmrecipes import data, evaluate, export, inference, measure, models, quantize, shrink
 from mmrecipes.data import scenes
 from mmrecipes.errors import UserError
 from mmrecipes.shrink import artifact, candidates, fidelity, folders
@@ -125,6 +125,29 @@ def test_the_predicted_size_is_the_real_one(made, request):
     predicted, real = found["candidates"][found["chosen"]].bytes, measure.disk_bytes(out)
     assert predicted == pytest.approx(real, rel=0.1)
     assert real == found["bytes"]
+
+
+def test_the_example_runs_a_model_whose_parts_have_two_runtimes(house_vlm, tmp_path):
+    vlm, where = models.load(house_vlm), {"vision": "openvino", "language": "onnx"}
+    made = export.export(vlm, tmp_path / "made", where, {"vision": "fp32", "language": "fp32"})
+    image, question = scenes.render(scenes.make_scene(3), 128), "How many objects are there?"
+    image.save(made / artifact.IMAGE)
+    assert artifact.ran_by(made) == "openvino_onnx"
+    (made / artifact.EXAMPLE).write_text(artifact.example_code("openvino_onnx"), encoding="utf-8")
+    (made / artifact.FAMILY).write_text(artifact.family_code(vlm), encoding="utf-8")
+    answer, peak = artifact._run_example(made, question, "openvino_onnx")
+    assert answer == inference.load_exported(made).generate(image, question) == models.ask(vlm, image, question)
+    assert peak > 0
+
+
+def test_shrunk_for_the_fastest_vision_encoder(house_vlm, tmp_path):
+    out = tmp_path / "out"
+    found, printed = run(model=str(house_vlm), out=out, n=32, runtime="auto", max_loss=100)
+    assert [row["runtime"] for row in found["vision"]] == ["onnx", "onnx", "openvino"] and "(kept)" in printed
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    kept = next(row for row in found["vision"] if row["kept"])
+    assert inference.load_exported(out).manifest["precision"]["vision"] == kept["precision"]
+    assert measure.disk_bytes(out) == found["bytes"]
 
 
 def test_without_labels_agreement_is_the_measure_and_a_killed_run_leaves_nothing(foreign):

@@ -23,14 +23,28 @@ OUTLIER_LAYERS = ("down_proj", "fc2", "w2")
 def write_onnx(
     model: nn.Module, folder: Path, precisions: Mapping[str, str], runs: Sequence[Mapping[str, np.ndarray]], batches: bool = False
 ) -> None:
-    """Write both graphs to `folder`, each in its precision; "static" looks at `runs` of the vision graph. Raises as `export`."""
+    """Write the graphs that `precisions` names to `folder`; "static" looks at `runs` of the vision graph. Raises as `export`."""
     require("onnx", "onnxscript", "onnxruntime")
+    if "vision" in precisions:
+        encoder, image, free = wrappers.vision_graph(model)
+        vision = graphs.to_onnx(encoder, image, folder / "vision.onnx", free)
+        round_weights(vision, precisions["vision"])
+        if precisions["vision"] == "static":  # of a ViT, whose one convolution cuts the patches, the matrix products
+            cnn = sum(isinstance(m, nn.Conv2d) for m in encoder.modules()) > 1
+            config = quantize.StaticConfig(layers="all") if cnn else quantize.StaticConfig(reduce_range=True)
+            quantize.static_int8(vision, runs, vision, config)
+        graphs.strip_metadata(vision)
+    if "language" in precisions:
+        _write_language(model, folder / "language.onnx", batches)
+        round_weights(folder / "language.onnx", precisions["language"])
+        graphs.strip_metadata(folder / "language.onnx")
+
+
+def _write_language(model: nn.Module, path: Path, batches: bool) -> None:
     import onnx_ir
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    encoder, image, free = wrappers.vision_graph(model)
-    vision = graphs.to_onnx(encoder, image, folder / "vision.onnx", free)
-    language, (decoder, example, axes) = folder / "language.onnx", wrappers.language_wrapper(model, batches)
+    decoder, example, axes = wrappers.language_wrapper(model, batches)
     with quiet.library_logs(), _fusions(causal=not decoder.family.masks):
         # fused: attention with cache and rotary embedding (GroupQueryAttention), norms with sums, products of one input
         config = OnnxConfig(dynamic_shapes=axes, ort_fusions="cpu", prefer_deferred_runtime_asserts_over_guards=True)
@@ -38,14 +52,7 @@ def write_onnx(
         if not batches and not decoder.family.masks and not wrappers.windows(decoder.decoder.config):
             _without_mask(program)
             _with_length(program)
-        onnx_ir.save(program, str(language), external_data="language.onnx.data")
-    for path in (vision, language):
-        round_weights(path, precisions[path.stem])
-        if precisions[path.stem] == "static":  # of a ViT, whose one convolution cuts the patches, the matrix products
-            cnn = sum(isinstance(m, nn.Conv2d) for m in encoder.modules()) > 1
-            config = quantize.StaticConfig(layers="all") if cnn else quantize.StaticConfig(reduce_range=True)
-            quantize.static_int8(path, runs, path, config)
-        graphs.strip_metadata(path)
+        onnx_ir.save(program, str(path), external_data="language.onnx.data")
 
 
 def round_weights(path: Path, precision: str) -> None:
