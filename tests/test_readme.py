@@ -159,7 +159,18 @@ def project(tmp_path) -> Path:
     nbformat.write(nb, tmp_path / "notebooks" / "00_it.ipynb")
     (tmp_path / "results").mkdir()
     pages = {"README.md": ("badges", "notebooks")}
-    pages["results/README.md"] = ("adapters", "bench", "distillation", "gpu", "pruning", "quantization", "results", "training")
+    pages["results/README.md"] = (
+        "adapters",
+        "bench",
+        "distillation",
+        "gpu",
+        "growth",
+        "pruning",
+        "quantization",
+        "results",
+        "sizes",
+        "training",
+    )
     for page, names in pages.items():
         regions = "\n\n".join(f"<!-- begin:{name} -->\nold\n<!-- end:{name} -->" for name in names)
         (tmp_path / page).write_text(f"# Title\n\n{regions}\n\nThe end.\n")

@@ -2,7 +2,8 @@
 
 A region lies between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. README.md has `badges` and `notebooks` (a table from
 results/notebooks.json). results/README.md has `results` (from results/tour.json), `quantization`, `pruning`, `distillation` and
-`adapters` (what chapters 1 to 3 cost), `training`, `bench` and `gpu`. A notebook has `badges` and, if it likes, `cost`.
+`adapters` (what chapters 1 to 3 cost), `training`, `bench`, `growth`, `sizes`
+and `gpu`. A notebook has `badges` and, if it likes, `cost`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import bench_tables
 import gpu_tables
 from recipes import ROOT, heading, repository
 
@@ -254,7 +256,35 @@ def bench_table(content: dict[str, Any]) -> str:
     head = ["variant", "TTFT ms", "tokens/s", "peak MB", "disk MB", *(FRESH[key] for key in fresh), "logit error"]
     notes = [f"{row['name']}: {row['note']}." for row in content["rows"] if "note" in row] + content.get("notes", [])
     notes.append(f"Each row is the median of {content['rounds']} fresh processes. Measured on {where(content['environment'])}.")
-    return "\n\n".join([table(head, body), *notes])
+    return "\n\n".join([table(head, body), peers_table(content), *notes])
+
+
+MEASURES = {  # column: heading, whether more is better
+    "ttft_ms": ("TTFT", False),
+    "tokens_per_s": ("tokens/s", True),
+    "peak_mb": ("peak memory", False),
+    "disk_mb": ("disk", False),
+    "first_s": ("load to first token", False),
+}
+
+
+def peers_table(content: dict[str, Any]) -> str:
+    """Each of ours beside the best peer of each column whose logits are as close to fp32's, or closer: how many times as good."""
+    ours = [r for r in content["rows"] if r["name"].startswith("ours: ")]
+    others = [r for r in content["rows"] if r not in ours and "prompt" not in r["name"] and "visual tokens" not in r["name"]]
+    columns = [key for key in MEASURES if all(key in row for row in content["rows"])]
+    body = []
+    for row in ours:
+        cells = []
+        for key in columns:
+            more = MEASURES[key][1]
+            near = [r for r in others if r["error"] <= 1.1 * max(row["error"], 1e-5)]
+            best = (max if more else min)(near, key=lambda r, key=key: r[key])
+            times = row[key] / best[key] if more else best[key] / row[key]
+            cells.append(f"{times:.2f}x {best['name']}")
+        body.append([row["name"].removeprefix("ours: "), *cells])
+    head = ["ours, against the best peer at equal or lower logit error", *(MEASURES[key][0] for key in columns)]
+    return table(head, body, words=len(head)) + "\n\nAbove 1x ours is ahead. Peers on other prompts are left out."
 
 
 def where(environment: dict[str, Any]) -> str:
@@ -337,6 +367,10 @@ def result_regions(results: Path) -> dict[str, str]:
     regions = {name: f"{shown}\n\n{measured_on(results, files)}".strip() for name, (shown, files) in tables.items()}
     regions["bench"] = bench_table(bench) if bench["rows"] else "Not measured yet: `make bench`."
     regions["results"] = result_table(tour) if tour["rows"] else UNMEASURED
+    for name, made in (("growth", bench_tables.growth), ("sizes", bench_tables.sizes)):
+        content = load(results / f"{name}.json")
+        found = "variants" in content
+        regions[name] = f"{made(content, table)}\n\n{measured_on(results, [f'{name}.json'])}" if found else UNMEASURED
     gpu, training = load(results / "gpu.json"), load(results / "training.json")
     regions["gpu"] = UNMEASURED
     if "generation" in gpu:
