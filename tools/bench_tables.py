@@ -1,4 +1,4 @@
-"""The tables of results/README.md on growth: with the prompt and the context (results/growth.json), with the image (sizes.json)."""
+"""The tables of results/README.md on growth: with prompt and context (results/growth.json), with the image (sizes.json)."""
 
 from __future__ import annotations
 

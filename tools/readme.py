@@ -256,7 +256,8 @@ def bench_table(content: dict[str, Any]) -> str:
     head = ["variant", "TTFT ms", "tokens/s", "peak MB", "disk MB", *(FRESH[key] for key in fresh), "logit error"]
     notes = [f"{row['name']}: {row['note']}." for row in content["rows"] if "note" in row] + content.get("notes", [])
     notes.append(f"Each row is the median of {content['rounds']} fresh processes. Measured on {where(content['environment'])}.")
-    return "\n\n".join([table(head, body), peers_table(content), *notes])
+    beside = [peers_table(content)] if any(row["name"].startswith("ours: ") for row in content["rows"]) else []
+    return "\n\n".join([table(head, body), *beside, *notes])
 
 
 MEASURES = {  # column: heading, whether more is better
