@@ -230,6 +230,17 @@ def test_bench_table_shows_loading_and_notes_where_there_are_any():
     assert lines[4:7] == ["first: with two tiles.", "", "One has no row."]
 
 
+def test_ours_stand_beside_the_best_peer_whose_logits_are_as_close():
+    def row(name, error, ttft, rate):
+        times = {"ttft_ms": ttft, "tokens_per_s": rate, "peak_mb": 100.0, "disk_mb": 10.0}
+        return {"name": name, "error": error} | times
+
+    rows = [row("fp32", 0.0, 100.0, 10.0), row("rough", 0.3, 10.0, 99.0), row("close", 0.01, 50.0, 20.0)]
+    rows += [row("close, another prompt", 0.01, 1.0, 999.0), row("ours: int8", 0.05, 40.0, 15.0)]
+    lines = readme.peers_table({"rows": rows}).splitlines()
+    assert lines[2] == "| int8 | 1.25x close | 0.75x close | 1.00x fp32 | 1.00x fp32 |"
+
+
 def test_quantization_table_shows_what_was_measured(project):
     accuracy, change = {"n": 4200}, {"points": -1.24, "low": -1.9, "high": -0.6}
     row = {"accuracy": accuracy, "change": change, "times_smaller": 9.04}
