@@ -5,13 +5,16 @@
 import os
 import random
 import tempfile
+import warnings
+from logging import WARNING, disable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnxruntime
 import torch
-from onnxruntime.quantization import CalibrationDataReader, quantize_static
+from onnxruntime.quantization import quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from PIL import Image, ImageDraw
 from transformers import AutoModel, AutoProcessor
@@ -31,14 +34,6 @@ class VisionEncoder(torch.nn.Module):
         return self.vision(pixel_values=pixel_values).last_hidden_state
 
 
-class Batches(CalibrationDataReader):
-    def __init__(self, pixels):
-        self.batches = iter([{"pixel_values": image[None]} for image in pixels])
-
-    def get_next(self):
-        return next(self.batches, None)
-
-
 def draw_scene(seed):
     rng = random.Random(seed)
     image = Image.new("RGB", (256, 256), "lightgrey")
@@ -56,6 +51,8 @@ def features(path, pixels):
 
 
 def main():
+    disable(WARNING)  # remarks of the exporter and of the quantizer
+    warnings.filterwarnings("ignore", message="(?s).*LeafSpec.*")
     try:
         encoder = VisionEncoder(AutoModel.from_pretrained(MODEL, dtype=torch.float32)).eval()
         processor = AutoProcessor.from_pretrained(MODEL).image_processor
@@ -69,7 +66,9 @@ def main():
     torch.onnx.export(encoder, kwargs=example, dynamo=True, verbose=False).save(floats)
     quant_pre_process(floats, ready, skip_symbolic_shape=True)
     rules = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False, "MatMulConstBOnly": True}
-    quantize_static(ready, int8, Batches(pixels), op_types_to_quantize=["Conv", "MatMul"], per_channel=True, extra_options=rules)
+    feeds = iter([{"pixel_values": image[None]} for image in pixels])
+    reader = SimpleNamespace(get_next=lambda: next(feeds, None))  # what it asks of a CalibrationDataReader
+    quantize_static(ready, int8, reader, op_types_to_quantize=["Conv", "MatMul"], per_channel=True, extra_options=rules)
     graph = onnx.load(int8).graph
     constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
     pairs = [n for n in graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]

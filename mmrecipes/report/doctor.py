@@ -182,7 +182,7 @@ def _direct_reads(model: nn.Module, watch: _Watch) -> Iterator[Finding]:
 def _foreign(operators: _Operators) -> Iterator[Finding]:
     for name, count in operators.foreign.items():
         what = f"a custom operator, called {count}x: no quantizer or exporter knows it"
-        cure = "write it in PyTorch's operators, or keep it outside of the exported graph"
+        cure = "write it in PyTorch's operators, or tell the exporter what it is (custom_translation_table)"
         yield Finding("static int8, export", name, what, cure)
 
 
