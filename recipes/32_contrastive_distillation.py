@@ -1,4 +1,4 @@
-# Can one tower get smaller without losing the other?
+# Can one encoder get smaller without losing the other?
 # The recipe of https://github.com/mmrecipes/mmrecipes/blob/main/notebooks/32_contrastive_distillation.ipynb
 # Extracted by tools/recipes.py; change the notebook instead. Licence: Apache-2.0.
 
@@ -6,6 +6,7 @@ import os
 import random
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from transformers import AutoModel, AutoProcessor
 
@@ -14,17 +15,8 @@ TRAIN = [range(i, i + 32) for i in range(0, 128, 32)]  # seeds of drawn scenes, 
 TEST = range(1000, 1064)  # other scenes
 EPOCHS = 10
 LEARNING_RATE = 5e-4
-FEATURE_WEIGHT = 10.0  # of staying at the teacher's embeddings, against keeping its image-text similarities
+FEATURE_WEIGHT = 10.0  # of keeping the teacher's embeddings, against keeping its image-text similarities
 OUT = os.environ.get("OUT")  # directory of the student's checkpoint; without it nothing is kept
-
-
-def load():
-    try:
-        model = AutoModel.from_pretrained(MODEL, dtype=torch.float32)
-        return model, model.logit_scale.exp().detach(), AutoProcessor.from_pretrained(MODEL)
-    except (ImportError, OSError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise SystemExit(f"MODEL={MODEL!r}: set it to the hub id or directory of a CLIP or SigLIP model ({reason})") from None
 
 
 def draw_scene(seed):
@@ -48,32 +40,41 @@ def embed(model, batch):
     return torch.stack([out.image_embeds, out.text_embeds])  # (2, batch, width), unit vectors
 
 
+def similarity_loss(teacher, new, old):
+    student, wanted = (teacher.logit_scale.exp() * images @ texts.T for images, texts in (new, old))
+    if hasattr(teacher, "logit_bias"):  # SigLIP: each pair has the teacher's probability
+        targets = (wanted + teacher.logit_bias).sigmoid()
+        return F.binary_cross_entropy_with_logits(student + teacher.logit_bias, targets, reduction="sum") / len(student)
+    return sum(F.kl_div(student.log_softmax(d), wanted.log_softmax(d), log_target=True, reduction="batchmean") for d in (0, 1))
+
+
 @torch.no_grad()
 def report(name, model, batch, old):
     new = embed(model, batch)
     hits = ((new[0] @ old[1].T).argmax(1) == torch.arange(len(TEST))).sum()
-    print(f"{name}: cosine {(new * old).sum(-1).mean():.2f} with the old, {hits} of {len(TEST)} images find their caption")
+    print(f"{name}: cosine {(new * old).sum(-1).mean():.2f} with the old, {hits} of {len(TEST)} images find their old caption")
 
 
 def main():
-    teacher, scale, processor = load()
-    student, _, _ = load()
+    try:
+        teacher = AutoModel.from_pretrained(MODEL, dtype=torch.float32).requires_grad_(False)
+        processor = AutoProcessor.from_pretrained(MODEL)
+        batches = [encode(teacher, processor, seeds) for seeds in (*TRAIN, TEST)]
+    except (ImportError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise SystemExit(f"MODEL={MODEL!r} is no CLIP or SigLIP (hub id or directory): {str(error).split(chr(10))[0]}") from None
+    student = AutoModel.from_pretrained(MODEL, dtype=torch.float32)
     for encoder in (student.vision_model.encoder, student.text_model.encoder):
         encoder.layers = encoder.layers[::2]  # every other one
         encoder.config.num_hidden_layers = len(encoder.layers)
-    batches = [encode(teacher, processor, seeds) for seeds in (*TRAIN, TEST)]
-    wanted = [embed(teacher, batch).detach() for batch in batches]
-    report("teacher", teacher, batches[-1], wanted[-1])
+    wanted = [embed(teacher, batch) for batch in batches]
+    report("untrained", student, batches[-1], wanted[-1])
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE)
     for batch, old in list(zip(batches[:-1], wanted[:-1], strict=True)) * EPOCHS:
         new = embed(student, batch)
-        student_scores = (scale * new @ new.flip(0).mT).log_softmax(-1)  # images against captions and the other way round
-        teacher_scores = (scale * old @ old.flip(0).mT).log_softmax(-1)
-        affinity = (teacher_scores.exp() * (teacher_scores - student_scores)).sum(-1).mean()
-        (FEATURE_WEIGHT * (1 - (new * old).sum(-1).mean()) + affinity).backward()
+        (FEATURE_WEIGHT * (1 - (new * old).sum(-1).mean()) + similarity_loss(teacher, new, old)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    report("student", student, batches[-1], wanted[-1])
+    report("distilled", student, batches[-1], wanted[-1])
     if OUT:
         student.save_pretrained(OUT)
         processor.save_pretrained(OUT)
