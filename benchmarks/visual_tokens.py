@@ -220,7 +220,8 @@ def speed(repeats: int = 7, peaks: bool = True) -> dict:
     with torch.inference_mode():
         x, visual = token_dropping.embed(model, inputs)
     runs = {"keep 100%": partial(token_dropping.read, model, x, visual, 1.0)}
-    for how, layer, shares in (("attention", 2, (0.75, 0.5, 0.25, 0.1)), ("question", 2, (0.25,)), ("words", 0, (0.5, 0.25))):
+    dropped = (("attention", 2, (0.75, 0.5, 0.25, 0.1)), ("question", 2, (0.25,)), ("words", 0, (0.5, 0.25)))
+    for how, layer, shares in (*dropped, ("attention", 15, (0.25,))):  # 15 of 30: the depth at which mini-vlm was asked, 2 of 4
         for keep in shares:
             name = f"keep {keep:.0%}, {how}, layer {layer}"
             runs[name] = partial(token_dropping.read, model, x, visual, keep=keep, layer=layer, how=how)

@@ -31,13 +31,12 @@ ENCODERS = {  # name -> config of the backbone; MobileNetV2 keeps 8 x 8 position
 def swap_vision_encoder(model: nn.Module, backbone: dict, start: nn.Module | None = None, seed: int = 0) -> nn.Module:
     """A copy of an Idefics3 with another vision encoder, and a connector that fits it, with random weights.
     `backbone` is one of ENCODERS or a dict like those; with `start`, a trained backbone of that kind, it has its weights. Raises
-    UserError for another class or pixel shuffle, a backbone that gives no map of the model's grid, or weights that do not fit.
+    UserError for another class, a backbone that gives no map of the model's grid, or weights that do not fit.
     """
     from mmrecipes.distill.encoders import swapped
 
-    if type(model).__name__ != "Idefics3ForConditionalGeneration" or model.config.scale_factor != 1:
-        given = f"{type(model).__name__}, scale_factor {getattr(model.config, 'scale_factor', None)}"
-        raise UserError(f"swap: {given}; expected an Idefics3ForConditionalGeneration with scale_factor 1, as mini-vlm is")
+    if (name := type(model).__name__) != "Idefics3ForConditionalGeneration":
+        raise UserError(f"swap: {name}; expected an Idefics3ForConditionalGeneration, as mini-vlm and SmolVLM-256M are")
     old = model.config.vision_config
     grid = old.image_size // old.patch_size
     torch.manual_seed(seed)
@@ -78,9 +77,11 @@ def least_squares_map(student: nn.Module, teacher: nn.Module, images: Tensor, ba
 
 @torch.no_grad()
 def fold_map_(student: nn.Module, teacher: nn.Module, linear: Tensor) -> None:
-    """Make `linear` (D, C), a map to `teacher`'s features, part of `student`'s connector: two matrices in a row are one."""
+    """Make `linear` (D, C), a map to `teacher`'s features, part of `student`'s connector: two matrices in a row are one.
+    Behind a pixel shuffle it acts on each of the features that lie side by side.
+    """
     old, new = (parts(m)["connector"].modality_projection.proj.weight for m in (teacher, student))
-    new.copy_(old @ linear.to(old))
+    new.copy_((old.unflatten(1, (-1, len(linear))) @ linear.to(old)).flatten(1))
 
 
 def match_features(

@@ -15,6 +15,7 @@ from mmrecipes.data import scenes
 from mmrecipes.errors import UserError
 from mmrecipes.export import onnx as onnx_export
 from mmrecipes.mini import curriculum
+from mmrecipes.prune import token_merging
 
 CONFIG = train.TrainConfig(6, 4, 0.01, 2e-3)
 
@@ -92,6 +93,20 @@ def test_the_map_of_the_features_becomes_the_connector(house, shuffled, tmp_path
     with torch.no_grad():
         features = new["vision"](pixels(1)).last_hidden_state
         assert torch.allclose(new["connector"](features), old["connector"](features @ learned.T), atol=1e-4)
+
+
+def test_a_map_folds_behind_a_pixel_shuffle(house):
+    coarse = token_merging.coarser(house, 2)
+    swapped = distill.swap_vision_encoder(coarse, distill.ENCODERS["ShuffleNetV2 1.0x"])
+    old, new, width = models.parts(coarse), models.parts(swapped), swapped.config.vision_config.hidden_size
+    linear = torch.randn(256, width, generator=torch.Generator().manual_seed(0)) / width**0.5
+    distill.fold_map_(swapped, coarse, linear)
+    with torch.no_grad():
+        features = new["vision"](pixels(2)).last_hidden_state
+        visual = new["connector"](features)
+        assert visual.shape == (2, 16, 256)
+        assert torch.allclose(visual, old["connector"](features @ linear.T), atol=1e-4)
+    assert evaluate.vqa(swapped, data.test_split(2), progress=False).overall.n == 2
 
 
 @pytest.mark.parametrize("name", ["ShuffleNetV2 1.0x", "EfficientFormer-L1", "SwiftFormer-XS"])

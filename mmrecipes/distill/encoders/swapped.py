@@ -45,7 +45,8 @@ class BackboneEncoder(nn.Module):
         features = [m for m in maps if m.shape[-1] == self.grid][-1]
         if maps[-1].shape[-1] < self.grid:
             features = torch.cat([features, F.interpolate(maps[-1], size=features.shape[-2:])], 1)
-        return BaseModelOutputWithPooling(last_hidden_state=features.flatten(2).transpose(1, 2))
+        # contiguous: a connector with pixel shuffle takes views of it
+        return BaseModelOutputWithPooling(last_hidden_state=features.flatten(2).transpose(1, 2).contiguous())
 
 
 class SwappedConfig(Idefics3Config):
