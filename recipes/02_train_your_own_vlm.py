@@ -4,6 +4,7 @@
 
 import os
 import random
+from math import log
 
 import torch
 from PIL import Image, ImageDraw
@@ -15,70 +16,69 @@ LIGHTS = {"red": "no", "green": "yes"}  # a rule that the model has not been tau
 QUESTION = "May I go?"
 STEPS = 120  # one image each; more images and steps for a harder task
 LEARNING_RATE = 1e-3  # high, since only the connector is trained
-HELD_OUT = 12  # images that are never trained on
+HELD_OUT = range(1000, 1012)  # images that are never trained on
 
 
-def load(model_id):
+def load():
     try:
-        processor = AutoProcessor.from_pretrained(model_id)
-        model = AutoModelForImageTextToText.from_pretrained(model_id, dtype=torch.float32)
+        model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
+        return AutoProcessor.from_pretrained(MODEL), model.eval().requires_grad_(False)
     except (ImportError, OSError, ValueError, KeyError) as error:
-        message = f"MODEL={model_id!r} does not load; give a vision-language model's hub id or directory: {str(error).strip()}"
-        raise SystemExit(message.partition("\n")[0]) from None
-    return processor, model.eval()
-
-
-def freeze_all_but_connector(model):
-    model.requires_grad_(False)
-    for name, module in model.named_modules():
-        if name.split(".")[-1] in CONNECTORS:
-            return module.requires_grad_(True)
-    raise SystemExit(f"MODEL={MODEL!r} has no module called one of {CONNECTORS}: add its connector's name there")
+        reason = str(error).strip().partition("\n")[0]
+        raise SystemExit(f"MODEL={MODEL!r} does not load; give a vision-language model's hub id or directory: {reason}") from None
 
 
 def draw_scene(seed):
     """A traffic light in one colour, somewhere in the image, and what it says. Put your own images and answers here."""
-    rng = random.Random(seed)
     colour = list(LIGHTS)[seed % len(LIGHTS)]
-    x = rng.randint(20, 350)
-    y = rng.randint(20, 350)
+    x, y = random.Random(seed).choices(range(20, 350), k=2)
     image = Image.new("RGB", (512, 512), "gainsboro")
     ImageDraw.Draw(image).ellipse((x, y, x + 140, y + 140), fill=colour)
     return image, LIGHTS[colour]
 
 
-def answer_loss(model, processor, image, answer):
-    """Mean cross-entropy of the answer's tokens in nats, and whether each of them is the most likely one."""
+def prepare(processor, image, ending=""):
     turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
     prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
-    inputs = processor(images=[image], text=[f"{prompt} {answer}"], return_tensors="pt")
-    n_tokens = len(processor.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"])
-    target = inputs["input_ids"][0, -n_tokens:]
+    return processor(images=[image], text=[prompt + ending], return_tensors="pt")
+
+
+def token_loss(model, processor, image, answer):
+    """Mean cross-entropy, in nats, of the answer's tokens and the one that ends it."""
+    ending = f" {answer}{processor.tokenizer.eos_token}"
+    inputs = prepare(processor, image, ending)
+    n_tokens = len(processor.tokenizer(ending, add_special_tokens=False)["input_ids"])
     logits = model(**inputs).logits[0, -n_tokens - 1 : -1]  # the logits before a token predict it
-    loss = torch.nn.functional.cross_entropy(logits, target)
-    return loss, bool((logits.argmax(-1) == target).all())
+    return torch.nn.functional.cross_entropy(logits, inputs["input_ids"][0, -n_tokens:])
 
 
 @torch.no_grad()
-def evaluate(model, processor, seeds):
-    results = [answer_loss(model, processor, *draw_scene(seed)) for seed in seeds]
-    loss = sum(loss.item() for loss, _ in results) / len(results)
-    return f"held-out loss {loss:.2f} nats per token, {sum(right for _, right in results)} of {len(results)} answers right"
+def evaluate(model, processor, when):
+    """Loss on held-out images, and what the model answers when it is asked about them."""
+    scenes = [draw_scene(seed) for seed in HELD_OUT]
+    loss = sum(token_loss(model, processor, *scene).item() for scene in scenes) / len(scenes)
+    prompts = [prepare(processor, image) for image, _ in scenes]
+    tokens = [model.generate(**p, max_new_tokens=4, do_sample=False)[0, p["input_ids"].shape[1] :] for p in prompts]
+    said = [processor.decode(t, skip_special_tokens=True).strip() for t in tokens]
+    right = sum(text == answer for text, (_, answer) in zip(said, scenes, strict=True))
+    print(f"{when}: loss {loss:.2f} nats per token, {right} of {len(scenes)} answers right, the first two: {said[:2]}")
 
 
-def main(model_id):
-    processor, model = load(model_id)
-    connector = freeze_all_but_connector(model)
-    held_out = range(1000, 1000 + HELD_OUT)
-    print("before:", evaluate(model, processor, held_out))
+def main():
+    processor, model = load()
+    connectors = [module for name, module in model.named_modules() if name.split(".")[-1] in CONNECTORS]
+    if not connectors:
+        raise SystemExit(f"MODEL={MODEL!r} has no module called one of {CONNECTORS}: add its connector's name there")
+    connector = connectors[0].requires_grad_(True)
+    print(f"uniform guessing: {log(len(processor.tokenizer)):.2f} nats per token. On held-out images:")
+    evaluate(model, processor, "before")
     optimizer = torch.optim.AdamW(connector.parameters(), lr=LEARNING_RATE)
     for step in range(STEPS):
-        loss, _ = answer_loss(model, processor, *draw_scene(step))
-        loss.backward()
+        token_loss(model, processor, *draw_scene(step)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    print(f"after {STEPS} steps:", evaluate(model, processor, held_out))
+    evaluate(model, processor, f"after {STEPS} steps")
 
 
 if __name__ == "__main__":
-    main(MODEL)
+    main()
