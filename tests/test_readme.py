@@ -77,9 +77,10 @@ def broken_links(page: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md"], ids=lambda p: p.name
-)
+PAGES = ("README.md", "CONTRIBUTING.md", "results/README.md", "docs/glossary.md")
+
+
+@pytest.mark.parametrize("page", [ROOT / page for page in PAGES], ids=lambda p: p.name)
 def test_links_exist(page):
     assert broken_links(page) == []
 
