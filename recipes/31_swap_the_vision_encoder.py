@@ -1,4 +1,4 @@
-# Must a model that reads pictures have a transformer for an eye?
+# Can a CNN replace the vision transformer of a VLM?
 # The recipe of https://github.com/mmrecipes/mmrecipes/blob/main/notebooks/31_swap_the_vision_encoder.ipynb
 # Extracted by tools/recipes.py; change the notebook instead. Licence: Apache-2.0.
 
@@ -54,22 +54,22 @@ def main():
     for image in map(draw_scene, (*TRAIN, *TEST)):
         model(**processor(images=[image], text=[prompt], return_tensors="pt"))
     hook.remove()
-    rows = []  # per image: the CNN's features and an offset (tokens, channels + 1); the encoder's (tokens, width)
+    rows = []  # per image: the CNN's features (tokens, channels), the encoder's (tokens, width)
     times = []
     for seed, (args, kwargs) in zip((*TRAIN, *TEST), seen, strict=True):
         old, old_time = timed(vision_encoder, args, kwargs)
         maps, new_time = timed(cnn, (), cnn_processor(images=[draw_scene(seed)], return_tensors="pt"))
         side = int(old.shape[1] ** 0.5)
         new = torch.nn.functional.interpolate(maps, size=(side, side), mode="bilinear")[0].flatten(1).T
-        rows.append((torch.cat([new, torch.ones(len(new), 1)], 1), old[0, -side * side :]))  # without a class token
+        rows.append((new, old[0, -side * side :]))  # without a class token
         times.append((old_time, new_time))
     x, y = (torch.cat(part).double() for part in zip(*rows[: len(TRAIN)], strict=True))
     test_x, test_y = (torch.cat(part).double() for part in zip(*rows[len(TRAIN) :], strict=True))
-    ridge = RIDGE * len(x) * x.square().mean() * torch.eye(x.shape[1])
+    ridge = RIDGE * len(x) * x.square().mean() * torch.eye(x.shape[1])  # no offset: many connectors have no bias to fold it into
     linear = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
-    missed = (test_x @ linear - test_y).square().mean() / test_y.var(0, unbiased=False).mean()
+    missed = (test_x @ linear - test_y).square().mean() / test_y.var(0, unbiased=False).mean()  # each feature's own mean
     old_time, new_time = (statistics.median(part) for part in zip(*times, strict=True))
-    print(f"a linear map of the CNN explains {1 - missed:.0%} of the features' variance on {len(TEST)} other scenes")
+    print(f"a linear map of the CNN explains {1 - missed:.0%} of the features' variance (R²) on {len(TEST)} other scenes")
     print(f"median time an image: {old_time:.1f} ms the model's own vision encoder, {new_time:.1f} ms the CNN")
 
 
