@@ -14,7 +14,7 @@ TRAIN = range(0, 96)  # seeds of drawn scenes; put thousands of your own images 
 TEST = range(1000, 1048)  # other scenes
 BATCH = 8
 EPOCHS = 3
-LEARNING_RATE = 5e-4
+LEARNING_RATE = 3e-4
 TEMPERATURE = 2.0  # above 1, the tokens that the teacher holds for unlikely count for more
 OUT = os.environ.get("OUT")  # directory of the student's checkpoint; without it nothing is kept
 
@@ -58,17 +58,17 @@ def main():
         teacher, student = (AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32) for _ in range(2))
     except (ImportError, OSError, ValueError, KeyError) as error:
         raise SystemExit(f"MODEL={MODEL!r}: no vision-language model loads from it ({' '.join(str(error).split())})") from None
-    for mlp in (layer.mlp for layer in student.get_decoder().layers):  # half of the FFN neurons stay, the largest ones
-        kept = (mlp.up_proj.weight.norm(dim=1) + mlp.down_proj.weight.norm(dim=0)).topk(mlp.up_proj.out_features // 2).indices
-        mlp.gate_proj.weight = torch.nn.Parameter(mlp.gate_proj.weight[kept])
-        mlp.up_proj.weight = torch.nn.Parameter(mlp.up_proj.weight[kept])
-        mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight[:, kept])
-    student.get_decoder().config.intermediate_size //= 2
+    decoder = student.get_decoder()
+    del decoder.layers[2::4]  # a quarter of the layers, each followed by one that stays
+    for index, layer in enumerate(decoder.layers):
+        layer.self_attn.layer_idx = index  # its place in the KV cache
+    decoder.config.num_hidden_layers = len(decoder.layers)
+    if getattr(decoder.config, "layer_types", None):
+        decoder.config.layer_types = decoder.config.layer_types[: len(decoder.layers)]
     train, test = (list(answered(teacher, processor, seeds)) for seeds in (TRAIN, TEST))
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE)
     for epoch in range(EPOCHS + 1):
-        with torch.no_grad():
-            same = [((log_probs(student, b).argmax(-1) == wanted.argmax(-1)) | ~mask).all(-1) for b, mask, wanted in test]
+        same = [((log_probs(student, b).argmax(-1) == wanted.argmax(-1)) | ~mask).all(-1) for b, mask, wanted in test]
         print(f"after {epoch} epochs of {len(TRAIN)} scenes: the teacher's answer in {torch.cat(same).sum()} of {len(TEST)} new")
         for batch, mask, wanted in train if epoch < EPOCHS else ():
             divergence = (wanted.exp() * (wanted - log_probs(student, batch))).sum(-1)  # (B, T)
