@@ -150,7 +150,7 @@ def write_manifest(
         _save_image_token(model, folder)
     if type(model.config)._auto_class:  # code of the model's own (swapped.py), which the graphs do not need: nor shall a reader
         config = {k: v for k, v in model.config.to_dict().items() if k != "auto_map"}
-        config["model_type"] = type(model.config).__base__.model_type
+        config["model_type"] = type(model.config).__base__.model_type or model.config.model_type
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     else:
         model.config.save_pretrained(folder)

@@ -18,7 +18,7 @@ from mmrecipes.families.family import Family
 from mmrecipes.models import modules
 from mmrecipes.models.images import load_image
 
-NESTED = ("idefics3", "idefics2")  # whose image processors take a list of images for each text
+NESTED = ("idefics3", "idefics2", "mini_resampler")  # whose image processors take a list of images for each text
 
 
 def check_float32(module: nn.Module) -> None:

@@ -4,7 +4,7 @@ visual tokens are laid out, which positions and masks the decoder needs. Exports
 Nothing here imports PyTorch: the runtimes need the NumPy half alone, and `encode` and `masks` only call what they are given.
 """
 
-from mmrecipes.families import idefics2, llava_next, minicpm_v, pixtral, qwen_vl, tiles
+from mmrecipes.families import idefics2, llava_next, minicpm_v, pixtral, qwen_vl, resampler, tiles
 from mmrecipes.families.family import Family
 
 # a new family is a file, and a row here
@@ -15,6 +15,7 @@ TABLE: tuple[Family, ...] = (
     *pixtral.FAMILIES,
     idefics2.FAMILY,
     minicpm_v.FAMILY,
+    resampler.FAMILY,
 )
 NOT_YET = {  # model classes that transformers knows and no runtime here runs, and why
     "Lfm2VlForConditionalGeneration": "its image processor needs torchvision, so no recipe for it could be checked",

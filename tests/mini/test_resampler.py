@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmrecipes import data, evaluate, models, train
+from mmrecipes import data, evaluate, export, inference, models, train
 from mmrecipes.data import scenes
 from mmrecipes.errors import UserError
 from mmrecipes.mini import modeling_mini_resampler as modeling
@@ -71,6 +71,21 @@ def test_positions_are_shares_of_the_image():
     at = modeling.places(narrow)[0].view(4, 6, 2)
     torch.testing.assert_close(at[0, :2, 0], torch.tensor([0.25, 0.75]))
     torch.testing.assert_close(at[:, 0, 1], torch.tensor([0.125, 0.375, 0.625, 0.875]))
+
+
+@pytest.mark.parametrize("runtime", ["onnx", "openvino"])
+@pytest.mark.parametrize(("precision", "close"), [("fp32", 1e-5), ("int8", 0.1)])
+def test_exports_answer_as_it_does_at_any_size(model, tmp_path, runtime, precision, close):
+    out = export.export(model, tmp_path / "out", runtime, precision)
+    loaded = inference.load_exported(out)
+    assert max(export.parity(model, loaded, close).values()) <= close
+    for size in ((96, 96), (384, 130), (100, 301), (1, 700)):
+        image = scenes.render(scenes.make_scene(4), 200).resize(size)
+        with torch.inference_mode():
+            wanted = model.get_image_features(*(inputs_of(model, [image])[k] for k in ("pixel_values", "pixel_attention_mask")))
+        found = loaded.encode_images(loaded.inputs(image, QUESTION))
+        error = torch.dist(torch.from_numpy(found), wanted.pooler_output) / wanted.pooler_output.norm()
+        assert error <= close, size
 
 
 def test_training_resumes_and_writes_a_model_with_its_code(tmp_path):
