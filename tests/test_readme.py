@@ -166,6 +166,7 @@ def project(tmp_path) -> Path:
         "distillation",
         "gpu",
         "growth",
+        "parts",
         "pruning",
         "quantization",
         "results",

@@ -2,8 +2,8 @@
 
 A region lies between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. README.md has `badges` and `notebooks` (a table from
 results/notebooks.json). results/README.md has `results` (from results/tour.json), `quantization`, `pruning`, `distillation` and
-`adapters` (what chapters 1 to 3 cost), `training`, `bench`, `growth`, `sizes`
-and `gpu`. A notebook has `badges` and, if it likes, `cost`.
+`adapters` (what chapters 1 to 3 cost), `training`, `bench`, `parts`, `growth`,
+`sizes` and `gpu`. A notebook has `badges` and, if it likes, `cost`.
 """
 
 from __future__ import annotations
@@ -367,6 +367,8 @@ def result_regions(results: Path) -> dict[str, str]:
     }
     regions = {name: f"{shown}\n\n{measured_on(results, files)}".strip() for name, (shown, files) in tables.items()}
     regions["bench"] = bench_table(bench) if bench["rows"] else "Not measured yet: `make bench`."
+    parts = load(results / "bench-parts.json")
+    regions["parts"] = bench_table(parts) if parts["rows"] else "Not measured yet: `benchmarks/bench_parts.py`."
     regions["results"] = result_table(tour) if tour["rows"] else UNMEASURED
     for name, made in (("growth", bench_tables.growth), ("sizes", bench_tables.sizes)):
         content = load(results / f"{name}.json")
