@@ -31,7 +31,8 @@ VARIANTS = {
 def image_of(side: int):  # -> PIL.Image
     from mmrecipes.data import scenes
 
-    return scenes.render(scenes.make_scene(5), side)
+    drawn = scenes.render(scenes.make_scene(5), min(side, scenes.LARGEST))
+    return drawn.resize((side, side))
 
 
 def split_larger(processor, side: int) -> None:
@@ -123,16 +124,21 @@ def main() -> None:
         if not bench.ready(bench.folder(*how)):
             WORK.mkdir(parents=True, exist_ok=True)
             bench.prepare(*how)
-    found: dict[str, list[dict]] = {name: [] for name in VARIANTS}
+    kept = WORK / "sizes.json"  # a killed run goes on there
+    found: dict[str, list[dict]] = json.loads(kept.read_text()) if kept.exists() else {name: [] for name in VARIANTS}
     for side in SIDES:
         for name, how in VARIANTS.items():
+            if any(row["side"] == side for row in found[name]):
+                continue
             command = [sys.executable, __file__, "point", *how, str(side)]
             env = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
             done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
             row = json.loads(done.stdout.splitlines()[-1])
             peak = peaks["fp32" if how[1] == "fp32" else "int8"]
             found[name].append({"side": side, **row, "least_ms": least_ms(config, row["tiles"], row["prompt_tokens"], peak)})
+            kept.write_text(json.dumps(found))
             print(name, found[name][-1], flush=True)
+    kept.unlink()
     versions = {name: metadata.version(name) for name in ("onnxruntime", "openvino")}
     content = {"environment": measure.environment() | versions, "threads": THREADS, "rounds": ROUNDS, "peaks": peaks}
     models.write_json(ROOT / "results" / "sizes.json", content | {"variants": found})
