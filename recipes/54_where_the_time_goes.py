@@ -28,10 +28,13 @@ def median_s(run):
 
 
 def load(model_id):
-    processor = AutoProcessor.from_pretrained(model_id)
-    if not getattr(processor, "chat_template", None):
-        raise SystemExit(f"MODEL={model_id!r}: its processor has no chat template; write the prompt as its model card says")
-    return AutoModelForImageTextToText.from_pretrained(model_id, dtype=DTYPE).eval(), processor
+    try:
+        processor = AutoProcessor.from_pretrained(model_id)
+        model = AutoModelForImageTextToText.from_pretrained(model_id, dtype=DTYPE)
+    except (ImportError, OSError, ValueError, KeyError) as error:
+        message = f"MODEL={model_id!r} does not load; give a vision-language model's hub id or directory: {str(error).strip()}"
+        raise SystemExit(message.partition("\n")[0]) from None
+    return model.eval(), processor
 
 
 def prompt(processor, image):
@@ -39,10 +42,6 @@ def prompt(processor, image):
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     inputs = processor.apply_chat_template(turns, **options)
     return {k: v.to(DTYPE) if v.is_floating_point() else v for k, v in inputs.items()}
-
-
-def generate(model, inputs, tokens):
-    return model.generate(**inputs, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
 
 
 def machine():
@@ -71,13 +70,13 @@ def main(model_id):
         with FlopCounterMode(display=False) as counted:
             model(**inputs)
         first = median_s(lambda: model(**inputs, use_cache=True, logits_to_keep=1))
-        few, many = (median_s(lambda n=n: generate(model, inputs, n)) for n in (2, 18))
+        few, many = (
+            median_s(lambda n=n: model.generate(**inputs, do_sample=False, min_new_tokens=n, max_new_tokens=n)) for n in (2, 18)
+        )
     token = (many - few) / 16
-    decoder = model.get_decoder()
-    read = sum(p.nbytes for p in {*decoder.parameters(), *model.lm_head.parameters()})
-    size = torch.finfo(DTYPE).bits // 8
+    read = sum(p.nbytes for p in {*model.get_decoder().parameters(), *model.lm_head.parameters()})
     share("first token", counted.get_total_flops(), sum(p.nbytes for p in model.parameters()), first, peak, bandwidth)
-    share("further token", 2 * read / size, read, token, peak, bandwidth)
+    share("further token", 2 * read / DTYPE.itemsize, read, token, peak, bandwidth)
 
 
 if __name__ == "__main__":
