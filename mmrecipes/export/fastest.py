@@ -29,13 +29,16 @@ FASTER = 0.95  # of the time: what gains less than 5% is not worth a second runt
 def choose_vision_(model: nn.Module, folder: Path, images: Sequence[Image.Image], repeats: int = 9) -> list[dict[str, Any]]:
     """Put the fastest vision encoder into `folder`, an export of `model`: its own, or one of CANDIDATES, with activations' ranges
     fixed on `images`, a dozen. Returns what was tried, the export's own first: "runtime", "precision", "ms" (quartiles) and
-    "error" (relative, of the visual tokens of the first image), and which is "kept". Raises UserError without images.
+    "error" (relative, of the visual tokens of the first image), and which is "kept"; a candidate that cannot be made is left
+    out. Raises UserError without images, and for an ExecuTorch export, which takes no second runtime.
     """
     if not len(images):
         raise UserError("choose_vision_: no images; give a dozen like those to come")
     manifest, runs = read_manifest(folder), [run for image in images for run in wrappers.vision_inputs(model, [image])]
     by_part, precisions = runtimes(manifest["runtime"]), manifest["precision"]
     own = by_part["vision"], precisions["vision"]
+    if "executorch" in by_part.values():
+        raise UserError(f"choose_vision_: {folder} is for ExecuTorch; give an export for onnx or openvino")
     encoder = wrappers.vision_graph(model)[0]
     with torch.inference_mode():
         wanted = encoder(**{name: torch.from_numpy(np.asarray(x)) for name, x in runs[0].items()}).numpy()
@@ -45,7 +48,10 @@ def choose_vision_(model: nn.Module, folder: Path, images: Sequence[Image.Image]
             if (runtime, precision) != own and _installed(runtime):
                 place = places[runtime, precision] = Path(aside) / f"{runtime}-{precision}"
                 place.mkdir()
-                pipeline.BACKENDS[runtime].write(model, place, {"vision": precision}, runs, False)
+                try:
+                    pipeline.BACKENDS[runtime].write(model, place, {"vision": precision}, runs, False)
+                except Exception:  # whatever an encoder that nobody tried makes the quantizers raise: the export stays as it is
+                    del places[runtime, precision]
         loaded = {how: GRAPHS[how[0]](place, {"vision": how[1]}, None) for how, place in places.items()}
         errors = {how: _error(graphs.encode(runs[0]), wanted) for how, graphs in loaded.items()}
         times = timing.wall({how: partial(graphs.encode, runs[0]) for how, graphs in loaded.items()}, repeats)

@@ -145,6 +145,29 @@ def test_the_fastest_vision_encoder_is_put_in(vlm, house_exports, tmp_path):
         fastest.choose_vision_(vlm, out, [])
 
 
+def test_a_vision_encoder_that_cannot_be_made_is_left_out(vlm, house_exports, tmp_path, monkeypatch):
+    """The last of a long job's steps must not lose the rest."""
+    out = shutil.copytree(house_exports("onnx", "int8"), tmp_path / "out")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    monkeypatch.setattr(fastest, "CANDIDATES", (("onnx", "a precision that its writer does not know"),))
+    monkeypatch.setattr(fastest.wrappers, "vision_graph", _second_time_broken(fastest.wrappers.vision_graph))
+    tried = fastest.choose_vision_(vlm, out, data.calibration(1)["image"][:], repeats=1)
+    assert [row["kept"] for row in tried] == [True]
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def _second_time_broken(real):
+    calls = []
+
+    def made(model):
+        calls.append(model)
+        if len(calls) > 1:
+            raise RuntimeError("this encoder cannot be traced")
+        return real(model)
+
+    return made
+
+
 def test_openvino_keeps_attention_whole(vlm, house_exports):
     """Grouped heads, too; else the plugin takes it apart, and a token takes twice the time."""
     loaded = inference.load_exported(house_exports("openvino", "fp32"))
