@@ -64,7 +64,7 @@ PRUNING = (  # the same, and how much is gone
     (
         "tokens.json",
         "question, layer 2, a quarter, but all to count",
-        "the same, a quarter kept, but all for questions that count",
+        "the same, a quarter kept, but all for questions that count (a rule chosen on these very questions)",
         "{dropped:.0%} of them",
     ),
     ("tokens.json", "merge 50% in the tower", "visual tokens merged in the vision encoder", "50% of them, at its end"),
