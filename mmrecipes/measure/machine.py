@@ -59,6 +59,7 @@ def commit() -> str | None:
         return None
 
 
+@torch.random.fork_rng(devices=[])  # how many matrices fit into the time differs, and what others draw later must not
 def machine_peaks(seconds: float = 0.15, device: str = "cpu") -> dict:
     """Matrix peaks "fp32", "bf16", "int8" in GFLOP/s and memory "bandwidth" in GB/s, measured here in about a second.
     Each peak is the best of what fits into `seconds`: square matrices of 128, doubling up to 1,024 (8,192 on a GPU) while one

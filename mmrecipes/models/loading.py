@@ -13,7 +13,7 @@ from mmrecipes.models.modules import parts
 from mmrecipes.models.preflight import check_memory, read_json, weight_bytes
 from mmrecipes.models.processors import load_processor
 
-HOUSE = ("mini-vlm", "mini-siglip")  # the models that come with this package, in data_dir()/models
+HOUSE = ("mini-vlm", "mini-siglip", "mini-resampler")  # the models that come with this package, in data_dir()/models
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 HUB_CONFIGS = [pattern for pattern in HUB_FILES if "safetensors" not in pattern]
@@ -44,7 +44,7 @@ def load(
 ) -> nn.Module:
     """The Hugging Face model itself, in eval mode, with `processor`, and `saved_dtype`, which config.json names, as attributes.
     `name` is a house model (see HOUSE), a local directory or a hub id; `revision` is for hub ids; `dtype` "auto" takes
-    the one the weights were saved in. Code from the model's own directory runs only with `trust_remote_code`.
+    the one the weights were saved in. Code from the model's own directory runs only with `trust_remote_code`, but for a house model's.
     Weights come from safetensors files, which cannot run code. Raises UserError for anything missing, broken, misfitting, not
     multimodal, or too large for the memory that is free.
     >>> load("mini-vlm", dtype="bfloat16").dtype
@@ -56,6 +56,7 @@ def load(
     except (RuntimeError, AssertionError, TypeError) as e:  # torch built without it, no such device, no such word
         raise UserError(f"device {str(device)!r} cannot be used here ({one_line(e, 80)}): use cpu") from e
     path = _directory(name, revision)
+    trust_remote_code |= os.fspath(name) in HOUSE  # mini-resampler's is this package's own
     config = read_json(path / "config.json")
     auto = _auto_class(path, config, trust_remote_code)
     check_memory(name, weight_bytes(path, None if dtype == "auto" else dtype), dtype, device)
@@ -87,6 +88,7 @@ def skeleton(name: str | Path, trust_remote_code: bool = False) -> nn.Module:
     from transformers import AutoConfig
 
     path = _directory(name, None, HUB_CONFIGS)
+    trust_remote_code |= os.fspath(name) in HOUSE
     auto = _auto_class(path, read_json(path / "config.json"), trust_remote_code)
     try:
         with quiet.library_logs(), torch.device("meta"):
