@@ -44,7 +44,7 @@ def load(
 ) -> nn.Module:
     """The Hugging Face model itself, in eval mode, with `processor`, and `saved_dtype`, which config.json names, as attributes.
     `name` is a house model (see HOUSE), a local directory or a hub id; `revision` is for hub ids; `dtype` "auto" takes
-    the one the weights were saved in. Code from the model's own directory runs only with `trust_remote_code`; a house model's is ours.
+    the one the weights were saved in. Code from a directory that is not a house model's runs only with `trust_remote_code`.
     Weights come from safetensors files, which cannot run code. Raises UserError for anything missing, broken, misfitting, not
     multimodal, or too large for the memory that is free.
     >>> load("mini-vlm", dtype="bfloat16").dtype
