@@ -25,6 +25,7 @@ from mmrecipes.mini.batches import ChatBatches
 from mmrecipes.mini.labels import ChatBatch, pixels
 from mmrecipes.mini.model import CHAT_TEMPLATE, PATCH, VISUAL_TOKENS
 from mmrecipes.models import loading, saving
+from mmrecipes.models.prompts import Rows
 from mmrecipes.train.loop import TrainConfig, fit, main_process, read_log
 
 SMALLEST, LARGEST = 96, 384  # px a side
@@ -114,6 +115,12 @@ def placed(scene: Scene, side: int, size: tuple[int, int], at: float = 0.5) -> I
     ground = Image.new("RGB", size, scene.background)
     ground.paste(scenes.render(scene, side), (round(at * (size[0] - side)), round(at * (size[1] - side))))
     return ground
+
+
+def resized(rows: Rows, size: tuple[int, int]) -> dict[str, list]:
+    """The questions of `rows` about the same scenes drawn anew at `size` (width, height) px: as wide or tall as that."""
+    images = [placed(scenes.make_scene(seed), min(size), size) for seed in rows["seed"][:]]
+    return {name: rows[name][:] for name in ("question", "answer", "family")} | {"image": images}
 
 
 def loss(model: nn.Module, batch: ChatBatch) -> tuple[Tensor, dict[str, float]]:
