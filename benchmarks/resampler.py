@@ -1,6 +1,7 @@
 """How well `mini-resampler` answers at each size and shape of an image: `python benchmarks/resampler.py [MODEL]`.
 
-Each size has 525 questions of the test split for itself, so the 4,200 answers are independent; then one set of questions at every size, paired.
+Each size has 525 questions of the test split for itself, so the 4,200 answers are independent; then one set of questions at
+every size, paired.
 Writes results/mini-resampler.json. About 25 minutes on two cores.
 """
 

@@ -1,12 +1,14 @@
 """Trains `mini-resampler`, which takes images of any size and shape, on from `mini-vlm`'s vision encoder and language model.
 
 As in the field, both come trained and the resampler between them does not. It begins as local averages: each query looks at the
-patches around a place of its own, so that what `mini-vlm` knows is of use from the first step.
+patches around a place of its own, so that what `mini-vlm` knows is of use from the first step. The vision encoder knows one size
+of image alone: first it learns to see at every size what it sees at that one (feature distillation, without any labels).
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from mmrecipes.data.scenes import Scene
 from mmrecipes.data.splits import block
 from mmrecipes.mini import losses
 from mmrecipes.mini import modeling_mini_resampler as modeling
-from mmrecipes.mini.batches import ChatBatches
+from mmrecipes.mini.batches import ChatBatches, SceneBatches
 from mmrecipes.mini.labels import ChatBatch, pixels
 from mmrecipes.mini.model import CHAT_TEMPLATE, PATCH, VISUAL_TOKENS
 from mmrecipes.models import loading, saving
@@ -29,7 +31,11 @@ from mmrecipes.models.prompts import Rows
 from mmrecipes.train.loop import TrainConfig, fit, main_process, read_log
 
 SMALLEST, LARGEST = 96, 384  # px a side
-STAGES = {"connect": TrainConfig(300, 16, 0.004, 1e-3), "joint": TrainConfig(3000, 16, 0.002, 5e-4)}
+STAGES = {
+    "sizes": TrainConfig(1200, 16, 0.004, 1e-3),  # the vision encoder, taught by what it sees at 128 px
+    "connect": TrainConfig(100, 16, 0.002, 1e-3),  # the resampler
+    "joint": TrainConfig(1500, 16, 0.002, 5e-4),  # all of it, on questions
+}
 
 
 def make_processor(tokenizer):  # -> transformers.Idefics2Processor
@@ -88,6 +94,52 @@ def _look_around_(resampler: nn.Module, side: int) -> None:
     nn.init.zeros_(attention.in_proj_bias)
 
 
+def drawn_size(rng: np.random.Generator) -> tuple[int, tuple[int, int]]:
+    """A scene's side, and the size (width, height) of an image that holds it: square, half as long again, or twice as long."""
+    side = int(rng.integers(SMALLEST, LARGEST + 1))
+    longer = min(LARGEST, int(side * rng.choice((1, 1, 1.5, 2))))
+    return side, (longer, side) if rng.random() < 0.5 else (side, longer)
+
+
+def normalized(images: list[Image.Image]) -> Tensor:
+    """Pixels (B, 3, H, W) in [-1, 1] of images of one size, as the processor makes them."""
+    return torch.from_numpy(np.stack([np.asarray(i, np.float32) for i in images])).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+class TwoSizes(SceneBatches):
+    """Batch `i`: scenes at a drawn size (B, 3, H, W), at 128 px (B, 3, 128, 128), and which patches of the first, (B, rows,
+    columns), show the scene, which lies at a whole number of patches."""
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        rng, drawn = np.random.default_rng(i), self.draw(i)
+        side, size = drawn_size(rng)
+        side, (width, height) = side - side % PATCH, (n - n % PATCH for n in size)
+        left, top = (int(rng.integers(0, (n - side) // PATCH + 1)) for n in (width, height))
+        images = []
+        for scene in drawn:
+            images.append(Image.new("RGB", (width, height), scene.background))
+            images[-1].paste(scenes.render(scene, side), (left * PATCH, top * PATCH))
+        inside = torch.zeros(len(drawn), height // PATCH, width // PATCH, dtype=torch.bool)
+        inside[:, top : top + side // PATCH, left : left + side // PATCH] = True
+        return normalized(images), torch.from_numpy(np.stack([pixels(scene) for scene in drawn])), inside
+
+
+def sizes_loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor], teacher: nn.Module) -> tuple[Tensor, dict[str, float]]:
+    """How far the features of a scene, averaged over a coarse grid, are from `teacher`'s at 128 px: mean squared error of
+    normalized features, from 0 (equal) to about 2 (unrelated)."""
+    images, small, inside = batch
+    features = model.model.vision_model(images).last_hidden_state
+    with torch.no_grad():
+        known = teacher(small).last_hidden_state
+    coarse = []
+    side = min(int(inside[0].sum() ** 0.5), int(known.shape[1] ** 0.5))
+    for own in (features[inside.flatten(1)].unflatten(0, (len(images), -1)), known):
+        square = own.transpose(1, 2).unflatten(2, (int(own.shape[1] ** 0.5), -1)).float()
+        averages = F.adaptive_avg_pool2d(square, side).flatten(2).transpose(1, 2)
+        coarse.append(F.layer_norm(averages, averages.shape[-1:]))
+    return F.mse_loss(*coarse), {}
+
+
 class ResizedChats(ChatBatches):
     """`ChatBatches` on images of SMALLEST to LARGEST px, wide, square or tall: one size a batch, each scene somewhere in it."""
 
@@ -98,12 +150,9 @@ class ResizedChats(ChatBatches):
 
     def __getitem__(self, i: int) -> ChatBatch:
         rng = np.random.default_rng(i)
-        side = int(rng.integers(SMALLEST, LARGEST + 1))
-        longer = min(LARGEST, int(side * rng.choice((1, 1, 1.5, 2))))
-        size = (longer, side) if rng.random() < 0.5 else (side, longer)
-        images = [np.asarray(placed(scene, side, size, rng.random()), np.float32) for scene in self.draw(i)]
-        stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
-        return super().__getitem__(i)._replace(images=stacked)
+        side, size = drawn_size(rng)
+        images = [placed(scene, side, size, rng.random()) for scene in self.draw(i)]
+        return super().__getitem__(i)._replace(images=normalized(images))
 
     def _question(self, scene: Scene, family: str, n: int) -> families.Question:
         asked = super()._question(scene, family, n)
@@ -143,19 +192,23 @@ def train_mini_resampler(
     stages: Mapping[str, TrainConfig] | None = None,
     device: str | None = None,
 ) -> Path:
-    """Train `mini-resampler` into directory `out`: its resampler first, then all of it. A killed run goes on at its last
-    checkpoint in `work`. Returns `out`. Raises UserError when `out` holds something that is not a model, before any work, where
+    """Train `mini-resampler` into directory `out`: its vision encoder, its resampler, then all of it. A killed run
+    goes on at its last checkpoint in `work`. Returns `out`. Raises UserError when `out` holds something that is not a model, before any work, where
     there is no `mini-vlm`, and as `train.fit` does.
     """
     saving.check_replaceable(out)
     stages = {name: replace(c, device=device or c.device, about=name) for name, c in (stages or STAGES).items()}
-    model, start = make_resampler(loading.load("mini-vlm")), 0
+    source, start = loading.load("mini-vlm"), 0
+    model, teacher = make_resampler(source), source.model.vision_model.requires_grad_(False)
     processor, seeds = model.processor, block("mini-resampler/chat")
+    trained = {"sizes": model.model.vision_model, "connect": model.model.resampler, "joint": model}
     for name, config in stages.items():
-        model.requires_grad_(name == "joint")
-        model.model.resampler.requires_grad_(True)
-        drawn = _From(ResizedChats(seeds, start + config.steps, config.batch, processor.tokenizer), start)
-        fit(model, drawn, loss, config, work / name)
+        model.requires_grad_(False)
+        trained[name].requires_grad_(True)
+        kind = TwoSizes if name == "sizes" else ResizedChats
+        drawn = _From(kind(seeds, start + config.steps, config.batch, processor.tokenizer), start)
+        objective = partial(sizes_loss, teacher=teacher) if name == "sizes" else loss
+        fit(model, drawn, objective, config, work / name)
         start += config.steps
     if not main_process():
         return out
@@ -168,11 +221,11 @@ def train_mini_resampler(
 class _From(torch.utils.data.Dataset):
     """The batches from `start` on: no stage sees a scene of another."""
 
-    def __init__(self, batches: ChatBatches, start: int):
+    def __init__(self, batches: SceneBatches, start: int):
         self.batches, self.start = batches, start
 
     def __len__(self) -> int:
         return len(self.batches) - self.start
 
-    def __getitem__(self, i: int) -> ChatBatch:
+    def __getitem__(self, i: int):
         return self.batches[self.start + i]
