@@ -192,9 +192,9 @@ def train_mini_resampler(
     stages: Mapping[str, TrainConfig] | None = None,
     device: str | None = None,
 ) -> Path:
-    """Train `mini-resampler` into directory `out`: its vision encoder, its resampler, then all of it. A killed run
-    goes on at its last checkpoint in `work`. Returns `out`. Raises UserError when `out` holds something that is not a model, before any work, where
-    there is no `mini-vlm`, and as `train.fit` does.
+    """Train `mini-resampler` into directory `out`: its vision encoder, its resampler, then all of it. A killed run goes on at its
+    last checkpoint in `work`. Returns `out`. Raises UserError when `out` holds something that is not a model, before any work,
+    where there is no `mini-vlm`, and as `train.fit` does.
     """
     saving.check_replaceable(out)
     stages = {name: replace(c, device=device or c.device, about=name) for name, c in (stages or STAGES).items()}
