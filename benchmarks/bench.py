@@ -1,4 +1,5 @@
 """The real-size twin (SmolVLM-256M's dimensions, random weights) in every runtime: `make bench`. About an hour on two cores.
+BENCH_MODEL=smolvlm2-500m takes the larger one, into a file of its own; arguments pick rows by a part of their name.
 
 One picture of 512 px and 32 words in, 32 tokens out. Each variant runs in a fresh process, on two threads, and all of them in
 turn, `ROUNDS` times: a row shows the median of the rounds, and their range. The exported models stay in runs/bench, and are not
@@ -21,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 
 import bench_torch
-from bench_row import CHECKPOINT, QUESTION, ROOT, THREADS, TOKENS, WORK, measured
+from bench_row import CHECKPOINT, END, MODEL, QUESTION, ROOT, THREADS, TOKENS, WORK, measured
 
 PEERS = ROOT / ".venv-peers" / "bin" / "python"  # `make peers`
 ROUNDS = 3
@@ -85,7 +86,7 @@ def prepare(runtime: str, how: str) -> None:
     from mmrecipes.mini import model as mini_model
 
     if runtime == "torch":
-        models.save(twin := mini_model.real_size(), twin.processor, CHECKPOINT, "bfloat16")
+        models.save(twin := mini_model.real_size(MODEL), twin.processor, CHECKPOINT, "bfloat16")
         scenes.render(scenes.make_scene(5), 512).save(WORK / "picture.png")
         return
     if runtime == "llama.cpp":
@@ -254,14 +255,14 @@ def main(arguments: list[str]) -> None:
         from mmrecipes import measure, models
 
         found = everything(arguments)
-        words = {"question": QUESTION, "tokens": TOKENS, "threads": THREADS, "rounds": ROUNDS}
+        words = {"model": MODEL, "question": QUESTION, "tokens": TOKENS, "threads": THREADS, "rounds": ROUNDS}
         versions = {n: metadata.version(n) for n in ("onnxruntime", "openvino", "nncf", "torchao", "bitsandbytes", "executorch")}
         if any(row["name"].startswith("llama.cpp") for row in found["rows"]):
             pinned = Path(__file__).with_name("peers.txt").read_text()
             versions["llama-cpp-python"] = re.search("llama-cpp-python==(.*)", pinned)[1]
         content = {"environment": measure.environment() | versions, **words, **found, "notes": NOTES}
-        if not arguments:  # a part of the table is for the eye alone
-            models.write_json(ROOT / "results" / "bench.json", content)
+        if not arguments or END:  # a part of the main table is for the eye alone
+            models.write_json(ROOT / "results" / f"bench{END}.json", content)
         show(found["rows"])
 
 

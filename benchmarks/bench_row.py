@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np  # here, so that the clock counts it for none
 
 ROOT = Path(__file__).resolve().parent.parent
-WORK = ROOT / "runs" / "bench"
+MODEL = os.environ.get("BENCH_MODEL", "smolvlm-256m")  # one of mmrecipes.mini.model.REAL_SIZES
+END = "" if MODEL == "smolvlm-256m" else f"-{MODEL}"  # of the folder and the results file
+WORK = ROOT / "runs" / f"bench{END}"
 CHECKPOINT = WORK / "checkpoint"
 RUNS, TOKENS, THREADS = 1, 32, 2
 QUESTION = "What is in this picture? Name each of the objects, say what colour it has, how large it is, and where it is."

@@ -100,26 +100,36 @@ def sincos_positions(side: int, width: int) -> Tensor:
     return torch.cat([rows, columns], 1)
 
 
+# name -> parameters; the language model's width, intermediate size, layers, heads, key-value heads. Both have one vision encoder
+REAL_SIZES = {"smolvlm-256m": (256_484_928, (576, 1536, 30, 9, 3)), "smolvlm2-500m": (507_482_304, (960, 2560, 32, 15, 5))}
+TEXT_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+
 def real_size(name: str = "smolvlm-256m", dtype: torch.dtype | str = torch.float32, seed: int = 0):  # -> PreTrainedModel
-    """A model of SmolVLM-256M's published dimensions (arXiv:2504.05299) and random weights, `.processor` attached.
-    For speed and memory only. One image is one tile of 512 px, 64 tokens. UserError for other names or too little memory.
+    """A model of SmolVLM's published dimensions (arXiv:2504.05299) and random weights, `.processor` attached; `name` is one of
+    REAL_SIZES. For speed and memory only. One image is one tile of 512 px, 64 tokens. UserError for other names or too little
+    memory.
     """
     from transformers import AutoTokenizer, Idefics3ForConditionalGeneration
     from transformers.initialization import no_init_weights
 
     dtype = torch.float32 if as_dtype(dtype) == "auto" else as_dtype(dtype)
-    if name != "smolvlm-256m":
-        raise UserError(f"no real-size model {name!r}: there is smolvlm-256m")
-    check_memory(name, 256_484_928 * dtype.itemsize, dtype, torch.device("cpu"))
+    if name not in REAL_SIZES:
+        raise UserError(f"no real-size model {name!r}: there are {', '.join(REAL_SIZES)}")
+    parameters, own = REAL_SIZES[name]
+    check_memory(name, parameters * dtype.itemsize, dtype, torch.device("cpu"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(data_dir() / "models" / "mini-vlm")
     except (UserError, OSError, ValueError):  # not trained yet: the same one, made again in a few seconds
         tokenizer = make_tokenizer()
     vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     vision |= {"image_size": 512, "patch_size": 16}
-    text = {"vocab_size": 49280, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
-    text |= {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
-    text |= {"rms_norm_eps": 1e-5, "rope_theta": 100_000.0}
+    text = dict(zip(TEXT_SIZES, own, strict=True)) | {
+        "vocab_size": 49280,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100_000.0,
+    }
     config = _config(tokenizer, vision, text, scale_factor=4, tied=False)
     with no_init_weights():  # the library's own takes ten times as long as this one
         model = Idefics3ForConditionalGeneration._from_config(config, dtype=dtype)
