@@ -124,12 +124,8 @@ def real_size(name: str = "smolvlm-256m", dtype: torch.dtype | str = torch.float
         tokenizer = make_tokenizer()
     vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     vision |= {"image_size": 512, "patch_size": 16}
-    text = dict(zip(TEXT_SIZES, own, strict=True)) | {
-        "vocab_size": 49280,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 100_000.0,
-    }
+    text = dict(zip(TEXT_SIZES, own, strict=True)) | {"vocab_size": 49280, "max_position_embeddings": 8192}
+    text |= {"rms_norm_eps": 1e-5, "rope_theta": 100_000.0}
     config = _config(tokenizer, vision, text, scale_factor=4, tied=False)
     with no_init_weights():  # the library's own takes ten times as long as this one
         model = Idefics3ForConditionalGeneration._from_config(config, dtype=dtype)

@@ -112,6 +112,31 @@ def test_batches_hold_images_of_many_shapes(model):
     assert {"wide", "tall", "square"} == {"wide" if w > h else "tall" if h > w else "square" for h, w in shapes}
 
 
+def test_the_vision_encoder_learns_from_what_it_sees_at_128_px(model):
+    drawn = resampler.TwoSizes(data.block("mini-resampler/chat"), 40, 1)
+    teacher = models.load("mini-vlm").model.vision_model
+    for i in range(20):
+        images, small, inside = drawn[i]
+        side = int(inside.sum() ** 0.5)
+        corner = inside[0].nonzero()[0] * 16
+        y, x = (int(n) for n in corner)
+        scene = images[:, :, y : y + 16 * side, x : x + 16 * side]  # what the patches that `inside` marks show
+        torch.testing.assert_close(scene.mean((2, 3)), small.mean((2, 3)), atol=0.02, rtol=0)
+        with torch.no_grad():
+            loss = resampler.sizes_loss(model, drawn[i], teacher)[0].item()
+        assert 0 <= loss < 2 and (loss > 0.1 or min(images.shape[-2:]) <= 128)
+    same = torch.ones(1, 8, 8, dtype=torch.bool)
+    with torch.no_grad():  # at 128 px an untrained encoder still is its teacher
+        assert resampler.sizes_loss(model, (small, small, same), teacher)[0] < 1e-6
+
+
+@pytest.mark.parametrize("size", [(96, 96), (256, 256), (384, 384), (384, 192)])
+def test_the_committed_model_answers_at_any_size(size):
+    """The whole measurement is benchmarks/resampler.py; here its lower end, so that a damaged model is found."""
+    found = evaluate.vqa(models.load("mini-resampler"), resampler.resized(data.test_split(84), size), progress=False)
+    assert found.overall.value > 0.8
+
+
 def test_prompts_of_training_are_the_processors(model):
     """The tokens of a packed question are those that its processor makes of it alone."""
     batch = resampler.ResizedChats(data.block("mini-resampler/chat"), 1, 1, model.processor.tokenizer)[0]
