@@ -165,6 +165,7 @@ def project(tmp_path) -> Path:
         "bench",
         "distillation",
         "gpu",
+        "resampler",
         "growth",
         "parts",
         "pruning",

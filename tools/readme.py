@@ -3,7 +3,7 @@
 A region lies between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. README.md has `badges` and `notebooks` (a table from
 results/notebooks.json). results/README.md has `results` (from results/tour.json), `quantization`, `pruning`, `distillation` and
 `adapters` (what chapters 1 to 3 cost), `training`, `bench`, `parts`, `growth`,
-`sizes` and `gpu`. A notebook has `badges` and, if it likes, `cost`.
+`sizes`, `resampler` and `gpu`. A notebook has `badges` and, if it likes, `cost`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import bench_tables
 import gpu_tables
+import resampler_tables
 from recipes import ROOT, heading, repository
 
 UNMEASURED = "Not measured yet: `make results`."
@@ -378,6 +379,10 @@ def result_regions(results: Path) -> dict[str, str]:
     regions["gpu"] = UNMEASURED
     if "generation" in gpu:
         regions["gpu"] = f"{gpu_tables.rows_of(gpu, table)}\n\n{measured_on(results, ['gpu.json'])}"
+    resampler = load(results / "mini-resampler.json")
+    regions["resampler"] = UNMEASURED
+    if "sizes" in resampler:
+        regions["resampler"] = f"{resampler_tables.sizes(resampler, table)}\n\n{measured_on(results, ['mini-resampler.json'])}"
     regions["training"] = UNMEASURED
     if "groups" in training:
         regions["training"] = f"{gpu_tables.training(training, table)}\n\n{measured_on(results, ['training.json'])}"
