@@ -2,7 +2,6 @@
 
 from mmrecipes.lazy import lazy_exports
 
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    dict.fromkeys(*(("batches", "clevr", "cnn", "curriculum", "labels", "losses", "model", "resampler", "siglip", "vlm"), "")),
-)
+FILES = ("batches", "clevr", "cnn", "curriculum", "fast_resampler", "labels", "losses", "model", "resampler", "siglip", "vlm")
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__, dict.fromkeys(FILES, ""))
