@@ -33,9 +33,15 @@ def chat_prompts(processor: "ProcessorMixin", questions: Sequence[str], images: 
 
 
 def batch_inputs(model: nn.Module, images: Sequence[Image.Image | list] | None, texts: Sequence[str]) -> Mapping[str, Tensor]:
-    """`processed` on the model's device, pixels in the vision encoder's dtype. Raises UserError as it does."""
+    """`processed` on the model's device, pixels in the vision encoder's dtype. UserError as it does, and for a long prompt."""
     dtypes = (p.dtype for p in parts(model)["vision"].parameters() if p.is_floating_point())  # a model may mix them
-    return processed(model.processor, images, texts).to(model.device, next(dtypes, torch.float32))
+    inputs, text = processed(model.processor, images, texts), model.config.get_text_config()
+    length, most = inputs["input_ids"].shape[1], getattr(text, "max_position_embeddings", None)
+    if most and length >= most:
+        visual = (inputs["input_ids"] == (getattr(model.processor, "image_token_id", None) or -1)).sum(1).max()
+        cure = "shorten it, or give fewer or smaller images" if visual else "shorten it"
+        raise UserError(f"the prompt has {length} tokens, {visual} of them for images, and the model takes {most}: {cure}")
+    return inputs.to(model.device, next(dtypes, torch.float32))
 
 
 def rows_at_once(model: nn.Module, rows: "Rows | Mapping[str, Sequence]", most: int) -> int:
@@ -80,11 +86,7 @@ def chat(model: nn.Module, images: Image.Image | str | Path | list | None, quest
     for w, h in (i.size for i in images):
         if min(w, h) < 8 or max(w, h) > 50 * min(w, h):
             warnings.warn(f"an image of {w} x {h} px shows nothing, too small or narrow: answers are guesses", stacklevel=2)
-    inputs = batch_inputs(model, [images] if images else None, chat_prompts(model.processor, [question], len(images)))
-    length, most = inputs["input_ids"].shape[1], getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if most and length >= most:
-        raise UserError(f"the prompt has {length} tokens, and the model takes {most}: shorten it")
-    return inputs
+    return batch_inputs(model, [images] if images else None, chat_prompts(model.processor, [question], len(images)))
 
 
 @torch.inference_mode()
