@@ -34,7 +34,7 @@ SMALLEST, LARGEST = 96, 384  # px a side
 STAGES = {
     "sizes": TrainConfig(1200, 16, 0.004, 1e-3),  # the vision encoder, taught by what it sees at 128 px
     "connect": TrainConfig(100, 16, 0.002, 1e-3),  # the resampler
-    "joint": TrainConfig(1500, 16, 0.002, 5e-4),  # all of it, on questions
+    "joint": TrainConfig(1500, 16, 0.0007, 2e-4),  # all of it, on questions
 }
 
 
