@@ -39,6 +39,7 @@ class Family:
     masks: Callable[..., dict[str, Any]] | None = None
     forwards: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     piece: int = 0  # 0: as many as there are
+    two_way: bool = False  # all of a prompt sees all of it, so that none can be kept for a longer prompt
 
 
 def hidden_states(core, pixel_values):

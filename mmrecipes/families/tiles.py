@@ -56,5 +56,5 @@ FAMILIES = (
     Family("tiles", ("LlavaForConditionalGeneration", "InternVLForConditionalGeneration"), encode, images),
     Family("idefics3", ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"), None, images),
     Family("gemma3", ("Gemma3ForConditionalGeneration",), encode, images, masks=gemma3_masks),
-    Family("paligemma", ("PaliGemmaForConditionalGeneration",), encode, images, masks=paligemma_masks),
+    Family("paligemma", ("PaliGemmaForConditionalGeneration",), encode, images, masks=paligemma_masks, two_way=True),
 )

@@ -146,6 +146,14 @@ class OnnxGraphs:
             return [buffer[:, :, : self.length].copy() for buffer in self.buffers]
         return [np.array(each.numpy()) for each in self.past]
 
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens; for caches without states of fixed size, which cannot go back."""
+        if self.roomy:
+            self.length = length
+        else:
+            self.past = [self.value(np.ascontiguousarray(each.numpy()[:, :, :length])) for each in self.past]
+        self.places.begin([length], [length])
+
     def batch(self, caches: Sequence[Sequence[np.ndarray]], lengths: Sequence[int], following: Sequence[int]) -> None:
         """Go on with several conversations: their caches, how many tokens those hold, and which positions follow."""
         self.past = [self.value(np.ascontiguousarray(layer)) for layer in left_padded(caches)]
@@ -193,6 +201,13 @@ class OpenVinoGraphs:
     def cache(self) -> list[np.ndarray]:
         return [state.state.data.copy() for state in self.language.query_state()]
 
+    def crop(self, length: int) -> None:
+        import openvino as ov
+
+        for state in self.language.query_state():
+            state.state = ov.Tensor(np.ascontiguousarray(state.state.data[:, :, :length]))
+        self.places.begin([length], [length])
+
     def batch(self, caches: Sequence[Sequence[np.ndarray]], lengths: Sequence[int], following: Sequence[int]) -> None:
         import openvino as ov
 
@@ -228,6 +243,9 @@ class ExecutorchGraphs:
         logits = self._run(self.language, ids.astype(np.int64), features, np.array([self.cache_length]))
         self.cache_length += ids.shape[1]
         return logits[0, -1]
+
+    def crop(self, length: int) -> None:
+        self.cache_length = length
 
     def _run(self, method, *inputs: np.ndarray) -> np.ndarray:
         import torch

@@ -70,7 +70,7 @@ class Exported:
         require(*packages)
         self.folder, self.manifest = folder, manifest
         self.family, self.settings = families.BY_NAME[manifest["family"]], manifest["settings"]
-        self.processor = load_processor(folder)
+        self.processor, self.reader = load_processor(folder), None  # the Chat whose turns the cache holds
         try:
             made = graphs(folder, manifest["precision"], threads) if graphs else load_graphs(folder, manifest, threads)
             self.graphs = made
@@ -151,37 +151,55 @@ class Exported:
 
     def prefill(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """Logits (V) of the first new token; the cache then holds the prompt."""
-        ids = inputs["input_ids"]
         self.graphs.reset()
-        features = self.encode_images(inputs) if "pixel_values" in inputs else None
-        places, given = int((ids == self.manifest["image_token_id"]).sum()), 0 if features is None else len(features)
-        if places != given:
+        self.reader = None
+        return self.read(inputs, self.encode_images(inputs) if "pixel_values" in inputs else None)
+
+    def read(self, inputs: dict[str, np.ndarray], features: np.ndarray | None, held: int = 0) -> np.ndarray:
+        """Logits (V) of the first new token after a prompt with the visual tokens `features` (N, D), of which the cache holds the
+        first `held` tokens already; then it holds all. UserError where images are missing or too many."""
+        ids = inputs["input_ids"]
+        is_image, given = ids[0] == self.manifest["image_token_id"], 0 if features is None else len(features)
+        if (places := is_image.sum()) != given:
             raise UserError(f"{places} places for visual tokens in the text, {given} given: an image is missing or too many")
         positions = self.family.positions and self.family.positions(inputs, self.settings)
-        size, read = self.family.piece or ids.shape[1], 0
-        for start in range(0, ids.shape[1], size):
-            piece = ids[:, start : start + size]
-            shown = int((piece == self.manifest["image_token_id"]).sum())
-            at = None if positions is None else positions[..., start : start + size]
-            logits = self.graphs.step(piece, features[read : read + shown] if shown else None, at)
-            read += shown
+        size, rows = self.family.piece or ids.shape[1], np.concatenate([[0], is_image.cumsum()])
+        for start in range(held, ids.shape[1], size):
+            end = min(start + size, ids.shape[1])
+            shown = features[rows[start] : rows[end]] if rows[end] > rows[start] else None
+            at = None if positions is None else positions[..., start:end]
+            logits = self.graphs.step(ids[:, start:end], shown, at)
         return logits
 
-    def encode_images(self, inputs: dict[str, np.ndarray] | np.ndarray) -> np.ndarray:
+    def encode_images(
+        self, inputs: dict[str, np.ndarray] | np.ndarray, known: dict[bytes, np.ndarray] | None = None
+    ) -> np.ndarray:
         """Visual tokens (T, D) that stand for the placeholders of one conversation, from what the processor made of its images
-        (or from pixels (..., 3, H, W) alone)."""
+        (or from pixels (..., 3, H, W) alone). An image or tile that is `known`, by its content, is not encoded again."""
         inputs = inputs if isinstance(inputs, dict) else {"pixel_values": inputs}
-        tokens = [self.graphs.encode(run) for run in self.family.images(inputs, self.settings)]
-        return self.family.merge([each.reshape(-1, each.shape[-1]) for each in tokens], inputs, self.settings)
+        known, tokens = {} if known is None else known, []
+        for run in self.family.images(inputs, self.settings):
+            content = [str(x.shape).encode() + x.tobytes() for x in run.values()]
+            key = hashlib.sha256(b"".join(content)).digest()
+            if key not in known:
+                made = self.graphs.encode(run)
+                known[key] = made.reshape(-1, made.shape[-1])
+            tokens.append(known[key])
+        return self.family.merge(tokens, inputs, self.settings)
 
     def inputs(self, images: Any, text: str | Sequence[dict]) -> dict[str, np.ndarray]:
         """What the processor makes of one conversation: input_ids (1, T), pixel_values, ...; UserError where it does not fit."""
-        inputs = dict(conversation(self.processor, images, text))
-        if self.family.name == "idefics3" and not np.asarray(inputs.get("pixel_attention_mask", 1)).all():
-            raise UserError("an image is padded, and the vision encoder takes whole ones of its own size: resize the image to it")
+        inputs = self.prompt(images, text)
         length, most = inputs["input_ids"].shape[1], self.manifest["max_length"]
         if length >= most:
             raise UserError(f"the prompt has {length} tokens, and the model takes {most}: shorten it")
+        return inputs
+
+    def prompt(self, images: Any, text: str | Sequence[dict]) -> dict[str, np.ndarray]:
+        """As `inputs`, however long it is."""
+        inputs = dict(conversation(self.processor, images, text))
+        if self.family.name == "idefics3" and not np.asarray(inputs.get("pixel_attention_mask", 1)).all():
+            raise UserError("an image is padded, and the vision encoder takes whole ones of its own size: resize the image to it")
         return inputs
 
 

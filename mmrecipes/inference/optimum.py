@@ -86,6 +86,10 @@ class _Embeds:
         feeds = {"inputs_embeds": embeds, "attention_mask": np.ones((1, self.seen), np.int64), "position_ids": places}
         return np.asarray(self.decode(feeds)[0, -1], np.float32)
 
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        self.seen = length
+
 
 class OptimumOnnx(_Embeds):
     """The three graphs in ONNX Runtime; the cache goes from each run's outputs (present.*) to the next one's inputs."""
@@ -123,6 +127,10 @@ class OptimumOnnx(_Embeds):
         logits, *past = self._run(self.decoder, feeds | more | self.past, self.outputs)
         self.past = dict(zip(self.empty, past, strict=True))
         return logits
+
+    def crop(self, length: int) -> None:
+        super().crop(length)
+        self.past = {name: x[:, :, :length] for name, x in self.past.items()}
 
     def _run(self, session, feeds: Mapping[str, np.ndarray], outputs: list[str] | None = None) -> list[np.ndarray]:
         """What `session` makes of those of `feeds` that it takes, in the types that it takes."""
@@ -166,3 +174,10 @@ class OptimumOpenVino(_Embeds):
     def decode(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
         feeds = feeds | {"beam_idx": np.zeros(1, np.int32)}
         return self.language.infer({name: x for name, x in feeds.items() if name in self.taken})["logits"]
+
+    def crop(self, length: int) -> None:
+        import openvino as ov
+
+        super().crop(length)
+        for state in self.language.query_state():
+            state.state = ov.Tensor(np.ascontiguousarray(state.state.data[:, :, :length]))
