@@ -166,6 +166,7 @@ def project(tmp_path) -> Path:
         "distillation",
         "gpu",
         "resampler",
+        "waterfall",
         "growth",
         "parts",
         "pruning",

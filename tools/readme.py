@@ -3,7 +3,7 @@
 A region lies between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. README.md has `badges` and `notebooks` (a table from
 results/notebooks.json). results/README.md has `results` (from results/tour.json), `quantization`, `pruning`, `distillation` and
 `adapters` (what chapters 1 to 3 cost), `training`, `bench`, `parts`, `growth`,
-`sizes`, `resampler` and `gpu`. A notebook has `badges` and, if it likes, `cost`.
+`sizes`, `resampler`, `waterfall` and `gpu`. A notebook has `badges` and, if it likes, `cost`.
 """
 
 from __future__ import annotations
@@ -383,6 +383,11 @@ def result_regions(results: Path) -> dict[str, str]:
     regions["resampler"] = UNMEASURED
     if "sizes" in resampler:
         regions["resampler"] = f"{resampler_tables.sizes(resampler, table)}\n\n{measured_on(results, ['mini-resampler.json'])}"
+    waterfall, precision = load(results / "waterfall.json"), load(results / "training-precision.json")
+    shown = [resampler_tables.waterfall(waterfall, table)] if "sliced" in waterfall else []
+    shown += [resampler_tables.training(precision, table)] if "batch" in precision else []
+    shown += [measured_on(results, ["waterfall.json", "training-precision.json"])]
+    regions["waterfall"] = "\n\n".join(shown) if len(shown) > 1 else UNMEASURED
     regions["training"] = UNMEASURED
     if "groups" in training:
         regions["training"] = f"{gpu_tables.training(training, table)}\n\n{measured_on(results, ['training.json'])}"
