@@ -2,6 +2,7 @@
 
 import tempfile
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -61,6 +62,21 @@ def load_nf4(folder: Path) -> nn.Module:
                 layer.compute_dtype = torch.float32
     model.processor = load_processor(folder)
     return model.eval()
+
+
+def to_nf4_(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """Replace the linear layers `names` by bitsandbytes' own in NF4, which compute in the dtype that their weights had."""
+    require("bitsandbytes")
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for name in names:
+        layer = model.get_submodule(name)
+        weight, bias = layer.weight, layer.bias
+        small = Linear4bit(layer.in_features, layer.out_features, bias is not None, weight.dtype, quant_type="nf4", device="meta")
+        small.weight = Params4bit(weight.detach(), requires_grad=False, blocksize=BLOCK, quant_type="nf4")
+        small.bias = bias
+        model.set_submodule(name, small.to(weight.device).eval())  # moving it packs it
+    return model
 
 
 def can_nf4(model: nn.Module) -> set[str]:

@@ -16,8 +16,8 @@ from mmrecipes.errors import UserError, one_line
 from mmrecipes.measure import machine, timing
 from mmrecipes.models import images, loading, modules, preflight, processors, prompts
 from mmrecipes.quantize.groups import GROUP
-from mmrecipes.report import doctor, plain, predicted
-from mmrecipes.report.doctor import Finding
+from mmrecipes.report import doctor, dtype_checks, plain, predicted
+from mmrecipes.report.dtype_checks import TIED, Finding
 from mmrecipes.report.predicted import PRECISIONS
 
 SIZES = ((256, 256), (512, 512), (768, 768), (1024, 1024), (1024, 512))  # width, height, px
@@ -75,28 +75,21 @@ def _memory(total: dict, free: int) -> Iterator[Finding]:
 
 def findings(model: nn.Module) -> Iterator[Finding]:
     """What the shapes alone say stands in the way of a technique."""
-    yield from (*doctor.odd_groups(model), *doctor.norms(model))
+    yield from (*doctor.odd_groups(model), *doctor.norms(model), *dtype_checks.dtype_findings(model))
     if quantized := getattr(model.config, "quantization_config", None):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", "")
         yield Finding("all", "config.json", f"the weights are quantized already ({method})", "start from the float checkpoint")
     for name, m in model.named_modules():
-        if isinstance(m, nn.MultiheadAttention):
-            what = "nn.MultiheadAttention reads this weight past its layer: a quantized layer in its place would be passed by"
-            yield Finding("dynamic int8, 4-bit layers", f"{name}.out_proj", what, "leave it in floating point")
-        elif isinstance(m, nn.Embedding) and m is model.get_input_embeddings() and m.embedding_dim % GROUP:
+        if isinstance(m, nn.Embedding) and m is model.get_input_embeddings() and m.embedding_dim % GROUP:
             what = f"rows of {m.embedding_dim} do not divide into groups of {GROUP}: a packed look-up table needs padded rows"
             yield Finding("int8 and 4-bit embeddings", name, what, "keep the embeddings in floating point")
     if (head := modules.parts(model)["head"]).weight is model.get_input_embeddings().weight:
         name = next(n for n, m in model.named_modules() if m is head)
-        yield Finding("4-bit weights", name, *doctor.TIED)
+        yield Finding("4-bit weights", name, *TIED)
     for name, m in modules.linears(model):
         if m.out_features % NF4_ROWS:
             what = f"{m.out_features} outputs are no multiple of {NF4_ROWS}, which bitsandbytes packs together on CPUs with bf16"
             yield Finding("NF4", name, what, "leave it in bf16, or pad its rows")
-    for name, p in model.named_parameters():
-        if p.dim() == 3 and min(p.shape) > 1 and "expert" in name:
-            what = "the experts' matrices are one parameter, not layers: quantizers that replace linear layers pass it by"
-            yield Finding("int8, 4-bit layers", name, what, "use a runtime or a format that knows mixtures of experts")
 
 
 def visual_tokens(model: nn.Module, question: str, image: str | Path | None) -> tuple[list[dict], str | None]:

@@ -23,21 +23,11 @@ from mmrecipes.measure import machine, size, timing
 from mmrecipes.models import modules as models_modules
 from mmrecipes.models import prompts
 from mmrecipes.quantize import nf4, rounding
-from mmrecipes.report import plain
+from mmrecipes.report import dtype_checks, plain
+from mmrecipes.report.dtype_checks import TIED, Finding
 
 GROUPS = (32, 64, 128)
-TIED = ("its weight is that of the token embeddings, too", "quantize both together, or untie them first")
 OWN = ("aten", "prim", "prims", "profiler", "inductor")  # PyTorch's own operators; every runtime and quantizer knows these
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing in the way: of which technique, where, what, and the cure."""
-
-    technique: str
-    where: str
-    what: str
-    cure: str
 
 
 @dataclass(frozen=True)
@@ -127,7 +117,9 @@ def examine(model: nn.Module, inputs: Mapping) -> Diagnosis:
     watch, operators, tokens = _Watch(model), _Operators(), {}
     with torch.no_grad(), _hooks(model, watch, tokens), operators, watch:
         model(**inputs)
-    findings = [*_direct_reads(model, watch), *_foreign(operators), *norms(model), *odd_groups(model), *_dtypes(model)]
+    known = list(dtype_checks.dtype_findings(model))
+    read = [f for f in _direct_reads(model, watch) if f.where not in {k.where for k in known}]  # what no source told
+    findings = [*known, *read, *_foreign(operators), *norms(model), *odd_groups(model), *_dtypes(model)]
     findings += _overflows(model, inputs)
     capabilities = machine.environment()["capabilities"]
     return Diagnosis(size.parameters(model), findings, _verdicts(model, tokens, findings), capabilities, exports(model))

@@ -54,7 +54,7 @@ def test_what_resists_is_found_and_named():
     model.model.vision_model = Resists(model.model.vision_model, 128)
     inputs = models.chat(model, scenes.render(scenes.make_scene(1)), "How many objects are there?")
     found = {(f.technique, f.where): f for f in doctor.examine(model, inputs).findings}
-    assert "read from outside" in found["dynamic int8, 4-bit layers", "model.vision_model.side"].what
+    assert "past its layer" in found["dynamic int8, 4-bit layers", "model.vision_model.side"].what
     assert "GroupNorm" in found["static int8", "model.vision_model.norm"].what
     assert "called 1x" in found["static int8, export", "mmrecipes_test::swirl"].what
     assert "24 inputs do not divide by 32, 64, 128" in found["4-bit weights in groups", "model.vision_model.back"].what
