@@ -41,7 +41,7 @@ WORK = ROOT / "runs" / "waterfall"
 ROUNDS = int(os.environ.get("ROUNDS", 3))
 MEMORY_GB = float(os.environ.get("MEMORY_GB", 14))  # what a process may take
 SIDES, PATCH, SLICE, MOST = (256, 512, 768, 1024), 14, 448, 9  # px; slices an image
-PUBLISHED, DEPTH = {"vision": 27, "language": 32}, {"vision": 3, "language": 4}
+PUBLISHED, DEPTH = {"vision": 27, "language": 32}, {"vision": 2, "language": 3}
 VISION = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "hidden_act": "gelu_pytorch_tanh"}
 TEXT = {"hidden_size": 2560, "intermediate_size": 7168, "num_attention_heads": 40, "num_key_value_heads": 10}
 TEXT |= {"vocab_size": 122_880}
@@ -192,7 +192,7 @@ def needed_gb(grids: list[tuple[int, int]], steps: tuple[str, ...], quick: bool)
     """About the most GB that eager attention keeps at once, with weights: scores twice or, in bf16, once and twice in fp32."""
     longest = max(rows for rows, _ in grids) * max(columns for _, columns in grids)
     heads = (VISION | TINY if quick else VISION)["num_attention_heads"]
-    weights = 4.4 if "bf16" not in steps else 2.2
+    weights = 4.0 if "bf16" not in steps else 2.0
     return len(grids) * heads * longest**2 * (10 if "bf16" in steps else 8) / 1e9 + (0 if quick else weights)
 
 
