@@ -2,7 +2,6 @@
 # The recipe of https://github.com/mmrecipes/mmrecipes/blob/main/notebooks/41_dynamic_resolution_and_resampler.ipynb
 # Extracted by tools/recipes.py; change the notebook instead. Licence: Apache-2.0.
 
-import inspect
 import os
 import statistics
 import sys
@@ -60,13 +59,12 @@ def peak_mb():
 def main():
     model, processor = load()
     core = getattr(model, "model", model)
-    accepted = inspect.signature(core.get_image_features).parameters
     image_token = getattr(processor, "image_token_id", None) or getattr(model.config, "image_token_id", None)
     seen = set()
     print("size, px      visual tokens  prompt tokens  vision, ms  vision and prompt, ms  peak so far, MB")
     for size in SIZES:
         batch = encode(processor, size)
-        images = {name: value for name, value in batch.items() if name in accepted}
+        images = {name: value for name, value in batch.items() if value.shape != batch["input_ids"].shape}
         visual = int((batch["input_ids"] == image_token).sum())
         vision = milliseconds(lambda images=images: core.get_image_features(**images))
         prompt = milliseconds(lambda batch=batch: model(**batch))
@@ -76,7 +74,8 @@ def main():
     if len(seen) == 1:
         print("The number of visual tokens does not depend on the size: the processor or the connector fixes it.")
     found = {name: getattr(processor.image_processor, name, None) for name in SETTINGS}
-    chosen = ", ".join(f"{name}={value}" for name, value in found.items() if value is not None)
+    plain = {name: dict(value) if hasattr(value, "longest_edge") else value for name, value in found.items()}
+    chosen = ", ".join(f"{name}={value}" for name, value in plain.items() if value)
     print(f"Set in processor.image_processor, then save_pretrained: {chosen}")
 
 
