@@ -2,7 +2,7 @@
 
 Each size has 525 questions of the test split for itself, so the 4,200 answers are independent; then one set of questions at
 every size, paired.
-Writes results/mini-resampler.json. About 25 minutes on two cores.
+MODEL is a directory, whose own code is run. Writes results/mini-resampler.json. About 25 minutes on two cores.
 """
 
 from __future__ import annotations

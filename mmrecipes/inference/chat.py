@@ -53,6 +53,8 @@ class Chat:
     """
 
     def __init__(self, exported: Exported, budget: int | None = None):
+        if not isinstance(exported, Exported):
+            raise UserError(f"Chat: given a {type(exported).__name__}; expected a generating model from inference.load_exported")
         self.exported, self.budget = exported, budget
         self.turns: list[Turn] = []
         self.forgotten = self.tokens_read = 0
@@ -83,7 +85,8 @@ class Chat:
             if self.budget is None:
                 raise UserError(f"the chat has {length} tokens, and the model takes {longest}: give Chat a budget, or begin anew")
         need = f"this turn needs {length} tokens, all images included, and {max_new_tokens} for its answer"
-        raise UserError(f"{need}; the budget is {self.budget}: shorten the question, or raise the budget")
+        cure = "shorten the question" + (", or raise the budget" if self.budget < longest else "")
+        raise UserError(f"{need}; the budget is {self.budget}, and the model takes {longest}: {cure}")
 
     def _answer(self, inputs: dict[str, np.ndarray], max_new_tokens: int) -> str:
         exported, ids, answer = self.exported, inputs["input_ids"][0], []

@@ -1,6 +1,7 @@
 """`mini-resampler`: images of any size, alone and padded beside others, saved with its own code, and trained."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +103,11 @@ def test_training_resumes_and_writes_a_model_with_its_code(tmp_path):
     again = resampler.train_mini_resampler(tmp_path / "again", tmp_path / "work", stages)  # nothing is left to do
     for name, p in models.load(again, trust_remote_code=True).named_parameters():
         torch.testing.assert_close(p, loaded.get_parameter(name), rtol=0, atol=0)
+
+
+def test_the_code_beside_the_committed_weights_is_the_packages():
+    beside = models.data_dir() / "models" / "mini-resampler" / "modeling_mini_resampler.py"
+    assert beside.read_text(encoding="utf-8") == Path(modeling.__file__).read_text(encoding="utf-8")
 
 
 def test_batches_hold_images_of_many_shapes(model):
