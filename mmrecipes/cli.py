@@ -11,6 +11,7 @@ from typing import Annotated
 
 from typer import Argument, Option, Typer, echo
 
+from mmrecipes import interrupt
 from mmrecipes.errors import UserError, unsupported
 
 Model = Annotated[str, Argument(help="a house model, a local directory, or a hub id")]
@@ -172,7 +173,8 @@ def main() -> None:
     if not sys.stderr.isatty():  # a "0" would not do: other modules ask only whether it is set
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        app()
+        with interrupt.ends_the_process():
+            app()
     except Exception as e:
         if debug:
             traceback.print_exc()

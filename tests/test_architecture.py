@@ -16,7 +16,7 @@ from paths import ROOT
 PACKAGE = ROOT / "mmrecipes"
 # each imports only those before it; those in one row do not import one another
 LAYERS = (
-    ("errors", "lazy", "quiet"),
+    ("errors", "interrupt", "lazy", "quiet"),
     ("families",),
     ("models",),
     ("data", "inference"),

@@ -5,7 +5,6 @@ OpenVINO. Which is ahead in the vision encoder depends on the CPU, and so does w
 """
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from mmrecipes.errors import UserError, require
 from mmrecipes.export import pipeline, wrappers
 from mmrecipes.inference.backends import GRAPHS, PACKAGES, runtimes
 from mmrecipes.inference.exported import read_manifest
+from mmrecipes.interrupt import temporary_directory
 from mmrecipes.measure import timing
 
 CANDIDATES = (("onnx", "static"), ("openvino", "static"))
@@ -42,11 +42,11 @@ def choose_vision_(model: nn.Module, folder: Path, images: Sequence[Image.Image]
     encoder = wrappers.vision_graph(model)[0]
     with torch.inference_mode():
         wanted = encoder(**{name: torch.from_numpy(np.asarray(x)) for name, x in runs[0].items()}).numpy()
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="vision-") as aside:
+    with temporary_directory(folder.parent, "vision-") as aside:
         places = {own: folder}
         for runtime, precision in CANDIDATES:
             if (runtime, precision) != own and _installed(runtime):
-                place = places[runtime, precision] = Path(aside) / f"{runtime}-{precision}"
+                place = places[runtime, precision] = aside / f"{runtime}-{precision}"
                 place.mkdir()
                 try:
                     pipeline.BACKENDS[runtime].write(model, place, {"vision": precision}, runs, False)

@@ -5,7 +5,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL import Image
 
 from mmrecipes.errors import UserError
 from mmrecipes.inference.exported import load_exported, read_manifest
+from mmrecipes.interrupt import temporary_directory
 from mmrecipes.models.images import load_image
 
 
@@ -86,7 +86,7 @@ def profile_exported(
     if "kind" in manifest:
         raise UserError(f"{folder}: compares images with texts and does not answer questions; give an exported VLM")
     blocked = () if manifest["runtime"] == "executorch" else ("torch", "torchao")
-    with tempfile.TemporaryDirectory(prefix="mmrecipes-") as aside:
+    with temporary_directory() as aside:
         path = f"{aside}/image.png"
         load_image(image).save(path)
         job = (str(folder), path, question, tokens, repeats, threads)

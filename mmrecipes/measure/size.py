@@ -1,6 +1,5 @@
 """Bytes: what a model holds in memory, and what its weights take as files."""
 
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from mmrecipes.errors import UserError
+from mmrecipes.interrupt import temporary_directory
 from mmrecipes.models import modules
 
 WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".onnx", ".onnx_data", ".data", ".ort", ".xml", ".pte", ".gguf", ".tflite"}
@@ -58,8 +58,8 @@ def disk_bytes(model_or_dir: nn.Module | str | Path) -> int:
             raise UserError(f"disk_bytes: {root} holds no weight files ({kinds}); give a model directory")
         return sum(sizes)
     state = model_or_dir.state_dict()
-    with tempfile.TemporaryDirectory(prefix="mmrecipes-") as folder:
-        file = Path(folder) / "weights"
+    with temporary_directory() as folder:
+        file = folder / "weights"
         if all(type(v) in (Tensor, nn.Parameter) and not v.is_quantized for v in state.values()):
             save_model(model_or_dir, str(file))  # writes tied weights once
         else:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from mmrecipes.errors import UserError, one_line
+from mmrecipes.interrupt import temporary_directory, undone_by
 from mmrecipes.models.loading import as_dtype
 from mmrecipes.models.preflight import read_json
 
@@ -26,8 +27,9 @@ def written_aside(path: str | Path) -> Iterator[Path]:
     aside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        os.replace(aside, path)
+        with undone_by(lambda: aside.unlink(missing_ok=True)):
+            yield aside
+            os.replace(aside, path)
     except OSError as e:
         raise UserError(f"cannot write {path} ({e.strerror or one_line(e)}); choose a folder that you can write to") from e
     finally:
@@ -75,9 +77,10 @@ def directory_aside(out: str | Path) -> Iterator[Path]:
     part = out.with_name(f".{out.name}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)  # left by a killed run
-        part.mkdir(parents=True)
-        yield part
-        take_place(part, out)
+        with undone_by(lambda: shutil.rmtree(part, ignore_errors=True)):
+            part.mkdir(parents=True)
+            yield part
+            take_place(part, out)
     except (OSError, SafetensorError) as e:  # the latter when the disk is full
         raise UserError(f"{out}: could not be written ({one_line(e)}); nothing was changed: give another directory") from e
     finally:
@@ -106,13 +109,18 @@ def check_replaceable(out: str | Path) -> None:
 
 def take_place(part: Path, out: Path) -> None:
     """Rename directory `part` to `out`; what was there goes, but only once the new one stands. Both are on one disk."""
-    with tempfile.TemporaryDirectory(dir=out.parent) as aside:  # on the same disk, so that each move is one step
-        old = Path(aside) / out.name
-        try:
-            if out.exists():
-                out.rename(old)
-            part.rename(out)
-        except BaseException:  # Ctrl-C between the two moves, too
+    with temporary_directory(out.parent) as aside:  # on the same disk, so that each move is one step
+        old = aside / out.name
+
+        def put_back() -> None:
             if old.exists() and not out.exists():
                 old.rename(out)
-            raise
+
+        with undone_by(put_back):
+            try:
+                if out.exists():
+                    out.rename(old)
+                part.rename(out)
+            except BaseException:  # KeyboardInterrupt in a notebook, too
+                put_back()
+                raise

@@ -1,6 +1,5 @@
 """A checkpoint that transformers loads by itself: 4-bit NormalFloat of bitsandbytes, the rest in bf16."""
 
-import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrecipes.errors import UserError, one_line, require
+from mmrecipes.interrupt import temporary_directory
 from mmrecipes.measure import machine
 from mmrecipes.models import saving
 from mmrecipes.models.modules import linears
@@ -44,9 +44,9 @@ def write_nf4(model: nn.Module, four: set[str], folder: Path) -> None:
     skipped = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in four]  # transformers skips no other
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
     config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped, **nf4)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-        saving.save(model, model.processor, Path(aside) / "whole", torch.bfloat16)
-        small = _from(Path(aside) / "whole", dtype=torch.bfloat16, **({"quantization_config": config} if four else {}))
+    with temporary_directory(folder.parent) as aside:
+        saving.save(model, model.processor, aside / "whole", torch.bfloat16)
+        small = _from(aside / "whole", dtype=torch.bfloat16, **({"quantization_config": config} if four else {}))
         small.save_pretrained(folder)
     model.processor.save_pretrained(folder)
 

@@ -1,6 +1,5 @@
 """The tour: load a vision-language model, see where its time goes, compress it four ways, and read what that cost."""
 
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from mmrecipes.data import datasets
 from mmrecipes.errors import UserError, one_line
 from mmrecipes.export import pipeline
 from mmrecipes.inference.exported import load_exported
+from mmrecipes.interrupt import temporary_directory
 from mmrecipes.measure import flops, machine, size
 from mmrecipes.models import images, loading, prompts
 from mmrecipes.models.prompts import Rows
@@ -54,9 +54,9 @@ def run(
     console.print(_stage_table(stages))
 
     console.print("\n[bold]3. Compress it[/]")
-    with tempfile.TemporaryDirectory(prefix="mmrecipes-") as aside, console.status("exporting, answering, timing ..."):
+    with temporary_directory() as aside, console.status("exporting, answering, timing ..."):
         gflop = sum(r["gflop"] for r in stages if r["stage"] != "decode")
-        variants, refused, notes = _variants(base, probes, gflop, Path(aside) / "model")
+        variants, refused, notes = _variants(base, probes, gflop, aside / "model")
         found = compare(rows, seconds=25, **variants)
         variants.clear()  # an open graph could keep its files from being removed
     found.rows.extend({"name": f"{name}: refused", "predictions": []} for name in refused)

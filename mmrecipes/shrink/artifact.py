@@ -4,7 +4,6 @@ import inspect
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from mmrecipes.export import pipeline
 from mmrecipes.export.wrappers import family_of
 from mmrecipes.inference.backends import PACKAGES, runtimes
 from mmrecipes.inference.exported import MANIFEST, Exported, load_exported, read_manifest
+from mmrecipes.interrupt import temporary_directory
 from mmrecipes.measure import machine, memory, process, size, timing
 from mmrecipes.models import processors, prompts
 from mmrecipes.quantize import nf4
@@ -158,12 +158,12 @@ def _run_example(made: Path, question: str, runtime: str) -> tuple[str, float]:
     """What example.py says in a fresh process without this package (and without PyTorch, where the `runtime` needs none), and
     that process's peak memory in MB. UserError where it fails."""
     blocked = () if runtime in ("torch", "executorch") else ("torch", "torchao", "torchvision")
-    with tempfile.TemporaryDirectory(prefix="mmrecipes-") as elsewhere:
+    with temporary_directory() as elsewhere:
         code = (
             f"import contextlib, io, json, os, runpy, sys\nsys.modules.update(dict.fromkeys({blocked}))\n"
             "from mmrecipes.measure.process import peak_mb\n"
             "sys.modules.update((name, None) for name in list(sys.modules) if name.startswith('mmrecipes'))\n"
-            f"sys.argv = {[str(made / EXAMPLE), str(made / IMAGE), question]!r}\nos.chdir({elsewhere!r})\n"
+            f"sys.argv = {[str(made / EXAMPLE), str(made / IMAGE), question]!r}\nos.chdir({str(elsewhere)!r})\n"
             f"sys.path.insert(0, {str(made)!r}); sys.dont_write_bytecode = True\n"  # as for any script
             "with contextlib.redirect_stdout(io.StringIO()) as said:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
             "print(json.dumps({'answer': said.getvalue().strip(), 'peak_mb': peak_mb()}))"

@@ -230,7 +230,11 @@ def test_what_is_broken_is_not_kept(house_exports, tmp_path):
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_what_is_stopped_leaves_nothing_that_looks_like_an_export(foreign_vlm, tmp_path, stop):
-    code = f"from mmrecipes import export, models; export.export(models.load({str(foreign_vlm)!r}), {str(tmp_path / 'out')!r})"
+    code = f"""
+from mmrecipes import export, interrupt, models
+with interrupt.ends_the_process():  # as each command
+    export.export(models.load({str(foreign_vlm)!r}), {str(tmp_path / "out")!r})
+"""
     child = subprocess.Popen(
         [sys.executable, "-c", code],
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
@@ -243,7 +247,7 @@ def test_what_is_stopped_leaves_nothing_that_looks_like_an_export(foreign_vlm, t
     child.send_signal(stop)
     assert child.wait() != 0
     if stop == signal.SIGINT:
-        assert list(tmp_path.iterdir()) == [], "Ctrl-C cleans up"
+        assert child.returncode == 130 and list(tmp_path.iterdir()) == [], "Ctrl-C cleans up"
         return
     assert not (tmp_path / "out").exists()
     export.export(tiny.llava(), tmp_path / "out")

@@ -1,7 +1,6 @@
 """Two ONNX graphs put back into a PyTorch model, so that `generate` and every evaluation work on them (notebook 11)."""
 
 import copy
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from mmrecipes.errors import UserError
 from mmrecipes.export.onnx.graphs import to_onnx
 from mmrecipes.export.wrappers import Idefics3Vision, LanguageWithoutCache, check_float32
 from mmrecipes.inference.backends import PARTS, onnx_session
+from mmrecipes.interrupt import temporary_directory
 
 
 def tensor_session(path: str | Path, threads: int | None = None, as_written: bool = False) -> Callable[..., Tensor]:
@@ -43,8 +43,8 @@ def export_parts(model: nn.Module, folder: str | Path) -> dict[str, Path]:
     examples = {"vision": {"pixel_values": images}, "language": {"inputs_embeds": embeds, "attention_mask": mask.long()}}
     free = {"pixel_values": {0: "batch"}} | {k: {0: "batch", 1: "tokens"} for k in examples["language"]}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as aside:
-        written = {part: to_onnx(modules[part], examples[part], Path(aside) / f"{part}.onnx", free) for part in PARTS}
+    with temporary_directory(folder, ".export-") as aside:
+        written = {part: to_onnx(modules[part], examples[part], aside / f"{part}.onnx", free) for part in PARTS}
         return {part: path.replace(Path(folder, path.name)) for part, path in written.items()}
 
 

@@ -1,7 +1,6 @@
 """A module as an ONNX graph, which module each of its nodes came from, and how graphs are saved."""
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from transformers.exporters.exporter_dynamo import patch_forward_signature
 
 from mmrecipes.errors import UserError, require
 from mmrecipes.export.wrappers import check_float32
+from mmrecipes.interrupt import temporary_directory
 from mmrecipes.models.saving import written_aside
 from mmrecipes.quiet import library_logs
 
@@ -115,8 +115,8 @@ def save_onnx(model, path: str | Path) -> Path:
 def _moved(path: str | Path) -> Iterator[Path]:
     """A name in a folder beside `path`: the graph that is written there, and the weights beside it, come to `path` in the end."""
     path = Path(path)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".save-") as folder:
-        aside = Path(folder, path.name)
+    with temporary_directory(path.parent, ".save-") as folder:
+        aside = folder / path.name
         yield aside
         data = aside.with_name(f"{path.name}.data")
         data.chmod(aside.stat().st_mode)  # else nobody but its owner could read it

@@ -1,7 +1,6 @@
 """Int8 ONNX graphs by ONNX Runtime's own quantizers, with ranges of activations found on the fly or fixed on calibration data."""
 
 import contextlib
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from mmrecipes.errors import UserError, one_line, require
 from mmrecipes.export.onnx.graphs import MAX_BYTES, nodes_of_modules, to_onnx
+from mmrecipes.interrupt import temporary_directory
 from mmrecipes.models import modules
 from mmrecipes.models.saving import written_aside
 from mmrecipes.quantize.static import SingleOutput, saturates
@@ -104,7 +104,7 @@ def prepared(graph: str | Path) -> Iterator[str]:
 
     if not Path(graph).is_file():
         raise UserError(f"no graph at {graph}; make it with export.onnx.to_onnx")
-    with tempfile.TemporaryDirectory(prefix="mmrecipes-") as folder, library_logs():
+    with temporary_directory() as folder, library_logs():
         try:
             model = onnx.load(str(graph))
         except Exception as e:  # whatever a file that is none makes the parser raise
