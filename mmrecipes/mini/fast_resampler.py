@@ -203,11 +203,9 @@ def keep_last_logits(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
 
 
 def lower_(model: nn.Module, int8: bool) -> None:
-    """In place: bf16 everywhere and, if `int8`, linear layers in int8, one after the other, so that no two copies coexist; but
-    not the one inside `nn.MultiheadAttention`, whose weight is read past the layer (notebook 40)."""
+    """In place: bf16 everywhere and, if `int8`, the `linears` in int8, one after the other, so that no two copies coexist."""
     tied = model.lm_head.weight is model.get_input_embeddings().weight
-    inside = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    for name, layer in [(n, m) for n, m in linears(model) if int8 and m not in inside]:
+    for name, layer in list(linears(model)) if int8 else []:
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, Int8Linear(layer))
     for module in model.modules():  # not .to(), which would change the tensors that the original shares

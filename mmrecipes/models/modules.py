@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from mmrecipes.errors import UserError
 
@@ -64,14 +65,24 @@ def part_of(model: nn.Module) -> dict[str, str]:
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Name and module of every linear layer, without an output head that is tied to the token embeddings.
+    """Name and module of every linear layer that is called and has a weight of its own: without an output head tied to the
+    token embeddings, and without `nn.MultiheadAttention.out_proj`, whose weight is read past it and which torch marks by a class.
     >>> [name for name, _ in linears(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))]
     ['0']
     """
-    tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    tied = set(tied_heads(model))
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and id(module.weight) not in tied:
+        if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear) and name not in tied:
             yield name, module
+
+
+def tied_heads(model: nn.Module) -> list[str]:
+    """Names of the linear layers whose weight is that of the token embeddings, too.
+    >>> tied_heads(model)
+    ['lm_head']
+    """
+    lookup = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m.weight) in lookup]
 
 
 def block_of(name: str) -> str:

@@ -81,7 +81,12 @@ def to_nf4_(model: nn.Module, names: Iterable[str]) -> nn.Module:
 
 def can_nf4(model: nn.Module) -> set[str]:
     """Names of the linear layers whose inputs divide into NF4's blocks, and their outputs into the kernel's."""
-    return {n for n, layer in linears(model) if layer.in_features % BLOCK == 0 and layer.out_features % OUTPUTS == 0}
+    return {name for name, layer in linears(model) if takes_nf4(layer)}
+
+
+def takes_nf4(layer: nn.Linear) -> bool:
+    """Whether its inputs divide into NF4's blocks, and its outputs into the kernel's."""
+    return layer.in_features % BLOCK == 0 and layer.out_features % OUTPUTS == 0
 
 
 def _from(folder: Path, **options) -> nn.Module:

@@ -44,15 +44,15 @@ def dynamic_int8(model: nn.Module) -> nn.Module:
     The output projection of `nn.MultiheadAttention` stays: its weight is read past the layer, and a packed one is no tensor.
     """
     from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
-    from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
     dtype = next(model.parameters()).dtype
     if dtype != torch.float32:
         raise UserError(f"dynamic_int8: the model is {dtype}; it starts from float32, so load it with dtype=torch.float32")
     with warnings.catch_warnings():  # its deprecation and its observers' advice, both known and chosen
         warnings.filterwarnings("ignore", message="(?s).*(torch.ao.quantization|torch.quantize_per_tensor|reduce_range).*")
-        layers = [name for name, layer in linears(model) if not isinstance(layer, NonDynamicallyQuantizableLinear)]
-        layers = [name for name in layers if not name.endswith("patch_embedding")]  # SigLIP 2 asks it for its weight's dtype
+        layers = [
+            name for name, _ in linears(model) if not name.endswith("patch_embedding")
+        ]  # SigLIP 2 asks it for its weight's dtype
         return quantize_dynamic(clone(model), dict.fromkeys(layers, per_channel_dynamic_qconfig), inplace=True)
 
 

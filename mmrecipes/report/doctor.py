@@ -162,9 +162,9 @@ def resists(module: nn.Module, pixels: Tensor) -> list[Finding]:
 
 
 def _direct_reads(model: nn.Module, watch: _Watch) -> Iterator[Finding]:
-    free = {name for name, _ in models_modules.linears(model)}
+    tied = models_modules.tied_heads(model)
     for name, how in watch.read.items():
-        if name in free:
+        if name not in tied:
             what = f"its weight is read from outside ({how}): a quantized layer in its place would break or be passed by"
             yield Finding("dynamic int8, 4-bit layers", name, what, "leave it out, or call the layer instead of its weight")
         else:

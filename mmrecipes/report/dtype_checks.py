@@ -85,9 +85,7 @@ def read_not_called(model: nn.Module) -> dict[str, str]:
 
 def skip_list(model: nn.Module) -> list[str]:
     """The linear layers that no quantizer may replace: those whose weights are read past them, and heads tied to embeddings."""
-    free = {name for name, _ in modules.linears(model)}
-    tied = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in free]
-    return [*read_not_called(model), *tied]
+    return [*read_not_called(model), *modules.tied_heads(model)]
 
 
 @torch.no_grad()
@@ -95,7 +93,8 @@ def prove(model: nn.Module, inputs: Mapping, skip: Iterable[str]) -> dict[str, f
     """NF4 in a copy of `model`, in all linear layers but those of `skip` that its kernels take; then one forward pass. How many,
     "finite", and the logits' relative "error". Raises whatever a layer that is missing in `skip` makes the model raise."""
     wanted = model(**inputs).logits.float()
-    names = sorted(nf4.can_nf4(model) - set(skip))
+    able = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and nf4.takes_nf4(m)}
+    names = sorted(able - set(skip))  # whatever a quantizer that knows nothing of this model would replace
     found = nf4.to_nf4_(modules.clone(model), names)(**inputs).logits.float()
     error = ((found - wanted).norm() / wanted.norm()).item()
     return {"layers": len(names), "finite": bool(found.isfinite().all()), "error": error}

@@ -4,7 +4,6 @@ from collections import Counter
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from mmrecipes.measure import size
 from mmrecipes.models import modules
@@ -42,7 +41,7 @@ class Weight:
 def weights(model: nn.Module) -> list[Weight]:
     """All parameters of `model`, tied ones once."""
     part, text = modules.part_of(model), model.config.get_text_config()
-    packed = {id(m.weight) for _, m in modules.linears(model) if not isinstance(m, NonDynamicallyQuantizableLinear)}
+    packed = {id(m.weight) for _, m in modules.linears(model)}
     tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     lookup = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - tied
     experts = next((n for k in ("num_experts", "num_local_experts") if (n := getattr(text, k, None))), None)
