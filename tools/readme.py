@@ -370,6 +370,8 @@ def result_regions(results: Path) -> dict[str, str]:
     regions["bench"] = bench_table(bench) if bench["rows"] else "Not measured yet: `make bench`."
     parts = load(results / "bench-parts.json")
     regions["parts"] = bench_table(parts) if parts["rows"] else "Not measured yet: `benchmarks/bench_parts.py`."
+    larger = load(results / "bench-smolvlm2-500m.json")
+    regions["larger"] = bench_table(larger) if larger["rows"] else UNMEASURED
     regions["results"] = result_table(tour) if tour["rows"] else UNMEASURED
     for name, made in (("growth", bench_tables.growth), ("sizes", bench_tables.sizes)):
         content = load(results / f"{name}.json")

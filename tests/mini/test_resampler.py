@@ -89,6 +89,14 @@ def test_exports_answer_as_it_does_at_any_size(model, tmp_path, runtime, precisi
         assert error <= close, size
 
 
+@pytest.mark.parametrize("runtime", ["onnx", "openvino"])
+def test_four_bits_of_the_committed_model_answer_as_it_does(runtime, tmp_path):
+    model, rows = models.load("mini-resampler"), data.test_split(12)
+    loaded = inference.load_exported(export.export(model, tmp_path / "out", runtime, "int4"))
+    wanted = [models.ask(model, row["image"], row["question"]) for row in rows]
+    assert sum(loaded.generate(r["image"], r["question"]) == w for r, w in zip(rows, wanted, strict=True)) >= 10
+
+
 def test_training_resumes_and_writes_a_model_with_its_code(tmp_path):
     stages = {name: train.TrainConfig(2, 2, 1e-4, 1e-4, checkpoint_every=1) for name in resampler.STAGES}
     out = resampler.train_mini_resampler(tmp_path / "model", tmp_path / "work", stages)

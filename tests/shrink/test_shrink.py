@@ -246,6 +246,19 @@ def test_a_family_whose_processor_wants_torchvision_goes_the_whole_way(family, r
     assert found["own_bytes"] == own and "the source's own files" in printed
 
 
+@pytest.mark.parametrize("runtime", ["onnx", "openvino", "torch"])
+def test_a_layer_that_is_read_and_not_called_stays_as_it_is(runtime, tmp_path):
+    """mini-resampler's `nn.MultiheadAttention` reads the weight of its `out_proj`: nothing flows through that layer."""
+    out = tmp_path / "out"
+    found, _ = run(model="mini-resampler", out=out, runtime=runtime, n=24, max_loss=100)
+    assert any(name.startswith("model.resampler.attn") for name in found["kept"])
+    assert 4 in found["candidates"][found["chosen"]].plan.values() and found["bytes"] < 0.4 * found["float_bytes"]
+    model, rows = models.load("mini-resampler"), data.test_split(12)
+    made = artifact.open_artifact(out, runtime)
+    wanted = [models.ask(model, row["image"], row["question"]) for row in rows]
+    assert sum(a == b for a, b in zip(evaluate.answers(made, rows["image"][:], rows["question"][:]), wanted, strict=True)) >= 9
+
+
 # ---- plans
 
 
