@@ -3,6 +3,7 @@
 from mmrecipes.lazy import lazy_exports
 
 EXPORTS = {
+    "cache_eviction": "kept_positions",
     "importance": "magnitude_importance similarity strongest taylor_importance",
     "layer_hooks": "",
     "slicing": "directions kept slice_language slice_vision",

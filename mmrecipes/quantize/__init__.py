@@ -6,6 +6,7 @@ EXPORTS = {
     "calibration": "calibrate input_hessians",
     "gptq": "awq_round column_sweep gptq_round output_error round_columns",
     "groups": "GROUP best_scale fake_quantize group_scales grouped on_grid pack",
+    "kv_cache": "Quantized QuantizedLayer quantize_cache quantized_cache",
     "mixed_precision": "Cost apply_plan bits_by_module gptq_rounding greedy knapsack plan_bytes sensitivity units",
     "nf4": "can_nf4 load_nf4 nf4_bytes nf4_rounded write_nf4",
     "observers": "Histogram OBSERVERS entropy fake_quantize_range histogram minmax mse percentile qparams",
