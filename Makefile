@@ -97,7 +97,7 @@ clean: ## remove what was generated; .venv and runs/ (training checkpoints) stay
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@echo "installing torch $(TORCH) and $$(grep -c == requirements.lock) packages into .venv: a few minutes, once"
 	@$(BIN)/pip install -qq torch==$(TORCH)
-	@$(BIN)/pip install -qq -r requirements.lock
+	@$(BIN)/pip install -qq --no-deps -r requirements.lock
 	@$(BIN)/pip install -qq --no-deps --no-build-isolation -e .
 	@$(BIN)/python -c 'import matplotlib.font_manager'
 	@touch $@

@@ -1,4 +1,4 @@
-"""The command line: `mmrecipes tour`, `doctor`, `compare`, `shrink`, `train`, `evaluate`."""
+"""The command line: `mmrecipes tour`, `doctor`, `compare`, `shrink`, `train`, `evaluate`, `runs`."""
 
 import json
 import os
@@ -12,8 +12,10 @@ from typing import Annotated
 from typer import Argument, Option, Typer, echo
 
 from mmrecipes import interrupt
+from mmrecipes import track as tracking
 from mmrecipes.errors import UserError, unsupported
 
+Track = Annotated[bool, Option("--track", help="log it to the experiment record (as MMRECIPES_TRACK=1 does)")]
 Model = Annotated[str, Argument(help="a house model, a local directory, or a hub id")]
 app = Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -99,8 +101,10 @@ def _shrink(
     images: Annotated[Path | None, Option(help="a folder of images to verify on, questions.jsonl optional")] = None,
     n: Annotated[int | None, Option("-n", "--n", help="questions to verify on; default: what 2 minutes allow", min=2)] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="print the plan and the predicted size, write nothing")] = False,
+    track: Track = False,
 ) -> None:
     """Quantize your own model to a budget, verify it on your images, and write it with a report and code to run it."""
+    _switch_on(track)
     from mmrecipes import shrink as shrinking
 
     shrinking.run(shrinking.Request(model, out, runtime, budget, max_loss, calib, images, n), dry_run)
@@ -113,8 +117,10 @@ def _train(
     work: Annotated[Path | None, Option(help="checkpoints and log; run again to resume; default: runs/NAME")] = None,
     device: Annotated[str | None, Option(help="cpu or cuda; default: cuda where there is one")] = None,
     steps: Annotated[int, Option(help="optimizer steps of mini-cnn, batch 32", min=1)] = 900,
+    track: Track = False,
 ) -> None:
     """Train a house model; mini-resampler goes on from mini-vlm. Interrupted, it resumes from its last checkpoint."""
+    _switch_on(track)
     from mmrecipes.mini import cnn, resampler, siglip, vlm
 
     out, work = out or Path("data/models") / name, work or Path("runs") / name
@@ -136,8 +142,10 @@ def _evaluate(
     model: Model = "mini-vlm",
     n: Annotated[int | None, Option(help="questions (default: all), or scenes for a dual encoder (1000)", min=1)] = None,
     out: Annotated[Path | None, Option(help="a JSON file to write the result to")] = None,
+    track: Track = False,
 ) -> None:
     """Accuracy of one model on the committed test split, per family, beside the majority floor; of a dual encoder, retrieval."""
+    _switch_on(track)
     from mmrecipes.data import datasets
     from mmrecipes.evaluate import generation, retrieval
     from mmrecipes.measure import machine
@@ -153,8 +161,29 @@ def _evaluate(
         for family, share in [*result.families.items(), ("overall", result.overall)]:
             echo(f"{family:10s} {share!s:36s} floor {100 * result.floors[family]:.1f}%")
         found = {"overall": result.overall, "families": result.families, "floors": result.floors}
+    measured = {"environment": machine.environment(), "model": model, **found}
     if out:
-        saving.write_json(out, {"environment": machine.environment(), "model": model, **found})
+        saving.write_json(out, measured)
+    else:
+        tracking.log_results(f"evaluate {Path(model).name}", measured)
+
+
+@app.command("runs")
+def _runs(
+    names: Annotated[list[str] | None, Argument(help="ids of runs to compare, or their beginnings; default: all")] = None,
+    plot: Annotated[Path | None, Option(help="a PNG to write: accuracy against size or time, with the Pareto front")] = None,
+    against: Annotated[str, Option(help="what the plot and the front compare accuracy with: mb or ms")] = "mb",
+) -> None:
+    """What the experiment record holds: runs, their settings that differ, and what they measured."""
+    from mmrecipes.report import runs
+
+    runs.show(runs.read(names or []), against, plot)
+
+
+def _switch_on(track: bool) -> None:
+    if track:
+        os.environ[tracking.VARIABLE] = "1"
+        tracking.storage()  # whether it is installed is said now, not after an hour
 
 
 def _tried() -> tuple[str, str]:

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "mmrecipes"
 # each imports only those before it; those in one row do not import one another
 LAYERS = (
     ("errors", "interrupt", "lazy", "quiet"),
+    ("track",),
     ("families",),
     ("models",),
     ("data", "inference"),
@@ -129,8 +130,8 @@ def test_importing_the_package_imports_nothing_heavy():
 def test_sizes():
     """The notebooks are the book; the package behind them stays thin."""
     core = [p for p in FILES if top(module_name(p)) in CORE]
-    assert line_count(core) <= 2_500
-    assert line_count(sorted(PACKAGE.rglob("*.py"))) <= 14_380
+    assert line_count(core) <= 2_520
+    assert line_count(sorted(PACKAGE.rglob("*.py"))) <= 14_860
     for path in FILES:
         assert line_count([path]) <= 300, path
 

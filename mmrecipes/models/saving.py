@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from mmrecipes import track
 from mmrecipes.errors import UserError, one_line
 from mmrecipes.interrupt import temporary_directory, undone_by
 from mmrecipes.models.loading import as_dtype
@@ -39,11 +40,13 @@ def written_aside(path: str | Path) -> Iterator[Path]:
 
 def write_json(path: Path, content: dict[str, Any]) -> Path:
     """Write `content` (dataclasses allowed) to `path`, all or nothing. Returns `path`; UserError where it cannot be written.
+    With an "environment" it is a measurement, and goes to the experiment record, too, where that is on.
     >>> write_json(folder / "a.json", {"n": 1}).read_text()
     '{\\n "n": 1\\n}\\n'
     """
     with written_aside(path) as aside:
         aside.write_text(json.dumps(content, indent=1, default=lambda o: vars(o)) + "\n")
+    track.log_results(path.stem, content, path)
     return path
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mmrecipes import track
 from mmrecipes.errors import ParityError, UserError
 from mmrecipes.evaluate import generation
 from mmrecipes.evaluate.statistics import Paired, Share, agreement, paired
@@ -162,7 +163,9 @@ def compare(
         table.append({"name": name} | row | {"predictions": predictions} | costs[name])
         if len(predictions) < len(rows):
             notes.append(f"{name} answered {len(predictions)} of {len(rows)} questions: that took the {seconds:.0f} s allowed.")
-    return Comparison(table, machine.environment(), notes)
+    found = Comparison(table, machine.environment(), notes)
+    track.log_results("compare", vars(found))
+    return found
 
 
 def _costs(variants: Mapping[str, Any], inputs: Mapping, first: Mapping, timed: bool) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ from mmrecipes.errors import UserError, one_line
 from mmrecipes.measure import machine, timing
 from mmrecipes.models import images, loading, modules, preflight, processors, prompts
 from mmrecipes.quantize.groups import GROUP
-from mmrecipes.report import doctor, dtype_checks, plain, predicted
+from mmrecipes.report import doctor, dtype_checks, plain, predicted, targets
 from mmrecipes.report.dtype_checks import TIED, Finding
 from mmrecipes.report.predicted import PRECISIONS
 
@@ -194,6 +194,7 @@ def show(found: dict) -> None:
     show_times(found["times"], found["prompt"], peaks, assumed=not found["visual_tokens"])
     print("\n" + plain.section("What will not pay off", found["will_not_pay"] or ["nothing that is known beforehand"]))
     print("\n" + doctor.export_text([doctor.Export(**e) for e in found["exports"]]))
+    print("\n" + targets.target_table(env["capabilities"], env["gpu"]))
     print("\n" + plain.findings(doctor.finding_rows([Finding(**f) for f in found["findings"]])))
 
 

@@ -23,7 +23,7 @@ from mmrecipes.measure import machine, size, timing
 from mmrecipes.models import modules as models_modules
 from mmrecipes.models import prompts
 from mmrecipes.quantize import nf4, rounding
-from mmrecipes.report import dtype_checks, plain
+from mmrecipes.report import dtype_checks, plain, targets
 from mmrecipes.report.dtype_checks import TIED, Finding
 
 GROUPS = (32, 64, 128)
@@ -263,6 +263,7 @@ def show(found: Diagnosis) -> None:
     if not all(v.steady for v in found.verdicts):
         print(plain.paragraph("?: times varied by more than a third, so the machine was busy: repeat when it is idle"))
     print("\n" + export_text(found.exports))
+    print("\n" + targets.target_table(found.capabilities, torch.cuda.get_device_name() if torch.cuda.is_available() else None))
     print("\n" + plain.findings(finding_rows(found.findings)))
 
 

@@ -18,10 +18,11 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from mmrecipes import quiet
+from mmrecipes import quiet, track
 from mmrecipes.errors import UserError, require, unsupported
 from mmrecipes.evaluate import generation
 from mmrecipes.export import fastest, pipeline
+from mmrecipes.measure import machine
 from mmrecipes.measure import size as measured_size
 from mmrecipes.models import loading, prompts
 from mmrecipes.models.modules import parts
@@ -85,9 +86,16 @@ class Search:
 def run(request: Request, dry_run: bool = False, console: Console | None = None) -> dict[str, Any]:
     """Shrink a model as `request` says, and write it with its report to `request.out`; returns what report.json holds.
     With `dry_run` it stops before anything is written, and prints the plan and the predicted size. Raises UserError for what
-    the user can mend, and where the loss is above what was allowed: then nothing is written.
+    the user can mend, and where the loss is above what was allowed: then nothing is written. In the experiment record all of it
+    is one run: what was tried and lost, the report's numbers, images with other answers, and the error that ended it.
     """
-    console, out = console or Console(), Path(request.out).expanduser().resolve()
+    asked = {k: v if isinstance(v, int | float | None) else str(v) for k, v in vars(request).items()}
+    with track.running(f"shrink {Path(request.model).name}", lambda: asked | {"seed": folders.SEED} | machine.environment()):
+        return _run(request, dry_run, console or Console())
+
+
+def _run(request: Request, dry_run: bool, console: Console) -> dict[str, Any]:
+    out = Path(request.out).expanduser().resolve()
     stage = _Stages(console, 5 if dry_run else 8 + (request.runtime == "auto"))
     check_request(request)
     with stage("loading the model"):
@@ -110,6 +118,8 @@ def run(request: Request, dry_run: bool = False, console: Console | None = None)
     with stage("the original answers"):
         rows, verify, choose = _answered(source, rows, request)
         limit = MAX_LOSS[verify.measure] if request.max_loss is None else request.max_loss
+        if track.wanted():
+            track.log({name: track.data_hash(getattr(rows, name)) for name in ("calibrate", "choose", "verify")})
     with stage(f"rounding {len(four)} units to 4 bits, and what each loses"):
         rounded = round_all(source, four, rows.calibrate)
         table = costs(source, rounded, four, rows.calibrate.select(range(rows.tried)))
@@ -204,6 +214,7 @@ def smallest_within(search: Search, candidates: Sequence[Candidate]) -> tuple[li
     for i, candidate in enumerate(candidates):
         trial = mixed(search.source, search.rounded, candidate.plan, trial=True)
         tried[i] = dataclasses.replace(candidate, loss=search.choose.loss(trial)[0])
+        track.log({"name": f"candidate {i}", "bytes": candidate.bytes, "points lost when tried": tried[i].loss.points})
         if tried[i].loss.points <= search.limit:
             break
     return tried, i
@@ -215,6 +226,7 @@ def build(search: Search, candidates: Sequence[Candidate], chosen: int, made: Pa
     while True:
         tried[chosen], size = _export_within(search, tried[chosen], made)
         loss, answers = search.verify.loss(artifact.open_artifact(made, search.source.runtime))
+        track.log({"name": f"export {chosen}", "bytes": size, "points lost": loss.points, "allowed": search.limit})
         if loss.points <= search.limit:
             return {"candidates": tried, "chosen": chosen, "loss": loss, "answers": answers, "bytes": size}
         if search.budget is not None:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mmrecipes import track
 from mmrecipes.measure.size import WEIGHT_FILES
 from mmrecipes.models import saving
 from mmrecipes.report import doctor, page
@@ -99,6 +100,10 @@ def write(made: Path, verify: Evaluator, found: dict[str, Any]) -> None:
     content |= {"tried": candidates, "findings": found["diagnosis"].findings, "verdicts": found["diagnosis"].verdicts}
     content |= {"answers": [{k: v for k, v in e.items() if k != "image"} for e in found["examples"]], "example": found["example"]}
     saving.write_json(made / "report.json", content)
+    other = {
+        f"{e['question']} {e['original']} -> {e['shrunk']}": e["image"] for e in found["examples"] if e["original"] != e["shrunk"]
+    }
+    track.log({"name": "other answers", "examples": len(other)}, images=other)
     (made / "report.html").write_text(_page(found), encoding="utf-8")
 
 

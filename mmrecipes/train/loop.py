@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import data
 
-from mmrecipes import quiet
+from mmrecipes import quiet, track
 from mmrecipes.errors import UserError, one_line, require
+from mmrecipes.measure import machine
 from mmrecipes.models import saving
 from mmrecipes.models.modules import parts
 from mmrecipes.models.prompts import teacher_forced
@@ -68,7 +69,7 @@ def fit(
     precision unless `accelerate launch` says otherwise. Raises UserError when the loss is not finite, when rows do not divide
     evenly, or when a checkpoint is damaged or of another run.
     """
-    from rich.progress import track
+    from rich.progress import track as progress
 
     accelerator = _accelerator(config.device)
     processes = accelerator.num_processes
@@ -86,8 +87,9 @@ def fit(
     begin, seconds = _resume(accelerator, model, work, run) if work else (0, 0.0)
     started, warmup = time.perf_counter() - seconds, max(1, min(50, config.steps // 10))
     hidden = quiet.progress_hidden() or not accelerator.is_main_process
+    record = _record(accelerator, model, batches, config, work) if begin < config.steps else None
     drawn = _draw(batches, begin, config.steps, accelerator.device)
-    for step in track(range(begin, config.steps), "training", disable=hidden):
+    for step in progress(range(begin, config.steps), "training", disable=hidden):
         for stepper, rate in zip(steppers, rates, strict=True):
             stepper.param_groups[0]["lr"] = rate * schedule(step, config.steps, warmup)
         total, logs = _backward(accelerator, module, next(drawn), config)
@@ -100,13 +102,28 @@ def fit(
         if after_step:
             after_step()
         spent = time.perf_counter() - started
+        row = {"seconds": round(spent, 1), "loss": round(total, 4)} | {k: round(float(v), 4) for k, v in logs.items()}
         if work and accelerator.is_main_process:
-            row = {"step": step, "seconds": round(spent, 1), "loss": round(total, 4)}
             with (work / "log.jsonl").open("a") as f:
-                f.write(json.dumps(row | {k: round(float(v), 4) for k, v in logs.items()}) + "\n")
+                f.write(json.dumps({"step": step} | row) + "\n")
+        track.log(row, step, record)
         if work and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
             _write(accelerator, work, {"run": run, "step": step + 1, "seconds": spent})
     return model.eval()
+
+
+def _record(accelerator: Any, model: nn.Module, batches: Sequence[Any], config: TrainConfig, work: Path | None):  # -> Run | None
+    """The run that this training is in the experiment record, with what an earlier process logged; None where it is off."""
+    if not (track.wanted() and accelerator.is_main_process):
+        return None
+    log = work / "log.jsonl" if work else None
+    past = [json.loads(line) for line in log.read_text().splitlines()] if log and log.exists() else []
+    about = {"model": type(model).__name__, "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    about |= vars(config) | {"seed": torch.initial_seed(), "first batch": track.data_hash(batches[0])}
+    name = f"train {config.about or type(model).__name__}"
+    run = track.open_run(name, lambda: about | machine.environment(), work, resumed=bool(past))
+    track.log_past(past, run)
+    return run
 
 
 def _draw(batches: Sequence[Any], begin: int, steps: int, device: torch.device) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""The rules that TensorRT has for int8 models ("Explicit quantization" in its documentation), checked on the graph alone."""
+"""What TensorRT wants of int8 models ("Explicit quantization" in its documentation), and NPUs of all: checked on the graph."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,6 +45,31 @@ def check_explicit_int8(path: str | Path) -> dict[str, int]:
     if not count["layers"]:
         raise UserError(f"{path}: no layer has quantized inputs; quantize it first, see `static_int8`")
     return count
+
+
+def check_static(path: str | Path) -> dict[str, list[int]]:
+    """Check that an ONNX file has one shape and standard operators alone, as NPU compilers want it: {input: its shape}.
+    Raises UserError on the first input with an open dimension, and on the first operator of another domain than ONNX's.
+    """
+    import onnx
+
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except Exception as e:
+        raise UserError(f"{path}: not an ONNX file ({one_line(e, 80)}); give an exported one") from e
+    constants, shapes = {t.name for t in graph.initializer}, {}
+    for each in graph.input:
+        dimensions = each.type.tensor_type.shape.dim
+        if each.name not in constants:
+            shapes[each.name] = [d.dim_value for d in dimensions]
+            if named := [d.dim_param or "unknown" for d in dimensions if not d.HasField("dim_value")]:
+                raise UserError(f"{path}: input {each.name!r} has open dimensions ({', '.join(named)}); export one fixed shape")
+    for node in graph.node:
+        if node.domain not in ("", "ai.onnx"):
+            raise UserError(
+                f"{path}: {node.op_type} {node.name!r} is an operator of {node.domain}, not of ONNX; export without it"
+            )
+    return shapes
 
 
 def _broken_pair(node, constants: Mapping[str, object]) -> str:
