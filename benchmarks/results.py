@@ -17,6 +17,7 @@ one job by its name: `python benchmarks/results.py plan`.
 - results/dual.json: a smaller dual encoder, taught and on pairs alone (benchmarks/dual_encoder.py)
 - results/swap.json: mini-vlm with other vision encoders (benchmarks/swap.py)
 - results/lora.json: new words, 4-bit and pruned models learned by adapters and by all weights (benchmarks/lora.py)
+- results/qat.json: training at few bits after GPTQ, with labels or a teacher, of all or a part (benchmarks/qat.py)
 - results/bench.json: the real-size twin in every runtime, beside the peers (`make bench`, benchmarks/bench.py)
 - results/tour.json: the tour's comparison, with 1,000 questions
 - results/real-size.json: stage budget and roofline of the real-size twin, fp32, on this machine
@@ -233,6 +234,13 @@ def the_lora() -> None:
     write("lora.json", lora.run())
 
 
+def the_qat() -> None:
+    """Quantization-aware training against GPTQ, at the same bytes."""
+    import qat
+
+    write("qat.json", qat.run())
+
+
 def real_size() -> None:
     """Where a real model's time goes; random weights, so time and memory only."""
     twin = mini_model.real_size("smolvlm-256m")
@@ -276,6 +284,7 @@ if __name__ == "__main__":
         "dual": the_dual,
         "swap": the_swap,
         "lora": the_lora,
+        "qat": the_qat,
         "tour": the_tour,
         "real-size": real_size,
     }

@@ -17,7 +17,7 @@ BLOCKS = (  # training/what it draws; the blocks of the training split, in its o
     *("seen", "mini-vlm/vision", "mini-vlm/reading", "mini-vlm/align", "mini-vlm/joint", "mini-siglip/images"),
     *("mini-siglip/captions", "mini-cnn/images", "student/images", "student/chat", "student/captions", "recovery/chat"),
     *("recovery/captions", "lora/chat", "connector/chat", "encoder-swap/images", "encoder-swap/chat"),
-    "mini-resampler/chat",
+    *("mini-resampler/chat", "qat/chat"),
 )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmrecipes.distill.losses import feature_loss, kl_loss, relation_loss, ridge
 from mmrecipes.errors import UserError
 from mmrecipes.models.modules import VisionWithConnector, clone, config_of, layers, linears, parts
+from mmrecipes.quantize.qat import convert_qat_
 from mmrecipes.train.hooks import captured, layer_pairs
 from mmrecipes.train.loop import Loss, TrainConfig, fit, mean_over_processes, shard
 
@@ -148,6 +149,27 @@ def recover(
     for hook in hooks:
         hook.remove()
     return student.to(model.device).eval()
+
+
+def qat(
+    prepared: nn.Module,
+    batches: Sequence[Any],
+    config: TrainConfig,
+    teacher: nn.Module | None = None,
+    weights: LossWeights | None = None,
+    work: Path | None = None,
+) -> nn.Module:
+    """A trained and converted copy of a model that `quantize.prepare_qat_` made ready: its weights are on their levels.
+    It learns from the right answers, or with a teacher (the model before rounding) from that one's logits and features, too.
+    `batches` and `work` are as for `distill`. Raises UserError as `train.fit` does.
+    """
+    student, weights = clone(prepared), weights or (LABELS_ONLY if teacher is None else LossWeights())
+    if teacher is not None:
+        teacher = clone(teacher).requires_grad_(False)
+    projected = StudentWithProjections(student, teacher or student, learned=False)
+    loss = distillation_loss(teacher, weights, batches.answer_loss)
+    fit(projected, batches, loss, replace(config, about=f"{config.about} {weights!r}"), work)
+    return convert_qat_(student.to(prepared.device).eval())
 
 
 def match_vision_encoder(

@@ -6,7 +6,7 @@ from mmrecipes.train.loop import TrainConfig
 
 
 def chat_batches(purpose: str, config: TrainConfig, tokenizer) -> ChatBatches:
-    """Images and questions for a student, recovery, lora, connector or encoder-swap. Raises UserError for other purposes."""
+    """Images and questions for a student, recovery, lora, connector, encoder-swap or qat. Raises UserError for other purposes."""
     return ChatBatches(block(f"{purpose}/chat"), config.steps, config.batch, tokenizer)
 
 

@@ -1,4 +1,4 @@
-"""Fewer bits: rounding, GPTQ and AWQ, static int8, mixed precision, NF4. Chapter 1 (notebooks 10 to 17)."""
+"""Fewer bits: rounding, GPTQ and AWQ, static int8, mixed precision, NF4, QAT. Chapter 1 (notebooks 10 to 17)."""
 
 from mmrecipes.lazy import lazy_exports
 
@@ -10,6 +10,7 @@ EXPORTS = {
     "mixed_precision": "Cost apply_plan bits_by_module gptq_rounding greedy knapsack plan_bytes sensitivity units",
     "nf4": "can_nf4 load_nf4 nf4_bytes nf4_rounded write_nf4",
     "observers": "Histogram OBSERVERS entropy fake_quantize_range histogram minmax mse percentile qparams",
+    "qat": "PARTS FakeQuantizer convert_qat_ fake_quantize_ste prepare_qat_",
     "rounding": "bf16 dynamic_int8 packed_bytes packed_weight_bytes round_to_nearest search_round simulate simulate_dynamic_int8",
     "static": "SingleOutput fold_batch_norms histograms pt2e ranges saturates simulate_static vision_output",
 }

@@ -1,4 +1,4 @@
-"""Groups of weights that share a symmetric scale: that of least error, rounding on it, and packing to 4 or 8 bits."""
+"""Groups of weights that share a symmetric scale: that of least error, rounding on it, and packing to 2, 4 or 8 bits."""
 
 import numpy as np
 import torch
@@ -45,15 +45,15 @@ def best_scale(rows: Tensor, bits: int, importance: Tensor | None = None, signs:
 
 def pack(weight: Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """`weight` (out, in) as unsigned integers and scales: (out, groups, 32 * bits / 8) uint8, (out, groups) float32.
-    ONNX Runtime's layout: a weight is its integer, less 2^(bits - 1), times its group's scale. UserError for bits not 4 or 8.
+    ONNX Runtime's layout: a weight is its integer, less 2^(bits - 1), times its group's scale. UserError for bits not 2, 4 or 8.
     """
-    if bits not in (4, 8):
-        raise UserError(f"pack: bits={bits}; ONNX Runtime's kernels have 4 and 8")
+    if bits not in (2, 4, 8):
+        raise UserError(f"pack: bits={bits}; ONNX Runtime's kernels have 2, 4 and 8")
     half, w = 2 ** (bits - 1), _padded(weight)
     scale = group_scales(weight, bits).view(-1, 1)
     q = (w / scale).round().clamp(-half, half - 1).add(half).to(torch.uint8)
-    if bits == 4:  # two to a byte, the earlier one in the low half
-        q = q[:, ::2] | (q[:, 1::2] << 4)
+    each = 8 // bits  # levels in a byte, the earlier ones in the lower bits
+    q = sum(q[:, i::each] << (bits * i) for i in range(each))
     return q.view(len(weight), -1, GROUP * bits // 8).numpy(), scale.view(len(weight), -1).numpy()
 
 
@@ -67,7 +67,7 @@ def group_scales(weight: Tensor, bits: int, signs: tuple[int, ...] = (1, -1)) ->
     """The scale of each group of 32 of `weight` (out, in): (out, groups). Weights on quantization levels stay on them."""
     w = _padded(weight)
     scale, error = _levels(w, bits, signs)
-    best = torch.where(error > _NOTHING, best_scale(w, bits, signs=signs), scale) if bits == 4 else scale
+    best = torch.where(error > _NOTHING, best_scale(w, bits, signs=signs), scale) if bits <= 4 else scale
     return best.view(len(weight), -1)
 
 
@@ -90,7 +90,7 @@ def _levels(w: Tensor, bits: int, signs: tuple[int, ...] = (1, -1)) -> tuple[Ten
     """A scale for each row of `w` that puts its largest weight on a level, and the squared error it leaves, (rows, 1) both."""
     half, largest = 2 ** (bits - 1), w.abs().amax(1, keepdim=True).clamp(min=1e-12)
     best, least = largest, torch.full_like(largest, torch.inf)
-    for level in range(1, half + 1) if bits == 4 else (half - 1, half):
+    for level in range(1, half + 1) if bits <= 4 else (half - 1, half):
         for scale in (sign * largest / level for sign in signs):
             error = (w - fake_quantize(w, scale, bits)).square().sum(1, keepdim=True) / largest.square()
             better = error < least - _NOTHING

@@ -34,7 +34,7 @@ def trainings(tokenizer):
         yield "mini-siglip captions", curriculum.caption_batches("mini-siglip", c, tokenizer)
         yield "mini-cnn", VisionBatches(data.block("mini-cnn/images"), c.steps, c.batch)
     for c in (*CONFIGS, cnn.CONFIG):
-        for purpose in ("student", "recovery", "lora", "connector", "encoder-swap"):
+        for purpose in ("student", "recovery", "lora", "connector", "encoder-swap", "qat"):
             yield f"{purpose} chat", curriculum.chat_batches(purpose, c, tokenizer)
         for purpose in ("student", "encoder-swap"):
             yield f"{purpose} images", curriculum.image_batches(purpose, c)
