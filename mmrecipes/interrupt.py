@@ -19,27 +19,28 @@ _UNDO: list[Callable[[], object]] = []
 
 
 @contextlib.contextmanager
-def undone_by(undo: Callable[[], object]) -> Iterator[None]:
-    """Within, Ctrl-C calls `undo()`, the innermost first. It says nothing about how the block ends otherwise."""
+def ending_with(undo: Callable[[], object]) -> Iterator[None]:
+    """`undo()` runs at the end of the block, however it ends, with Ctrl-C, too; what the disk refuses then is passed over."""
     _UNDO.append(undo)
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):
+            undo()
         _UNDO.remove(undo)
 
 
 @contextlib.contextmanager
 def temporary_directory(near: Path | None = None, prefix: str = "mmrecipes-") -> Iterator[Path]:
     """A directory, in `near` or where the system has them, that goes at the end of the block, and with Ctrl-C."""
-    with tempfile.TemporaryDirectory(dir=near, prefix=prefix, ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        with undone_by(lambda: shutil.rmtree(folder, ignore_errors=True)):
-            yield folder
+    folder = Path(tempfile.mkdtemp(dir=near, prefix=prefix))
+    with ending_with(lambda: shutil.rmtree(folder, ignore_errors=True)):
+        yield folder
 
 
 @contextlib.contextmanager
 def ends_the_process() -> Iterator[None]:
-    """Within, Ctrl-C undoes what `undone_by` was told, stops child processes and ends this one with code 130."""
+    """Within, Ctrl-C undoes what `ending_with` was told, stops child processes and ends this one with code 130."""
 
     def stop(*_: object) -> None:
         for child in psutil.Process().children(recursive=True):

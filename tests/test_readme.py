@@ -169,6 +169,7 @@ def project(tmp_path) -> Path:
         "waterfall",
         "growth",
         "parts",
+        "larger",
         "pruning",
         "quantization",
         "results",

@@ -16,7 +16,7 @@ from torch import nn
 
 from mmrecipes import track
 from mmrecipes.errors import UserError, one_line
-from mmrecipes.interrupt import temporary_directory, undone_by
+from mmrecipes.interrupt import ending_with, temporary_directory
 from mmrecipes.models.loading import as_dtype
 from mmrecipes.models.preflight import read_json
 
@@ -28,14 +28,11 @@ def written_aside(path: str | Path) -> Iterator[Path]:
     aside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with undone_by(lambda: aside.unlink(missing_ok=True)):
+        with ending_with(lambda: aside.unlink(missing_ok=True)):
             yield aside
             os.replace(aside, path)
     except OSError as e:
         raise UserError(f"cannot write {path} ({e.strerror or one_line(e)}); choose a folder that you can write to") from e
-    finally:
-        with contextlib.suppress(OSError):  # where the folder is a file, there is nothing to remove
-            aside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> Path:
@@ -80,14 +77,12 @@ def directory_aside(out: str | Path) -> Iterator[Path]:
     part = out.with_name(f".{out.name}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)  # left by a killed run
-        with undone_by(lambda: shutil.rmtree(part, ignore_errors=True)):
+        with ending_with(lambda: shutil.rmtree(part, ignore_errors=True)):
             part.mkdir(parents=True)
             yield part
             take_place(part, out)
     except (OSError, SafetensorError) as e:  # the latter when the disk is full
         raise UserError(f"{out}: could not be written ({one_line(e)}); nothing was changed: give another directory") from e
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def check_replaceable(out: str | Path) -> None:
@@ -114,16 +109,7 @@ def take_place(part: Path, out: Path) -> None:
     """Rename directory `part` to `out`; what was there goes, but only once the new one stands. Both are on one disk."""
     with temporary_directory(out.parent) as aside:  # on the same disk, so that each move is one step
         old = aside / out.name
-
-        def put_back() -> None:
-            if old.exists() and not out.exists():
-                old.rename(out)
-
-        with undone_by(put_back):
-            try:
-                if out.exists():
-                    out.rename(old)
-                part.rename(out)
-            except BaseException:  # KeyboardInterrupt in a notebook, too
-                put_back()
-                raise
+        with ending_with(lambda: old.exists() and not out.exists() and old.rename(out)):  # stopped between the two moves
+            if out.exists():
+                out.rename(old)
+            part.rename(out)
