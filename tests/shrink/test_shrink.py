@@ -246,7 +246,7 @@ def test_a_family_whose_processor_wants_torchvision_goes_the_whole_way(family, r
     assert found["own_bytes"] == own and "the source's own files" in printed
 
 
-@pytest.mark.parametrize("runtime", ["onnx", "openvino", "torch"])
+@pytest.mark.parametrize("runtime", ["onnx", "openvino"])
 def test_a_layer_that_is_read_and_not_called_stays_as_it_is(runtime, tmp_path):
     """mini-resampler's `nn.MultiheadAttention` reads the weight of its `out_proj`: nothing flows through that layer."""
     out = tmp_path / "out"
@@ -520,6 +520,8 @@ def test_models_without_a_recipe_are_refused_before_any_work(tmp_path):
     for runtime in ("onnx", "torch"):
         with pytest.raises(UserError, match="give a model that answers"):
             run(model=str(tmp_path / "siglip"), out=tmp_path / "out", runtime=runtime)
+    with pytest.raises(UserError, match="code from its own directory.*onnx or openvino"):
+        run(model="mini-resampler", out=tmp_path / "out", runtime="torch")
     assert [p.name for p in tmp_path.iterdir()] == ["siglip"]
 
 
