@@ -107,7 +107,7 @@ def _run(request: Request, dry_run: bool, console: Console) -> dict[str, Any]:
             pipeline.supported(source.model, source.runtime)
         elif getattr(source.model.config, "auto_map", None):
             cure = "give --runtime onnx or openvino, whose files need no code"
-            raise UserError(f"shrink: {stage.model} runs code from its own directory, and so would its checkpoint in 4 bits; {cure}")
+            raise UserError(f"shrink: {stage.model} runs code from its own directory, and would in 4 bits, too; {cure}")
         budget = None if request.budget is None else budget_bytes(request.budget, source.float_bytes)
         side = getattr(source.model.config.vision_config, "image_size", None)
         rows = folders.gather(side if isinstance(side, int) else 256, request.calib, request.images, request.n or 600)

@@ -520,7 +520,7 @@ def test_models_without_a_recipe_are_refused_before_any_work(tmp_path):
     for runtime in ("onnx", "torch"):
         with pytest.raises(UserError, match="give a model that answers"):
             run(model=str(tmp_path / "siglip"), out=tmp_path / "out", runtime=runtime)
-    with pytest.raises(UserError, match="code from its own directory.*onnx or openvino"):
+    with pytest.raises(UserError, match=r"code from its own directory.*onnx or openvino"):
         run(model="mini-resampler", out=tmp_path / "out", runtime="torch")
     assert [p.name for p in tmp_path.iterdir()] == ["siglip"]
 
