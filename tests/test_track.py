@@ -66,6 +66,27 @@ except ValueError:
     pass
 """
 
+SHRINK = """
+import io, sys
+from pathlib import Path
+sys.path[:0] = [sys.argv[1]]
+import tiny
+from rich.console import Console
+from mmrecipes import shrink
+from mmrecipes.data import scenes
+from mmrecipes.errors import UserError
+
+tiny.save(tiny.house(), Path("house"))
+Path("mine").mkdir()
+for i in range(4):
+    scenes.render(scenes.make_scene(i), 64 + i).save(f"mine/{i}.png")
+for runtime in ("torch", "none"):
+    request = shrink.Request("house", Path("out"), runtime, max_loss=100, images=Path("mine"), stage_seconds=1)
+    try:
+        shrink.run(request, console=Console(file=io.StringIO()))
+    except UserError as e:
+        print(e)
+"""
 TOO_OLD = """
 from mmrecipes import track
 try:
@@ -140,6 +161,19 @@ def test_nothing_connects_anywhere_and_rows_images_results_and_errors_are_kept(t
     assert [row["ms"] for row in bench["rows"]] == [3.0, 4.0], "what did not change is logged once"
     assert bench["points"][0] == {"name": "int8", "accuracy": 0.9, "mb": 6.5, "ms": 3.0}
     assert bench["config"]["commit"] == "abc" and broken["rows"][0]["failed"] == "too lossy"
+
+
+def test_a_shrink_is_one_run_from_the_data_to_the_answers_that_changed(tmp_path):
+    python(SHRINK, tmp_path, str(Path(__file__).parent), **{track.VARIABLE: "1"})
+    done, refused = recorded(tmp_path)
+    assert done["name"] == "shrink house" and done["config"]["runtime"] == "torch" and "cpu" in done["config"]
+    assert {"calibrate", "choose", "verify"} <= set(done["rows"][0])
+    names = [row.get("name", "") for row in done["rows"]]
+    assert "candidate 0" in names and "export 0" in names and "other answers" in names
+    images = [value for row in done["rows"] for key, value in row.items() if key.startswith("image ")]
+    assert len(images) == next(row["examples"] for row in done["rows"] if row.get("name") == "other answers")
+    assert any("disk_mb" in row for row in done["rows"]), "the report's table"
+    assert "--runtime 'none'" in refused["rows"][0]["failed"]
 
 
 def test_where_trackio_is_missing_or_too_old_the_extra_is_named(tmp_path):

@@ -66,7 +66,7 @@ def show(runs: Sequence[Recorded], against: str = "mb", plot: Path | None = None
         raise UserError(f"runs: --against {against!r}; expected {' or '.join(AXES)}")
     console, table = Console(), Table("id", "run", "began", "commit", "CPU", "rows", "last loss", "ended by")
     for run in runs:
-        losses = [row["loss"] for row in run.rows if isinstance(row.get("loss"), float | int)]
+        losses = [row["loss"] for row in run.rows if "loss" in row and "name" not in row]  # of a training, step by step
         last = f"{losses[-1]:.4f}" if losses else "-"
         ended = next((row["failed"] for row in run.rows if "failed" in row), "-")
         where = (str(run.config.get("commit") or "-")[:8], run.config.get("cpu", "-"))

@@ -26,8 +26,8 @@ TARGETS = (
     Target(
         "x86 with AVX2",
         frozenset({"avx2"}),
-        "int8 with int8 activations, in 7 bits where sums saturate: vision, prefill, decode; 4 bits: decode",
-        "bf16: slower than fp32 where many tokens are computed, as it has no instruction",
+        "int8 with int8 activations, of 7 bits where sums saturate: vision, prefill, decode; bf16: decode alone",
+        "bf16 for vision and prefill: slower than fp32, as there is no instruction for it",
         "results/int8-speed.json",
     ),
     Target(
@@ -61,7 +61,7 @@ TARGETS = (
     Target(
         "NPU by OpenVINO",
         frozenset(),
-        "static shapes, int8 symmetric or fp16: a vision encoder at one image size",
+        "static shapes in int8 or fp16: a vision encoder at one image size",
         "dynamic shapes, so our language models as exported; `export.onnx.check_static` tells",
         "OpenVINO, Supported Devices; not measured here",
     ),
