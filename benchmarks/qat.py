@@ -105,13 +105,14 @@ def run(names: tuple[str, ...] = (), work: Path = WORK, n: int | None = None, sh
         found = kept.rows[name]
         bits = 16 if name == "fp32" else int(name[0])
         variants[name] = {key: value for key, value in found.items() if key not in ("right", "parameters")}
-        variants[name]["mb"] = quantize.packed_bytes(model, bits, "group", GROUP) / 1e6
+        size = quantize.packed_bytes(model, bits, "group", GROUP)
+        variants[name] |= {"mb": size / 1e6, "times_smaller": measure.model_bytes(model) / size}
         variants[name]["change"] = evaluate.paired(kept.rows["fp32"]["right"], found["right"])
         if "minutes" in found and f"{bits} bits, GPTQ" in kept.rows:
             variants[name]["after GPTQ"] = evaluate.paired(kept.rows[f"{bits} bits, GPTQ"]["right"], found["right"])
     about = (
         f"{config.steps} steps of {config.batch} images with 13 questions each; linear layers in groups of {GROUP} inputs, scales"
-        f" and all else in 16 bits; GPTQ on {CALIBRATION} images with a question each; a part alone: the other stays as GPTQ left it"
+        f" and all else in 16 bits; GPTQ on {CALIBRATION} images; a part alone: the other stays as GPTQ left it"
     )
     return {"about": about, "config": vars(config), "variants": variants}
 

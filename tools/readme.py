@@ -47,6 +47,7 @@ QUANTIZATION = (  # file in results/, the variant's name in it, what README call
     ("calibrated.json", "3 bits, a scale a channel: round to nearest", "3 bits, rounded to nearest, embeddings in 16 bits"),
     ("plan.json", "uniform 3 bits", "3 bits, GPTQ"),
     ("plan.json", "uniform 2 bits, groups of 32", "2 bits in groups of 32, GPTQ"),
+    ("qat.json", "2 bits, teacher", "2 bits in groups of 32, GPTQ, then trained with a teacher, embeddings in 16 bits"),
     ("plan.json", "plan, bytes of 2 bits in groups of 32", "2 to 4 bits, planned module by module, GPTQ"),
 )
 

@@ -19,7 +19,7 @@ PARTS = ("vision", "connector", "language")
 
 def fake_quantize_ste(w: Tensor, scale: Tensor, bits: int) -> Tensor:
     """`groups.fake_quantize`, bit for bit, with a gradient: a straight-through estimator (Bengio et al. 2013, arXiv:1308.3432).
-    To `w` it is 1 inside the range of levels and 0 outside; to `scale` it is that of LSQ (arXiv:1902.08153, eq. 3), unscaled.
+    To `w` it is 1 inside the range of levels, ends included, and 0 outside; to `scale` that of LSQ (arXiv:1902.08153, eq. 3).
     """
     half = 2 ** (bits - 1)
     level = (w / scale).clamp(-half, half - 1)
