@@ -103,10 +103,11 @@ def run(names: tuple[str, ...] = (), work: Path = WORK, n: int | None = None, sh
     variants = {}
     for name in (name for name in jobs if name in kept.rows):
         found = kept.rows[name]
-        bits = 16 if name == "fp32" else int(name[0])
+        bits = 32 if name == "fp32" else int(name[0])
         variants[name] = {key: value for key, value in found.items() if key not in ("right", "parameters")}
-        size = quantize.packed_bytes(model, bits, "group", GROUP)
-        variants[name] |= {"mb": size / 1e6, "times_smaller": measure.model_bytes(model) / size}
+        whole = measure.model_bytes(model)
+        size = whole if bits == 32 else quantize.packed_bytes(model, bits, "group", GROUP)
+        variants[name] |= {"mb": size / 1e6, "times_smaller": whole / size}
         variants[name]["change"] = evaluate.paired(kept.rows["fp32"]["right"], found["right"])
         if "minutes" in found and f"{bits} bits, GPTQ" in kept.rows:
             variants[name]["after GPTQ"] = evaluate.paired(kept.rows[f"{bits} bits, GPTQ"]["right"], found["right"])
