@@ -3,5 +3,12 @@
 from mmrecipes.lazy import lazy_exports
 
 __getattr__, __dir__, __all__ = lazy_exports(
-    __name__, {"backends": "onnx_session", "chat": "Chat", "dual": "ExportedDual", "exported": "MANIFEST Exported load_exported"}
+    __name__,
+    {
+        "backends": "onnx_session",
+        "chat": "Chat",
+        "dual": "ExportedDual",
+        "exported": "MANIFEST Exported load_exported",
+        "paged": "PagePool",
+    },
 )
