@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "runs" / "qat"
 GROUP, CALIBRATION, MANY = 32, 64, 512  # inputs that share a scale; images for GPTQ; as many as its time allows
 CONFIG = train.TrainConfig(400, 8, adam_lr=5e-4, checkpoint_every=50)
-SHOWN = 10  # every so many steps of a log
+SHOWN = 10  # steps of a log that are shown as their mean
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,21 @@ def trained(name: str, work: Path, config: train.TrainConfig) -> nn.Module:
     return distill.qat(prepared, batches, replace(config, about=name), model if given.teacher else None, work=work / name)
 
 
-def row(name: str, rows, work: Path, config: train.TrainConfig) -> dict:
-    """Answers of a trained model, and what it took: the median step's time, since a training may have waited for others."""
-    found = answers(trained(name, work, config), rows)
-    log = train.read_log(work / name)
-    step = statistics.median(b - a for a, b in itertools.pairwise(log["seconds"]))
-    shown = {key: column[::SHOWN] for key, column in log.items() if key in ("step", "loss", "answers", "logits")}
-    return found | {"steps": config.steps, "seconds a step": step, "minutes": step * config.steps / 60, "log": shown}
+def spent(work: Path) -> dict[str, float]:
+    """What a training took, by the fastest tenth of its steps, since it may have waited for other programs in all others."""
+    seconds = train.read_log(work)["seconds"]
+    step = statistics.quantiles((b - a for a, b in itertools.pairwise(seconds)), n=10)[0]
+    return {"steps": len(seconds), "seconds a step": step, "minutes": step * len(seconds) / 60}
+
+
+def curve(work: Path) -> dict[str, list[float]]:
+    """The log of a training, a mean over each few steps."""
+    log = train.read_log(work)
+    starts = range(0, len(log["step"]), SHOWN)
+    means = {
+        key: [statistics.fmean(log[key][i : i + SHOWN]) for i in starts] for key in ("loss", "answers", "logits") if key in log
+    }
+    return {"step": list(starts)} | means
 
 
 def run(names: tuple[str, ...] = (), work: Path = WORK, n: int | None = None, shrink: int = 1) -> dict:
@@ -95,7 +103,7 @@ def run(names: tuple[str, ...] = (), work: Path = WORK, n: int | None = None, sh
     many = f"2 bits, GPTQ on {MANY} images"
     jobs: dict[str, Callable[[], dict]] = {"fp32": lambda: answers(model, rows)}
     jobs |= {name: lambda bits=bits: answers(start(bits, True, work), rows) for name, bits in STARTS.items()}
-    jobs |= {name: lambda name=name: row(name, rows, work, config) for name in VARIANTS}
+    jobs |= {name: lambda name=name: answers(trained(name, work, config), rows) for name in VARIANTS}
     jobs[many] = lambda: answers(start(2, True, work, max(CALIBRATION, MANY // shrink)), rows)
     jobs["2 bits, not from GPTQ, before"] = lambda: answers(start(2, False, work), rows)
     for name in ("fp32", *(names or jobs)):
@@ -104,12 +112,14 @@ def run(names: tuple[str, ...] = (), work: Path = WORK, n: int | None = None, sh
     for name in (name for name in jobs if name in kept.rows):
         found = kept.rows[name]
         bits = 32 if name == "fp32" else int(name[0])
-        variants[name] = {key: value for key, value in found.items() if key not in ("right", "parameters")}
+        variants[name] = {key: value for key, value in found.items() if key in ("accuracy", "families")}
+        if name in VARIANTS:
+            variants[name] |= spent(work / name) | {"log": curve(work / name)}
         whole = measure.model_bytes(model)
         size = whole if bits == 32 else quantize.packed_bytes(model, bits, "group", GROUP)
         variants[name] |= {"mb": size / 1e6, "times_smaller": whole / size}
         variants[name]["change"] = evaluate.paired(kept.rows["fp32"]["right"], found["right"])
-        if "minutes" in found and f"{bits} bits, GPTQ" in kept.rows:
+        if name in VARIANTS and f"{bits} bits, GPTQ" in kept.rows:
             variants[name]["after GPTQ"] = evaluate.paired(kept.rows[f"{bits} bits, GPTQ"]["right"], found["right"])
     about = (
         f"{config.steps} steps of {config.batch} images with 13 questions each; linear layers in groups of {GROUP} inputs, scales"
