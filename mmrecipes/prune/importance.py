@@ -53,8 +53,9 @@ def taylor_importance(model: nn.Module, rows: Rows, batch_size: int = 10) -> dic
 
 @torch.no_grad()
 def magnitude_importance(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """The same shapes as `taylor_importance`, from the weights alone: the norm of all weights that would go with a structure.
-    Without "heads" and "hidden" where queries, keys and values are not told apart (Qwen-VL's vision encoder)."""
+    """The same shapes as `taylor_importance`, from the weights alone: the norm of all weights that would go with a structure; of
+    a head those of its query and output, as keys and values may be shared (GQA). Without "heads" and "hidden" where queries, keys
+    and values are not told apart (Qwen-VL's vision encoder)."""
     scores = {}
     for part, stack in layers(model).items():
         size, neurons, heads, hidden = head_dim(model, part), [], [], 0.0
