@@ -8,18 +8,19 @@ import sys
 import warnings
 from collections.abc import Iterator
 
+from mmrecipes.interrupt import ending_with
+
 
 @contextlib.contextmanager
 def native_stderr() -> Iterator[None]:
-    """Hold back what native code writes to the process's stderr, and to Python's."""
+    """Hold back what native code writes to the process's stderr, and to Python's; an interrupt is still told there."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:
-        with open(os.devnull, "wb") as nowhere, contextlib.redirect_stderr(io.StringIO()):
+        with open(os.devnull, "wb") as nowhere, ending_with(lambda: os.dup2(kept, 2)), contextlib.redirect_stderr(io.StringIO()):
             os.dup2(nowhere.fileno(), 2)
             yield
     finally:
-        os.dup2(kept, 2)
         os.close(kept)
 
 

@@ -16,7 +16,8 @@ from paths import ROOT
 PACKAGE = ROOT / "mmrecipes"
 # each imports only those before it; those in one row do not import one another
 LAYERS = (
-    ("errors", "interrupt", "lazy", "quiet"),
+    ("errors", "interrupt", "lazy"),
+    ("quiet",),
     ("track",),
     ("families",),
     ("models",),

@@ -43,8 +43,15 @@ BETWEEN = """
     saving.take_place(Part(here / "part"), here / "model")
 """
 
+SILENCED = """
+    from mmrecipes import quiet
+    with quiet.native_stderr():
+        Dying()
+"""
+CASES = {"parts": (PARTS, []), "between two moves": (BETWEEN, ["model", "model/older"]), "stderr held back": (SILENCED, [])}
 
-@pytest.mark.parametrize(("body", "left"), [(PARTS, []), (BETWEEN, ["model", "model/older"])], ids=["parts", "between-two-moves"])
+
+@pytest.mark.parametrize(("body", "left"), CASES.values(), ids=CASES)
 def test_half_written_files_go_and_an_older_model_stays(tmp_path, body, left):
     done = subprocess.run([sys.executable, "-c", PROGRAM.format(here=str(tmp_path), body=body)], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
