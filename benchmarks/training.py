@@ -308,10 +308,13 @@ def run(group: str, name: str) -> None:
     models.write_json(WORK / group / f"{name}.json", {"row": row, "right": scored.right, "environment": measure.environment()})
 
 
-def everything(limit_s: float) -> None:
-    """All runs that are not there yet, AT_ONCE of them together, the longest first; none goes on after `limit_s` seconds."""
+def everything(limit_s: float, chosen: Sequence[str] = ()) -> None:
+    """All runs that are not there yet, or those of the groups or names `chosen`, AT_ONCE of them together, the longest first;
+    none goes on after `limit_s` seconds."""
     end = time.monotonic() + limit_s
     waiting = [(g, n) for g in RUNS for n in RUNS[g] if not (WORK / g / f"{n}.json").exists()]
+    waiting = [(g, n) for g, n in waiting if not chosen or {g, n} & set(chosen)]
+    waiting.sort(key=lambda run: "unlabelled" not in run[1])  # its teacher answers, too
     running: dict[tuple[str, str], subprocess.Popen] = {}
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     while (waiting or running) and time.monotonic() < end:
@@ -332,17 +335,21 @@ def everything(limit_s: float) -> None:
         print("not finished:", left)
 
 
-def collect() -> dict:
-    """What results/training.json says. A run that was stopped has its log, as far as it came, and no accuracy."""
-    found: dict[str, Any] = {"environment": None, "groups": {}}
+def collect(before: dict) -> dict:
+    """What results/training.json says, groups without a run in runs/training as `before`. A run that was stopped has its log, as
+    far as it came, and no accuracy."""
+    found: dict[str, Any] = {"environment": before.get("environment"), "groups": {}}
     for group, runs in RUNS.items():
+        if not (WORK / group).is_dir() and group in before.get("groups", {}):
+            found["groups"][group] = before["groups"][group]
+            continue
         rows, right = [], {}
         for name, given in runs.items():
             path, work = WORK / group / f"{name}.json", WORK / group / name
             if path.exists():
                 kept = json.loads(path.read_text())
                 rows.append(kept["row"])
-                right[name], found["environment"] = kept["right"], found["environment"] or kept["environment"]
+                right[name], found["environment"] = kept["right"], kept["environment"]
             elif (work / "plan.json").exists():
                 log = _log(work)
                 told = json.loads((work / "plan.json").read_text())
@@ -356,5 +363,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["run"]:
         run(*sys.argv[2:])
     else:
-        everything(float(sys.argv[1]) if len(sys.argv) > 1 else 10**6)
-        models.write_json(ROOT / "results" / "training.json", collect())
+        everything(float(sys.argv[1]) if len(sys.argv) > 1 else 10**6, sys.argv[2:])
+        results = ROOT / "results" / "training.json"
+        models.write_json(results, collect(json.loads(results.read_text()) if results.exists() else {}))
