@@ -1,11 +1,11 @@
-"""Pruning, fewer visual tokens, distillation and quantization of mini-vlm together: which order, and what it gives in the end.
+"""Pruning, fewer visual tokens, distillation and quantization of mini-vlm together: the order and what it gives.
 
-A plan is a sequence of steps: P cuts FFN neurons, T takes a pixel shuffle of 2 (a quarter of the visual tokens), D trains with the
-first model as teacher, Q rounds all linear weights in groups of 32 with GPTQ. After a Q, D is quantization-aware, and P rounds the
-cut matrices anew, since a group that lost inputs has none of its old levels. Each D has the same steps, images and rates.
+A plan is a sequence of steps: P cuts FFN neurons, T takes a pixel shuffle of 2 (a quarter of the visual tokens), D trains with
+the first model as teacher, Q rounds all linear weights in groups of 32 with GPTQ. After a Q, D is quantization-aware, and P
+rounds cut matrices anew, since a group that lost inputs has none of its old levels. Each D has the same steps, images and rates.
 
-`python benchmarks/together.py [teach NAME ... | PART ...]`: `teach` trains what the named plans need and measures nothing; parts
-are grid (accuracy of each plan in PyTorch), exports (of the deployed ones), times, real (times at SmolVLM-256M's size); by default
+`python benchmarks/together.py [teach NAME ... | PART ...]`: `teach` trains what the named plans need and measures nothing;
+parts: grid (accuracy of each plan in PyTorch), exports (of the deployed ones), times, real (at SmolVLM-256M's size); by default
 all. Writes results/together.json; what is done lies in runs/together, and is not done again. About two hours on two cores.
 """
 
@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from structured import KEEP, Kept, answers, cut
 from torch import nn
@@ -167,8 +168,8 @@ def exported(kept: Kept, config: train.TrainConfig, n: int | None) -> None:
     for name, (plan, runtime, precision) in DEPLOYED.items():
         if runtime == "torch":
             model = models.load("mini-vlm")
-            made = lambda m=model if precision == "fp32" else quantize.bf16(model): answers(m, rows)  # noqa: E731
-            kept.row(f"deployed: {name}", made)
+            model = model if precision == "fp32" else quantize.bf16(model)
+            kept.row(f"deployed: {name}", partial(answers, model, rows))
             continue
 
         def asked(plan: str = plan, runtime: str = runtime, precision: str = precision, folder=work / "exports" / name) -> dict:
@@ -192,7 +193,7 @@ def calls(model: nn.Module | inference.Exported, image, question: str) -> tuple:
     if isinstance(model, nn.Module):
         return measure.timing.generation_steps(model, measure.timing.cast(model, models.chat(model, image, question)))
     inputs = model.inputs(image, question)
-    return (lambda: model.prefill(inputs), lambda token: model.graphs.step([[token]]))
+    return (lambda: model.prefill(inputs), lambda token: model.graphs.step(np.array([[token]])))
 
 
 def timed(loaded: dict[str, Any], image, question: str, tokens: int, repeats: int) -> dict[str, dict]:
