@@ -3,7 +3,7 @@
 A plan is a sequence of steps: P cuts FFN neurons, L the vision encoder's last layer, T takes a pixel shuffle of 2 (a quarter of
 the visual tokens), D trains with the first model as teacher, Q rounds all linear weights in groups of 32 with GPTQ. After a Q, D
 is quantization-aware, and P rounds cut matrices anew, since a group that lost inputs has none of its old levels. Each D has the
-same steps, images and rates, D4 four times the steps.
+same steps, images and rates, D2 twice the steps.
 
 `python benchmarks/together.py [teach NAME ... | PART ...]`: `teach` trains what the named plans need and measures nothing;
 parts: grid (accuracy of each plan in PyTorch), exports (of the deployed ones), times, real (at SmolVLM-256M's size); by default
@@ -41,8 +41,8 @@ ORDERS = ("P-D-Q", "P-Q-D", "Q-P-D", "D-P-Q", "D-Q-P", "Q-D-P")
 PLANS: dict[str, tuple[str, int]] = {"whole": ("", 0)}
 PLANS |= {steps: (steps, 0) for steps in ("P", "D", "P-D", "T", "T-D", "T-P-D")}
 PLANS |= {f"{steps}, {bits} bits": (steps, bits) for bits in (4, 2) for steps in ("Q", "P-Q", *ORDERS)}
-PLANS |= {steps: (steps, 0) for steps in ("T-P-D4", "L-T-P-D4")}
-PLANS |= {f"{steps}, 4 bits": (steps, 4) for steps in ("T-D-Q", "T-P-D-Q", "T-P-D4-Q", "L-T-P-D4-Q")}
+PLANS |= {steps: (steps, 0) for steps in ("T-P-D2", "L-T-P-D2")}
+PLANS |= {f"{steps}, 4 bits": (steps, 4) for steps in ("T-D-Q", "T-P-D-Q", "T-P-D2-Q", "L-T-P-D2-Q")}
 # name -> (plan, runtime, precision) of what is deployed
 FP32 = "whole, PyTorch fp32"
 DEPLOYED: dict[str, tuple[str, str, str]] = {
@@ -56,11 +56,11 @@ DEPLOYED: dict[str, tuple[str, str, str]] = {
     "P-D, int8, vision static": ("P-D", "onnx", "static"),
     "P-D-Q, 4 bits": ("P-D-Q, 4 bits", "onnx", "mixed"),
     "P-Q-D, 4 bits": ("P-Q-D, 4 bits", "onnx", "mixed"),
-    "T-P-D4, fp32": ("T-P-D4", "onnx", "fp32"),
-    "T-P-D4, int8": ("T-P-D4", "onnx", "int8"),
-    "T-P-D4-Q, 4 bits": ("T-P-D4-Q, 4 bits", "onnx", "mixed"),
-    "L-T-P-D4, int8": ("L-T-P-D4", "onnx", "int8"),
-    "L-T-P-D4-Q, 4 bits": ("L-T-P-D4-Q, 4 bits", "onnx", "mixed"),
+    "T-P-D2, fp32": ("T-P-D2", "onnx", "fp32"),
+    "T-P-D2, int8": ("T-P-D2", "onnx", "int8"),
+    "T-P-D2-Q, 4 bits": ("T-P-D2-Q, 4 bits", "onnx", "mixed"),
+    "L-T-P-D2, int8": ("L-T-P-D2", "onnx", "int8"),
+    "L-T-P-D2-Q, 4 bits": ("L-T-P-D2-Q, 4 bits", "onnx", "mixed"),
     "P-D, int8, OpenVINO": ("P-D", "openvino", "int8"),
     "P-D-Q, 4 bits, OpenVINO": ("P-D-Q, 4 bits", "openvino", "mixed"),
 }
