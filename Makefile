@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export JUPYTER_PREFER_ENV_PATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help tour test portable fuzz torchvision lab lint notebooks recipes readme results bench peers compat clean
+.PHONY: help tour test portable fuzz torchvision lab lint notebooks recipes readme results bench peers vllm compat clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' Makefile | expand -t 16
@@ -81,6 +81,17 @@ peers: .venv-peers/.installed ## llama.cpp for `make bench`, built from source i
 	@echo "building llama.cpp for this CPU into .venv-peers: about 10 CPU-minutes, once"
 	@test -x .venv-peers/bin/pip || $(PYTHON) -m venv .venv-peers
 	@CMAKE_ARGS=-DGGML_NATIVE=ON .venv-peers/bin/pip install -qq --no-cache-dir -r benchmarks/peers.txt
+	@touch $@
+
+# 3 GB. Its torch is the lock's; torchvision and its like, which vLLM asks for, want CUDA's, and it runs without them.
+vllm: .venv/.installed .venv-vllm/.installed ## mini-vlm as W8A8 and W4A16 in vLLM's server, in an environment of its own (by hand)
+	@$(BIN)/python benchmarks/vllm_check.py
+
+.venv-vllm/.installed: benchmarks/vllm.txt requirements.lock
+	@test -x .venv-vllm/bin/pip || $(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/pip install -qq torch==$(TORCH)
+	@.venv-vllm/bin/pip install -qq -r benchmarks/vllm.txt
+	@.venv-vllm/bin/pip uninstall -qq -y torchvision torchaudio torchcodec
 	@touch $@
 
 compat: .venv/.installed ## every family of models through every technique and runtime: about an hour (by hand)

@@ -356,7 +356,7 @@ def test_lock_meets_the_floors():
     extras = PROJECT["optional-dependencies"]
     floors = [
         Requirement(r)
-        for r in [*PROJECT["dependencies"], *(r for e in ("deploy", "train", "notebooks", "test") for r in extras[e])]
+        for r in [*PROJECT["dependencies"], *(r for e in ("deploy", "vllm", "train", "notebooks", "test") for r in extras[e])]
     ]
     assert floors
     for floor in floors:

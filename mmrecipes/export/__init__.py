@@ -1,4 +1,4 @@
-"""A model as files for ONNX Runtime, OpenVINO or ExecuTorch, checked against its source. Chapter 5 (notebooks 44, 50)."""
+"""A model as files for ONNX Runtime, OpenVINO, ExecuTorch or vLLM, checked against its source. Chapter 5 (notebooks 44, 50)."""
 
 from mmrecipes.lazy import lazy_exports
 

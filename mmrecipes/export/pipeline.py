@@ -21,7 +21,7 @@ from torch import nn
 from mmrecipes.data import scenes
 from mmrecipes.errors import ParityError, UserError
 from mmrecipes.evaluate.generation import eos_token_ids
-from mmrecipes.export import dual
+from mmrecipes.export import compressed_tensors, dual
 from mmrecipes.export.executorch import max_length, obstacle, write_executorch
 from mmrecipes.export.onnx.backend import write_onnx
 from mmrecipes.export.openvino import write_openvino
@@ -74,8 +74,16 @@ def export(
     conversations together (`generate_batch`), and takes a little longer for one. A dual encoder (CLIP, SigLIP) becomes two
     graphs that end in unit vectors, in fp32, int8 or bf16 (OpenVINO), of batches always. All or nothing: `out` appears, or takes
     an older export's place, once the graphs answer as `model` does (`parity`; ParityError), with weights of 4 bits as `rounded`.
+    The runtime "compressed-tensors" is for vLLM: a checkpoint with a language model in "w4a16", "w8a8" or "mixed", which
+    `models.load` reads, too (`compressed_tensors.write`).
     Raises UserError for an architecture, dtype or directory that it cannot take; ImportError where a package is missing.
     """
+    if runtime == compressed_tensors.RUNTIME:
+        if dual.is_dual(model) or len(images) or batches:
+            given = f"{type(model).__name__}, {len(images)} images, batches={batches}"
+            raise UserError(f"export: {given}; {runtime} is for models that answer, without images to calibrate on or batches")
+        supported(model)
+        return compressed_tensors.write(model, out, precision, shown())
     with written(model, out, runtime, precision, images, batches) as (aside, precisions):
         _check(model, exported.load_exported(aside), runtimes(runtime)["language"], precisions)
     return Path(out).expanduser().resolve()
@@ -95,7 +103,7 @@ def written(
     by_part = runtimes(runtime)
     for name in dict.fromkeys(by_part.values()):
         if name not in BACKENDS:
-            raise UserError(f"export: runtime={name!r}; expected one of {', '.join(BACKENDS)}")
+            raise UserError(f"export: runtime={name!r}; expected one of {', '.join(BACKENDS)}, or {compressed_tensors.RUNTIME}")
         supported(model, name)
     if len(set(by_part.values())) > 1 and (dual.is_dual(model) or "executorch" in by_part.values()):
         raise UserError(f"export: runtime={by_part}; two runtimes are for models that answer, and onnx and openvino")
