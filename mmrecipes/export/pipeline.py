@@ -119,6 +119,7 @@ def written(
         raise UserError("export: batches in executorch, whose cache holds one conversation; use onnx or openvino")
     if (precisions["vision"] == "static") != bool(len(images)):
         raise UserError(f"export: {len(images)} images for vision in {precisions['vision']}; 'static' takes some, others none")
+    check_apart(model.name_or_path, out)
     with directory_aside(out) as aside:
         runs = [run for image in images for run in vision_inputs(model, [image])]
         for name in dict.fromkeys(by_part.values()):
@@ -126,6 +127,15 @@ def written(
             backends[name].write(model, aside, own, runs, batches)
         write_manifest(model, aside, runtime, precisions, batches)
         yield aside, precisions
+
+
+def check_apart(source: str, out: str | Path) -> None:
+    """UserError where writing to `out` would replace the checkpoint in directory `source`; other names and "" pass.
+    >>> check_apart("mini-vlm", folder / "small")
+    """
+    own, out = Path(source).expanduser().resolve(), Path(out).expanduser().resolve()
+    if source and own.is_dir() and own.is_relative_to(out):
+        raise UserError(f"{out}: is or holds the checkpoint {own}, which is only read; give another directory")
 
 
 def supported(model: nn.Module, runtime: str = "onnx") -> None:

@@ -65,6 +65,7 @@ def check_request(request: Request) -> None:
         raise UserError(f"--max-loss {request.max_loss:g}: expected points between 0 and 100, such as 1.0")
     if request.runtime == "torch":
         require("accelerate", "bitsandbytes")
+    pipeline.check_apart(str(request.model), request.out)
     check_replaceable(request.out)
 
 

@@ -515,6 +515,19 @@ def test_what_cannot_be_done_is_said_and_nothing_is_left(foreign_vlm, tmp_path, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "mine", "taken"]
 
 
+@pytest.mark.parametrize("out", ["mine", "."])
+def test_the_checkpoint_itself_is_never_replaced(tmp_path, out):
+    own = tmp_path / "config.json"  # without it the parent directory would be left alone for another reason
+    own.write_text('{"model_type": "llava"}')
+    tiny.save(tiny.llava(), tmp_path / "mine")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    model = models.load(tmp_path / "mine")
+    for call in (lambda: run(model=str(tmp_path / "mine"), out=tmp_path / out), lambda: export.export(model, tmp_path / out)):
+        with pytest.raises(UserError, match="only read; give another directory"):
+            call()
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
 def test_models_without_a_recipe_are_refused_before_any_work(tmp_path):
     tiny.save(tiny.siglip(), tmp_path / "siglip")
     for runtime in ("onnx", "torch"):
