@@ -1,4 +1,4 @@
-"""The command line: `mmrecipes tour`, `doctor`, `compare`, `shrink`, `train`, `evaluate`, `runs`."""
+"""The command line: `mmrecipes tour`, `doctor`, `compare`, `shrink`, `train`, `evaluate`, `serve`, `runs`."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from typer import Argument, Option, Typer, echo
 
 from mmrecipes import interrupt
 from mmrecipes import track as tracking
-from mmrecipes.errors import UserError, unsupported
+from mmrecipes.errors import UserError, require, unsupported
 
 Track = Annotated[bool, Option("--track", help="log it to the experiment record (as MMRECIPES_TRACK=1 does)")]
 Model = Annotated[str, Argument(help="a house model, a local directory, or a hub id")]
@@ -166,6 +166,37 @@ def _evaluate(
         saving.write_json(out, measured)
     else:
         tracking.log_results(f"evaluate {Path(model).name}", measured)
+
+
+@app.command("serve")
+def _serve(
+    folder: Annotated[Path, Argument(metavar="DIR", help="an export with batches: export.export(model, DIR, batches=True)")],
+    host: Annotated[str, Option(help="the address to listen on; 0.0.0.0 lets other machines in")] = "127.0.0.1",
+    port: Annotated[int, Option(help="0: any that is free; it is printed", min=0, max=65535)] = 8000,
+    slots: Annotated[int, Option(help="answers that run together", min=1)] = 8,
+    queue: Annotated[int, Option(help="requests that wait beside those; more get status 429", min=0)] = 32,
+    seconds: Annotated[float, Option(help="the longest that a request may take", min=0.001)] = 120,
+    max_tokens: Annotated[int, Option(help="the most tokens of an answer", min=1)] = 1024,
+    max_prompt_tokens: Annotated[int | None, Option(help="the most tokens of a prompt; default: the model's", min=1)] = None,
+    max_images: Annotated[int, Option(help="the most images of a request", min=0)] = 8,
+    max_pixels: Annotated[int, Option(help="the most pixels of an image, told from its header", min=1)] = 16_000_000,
+    max_bytes: Annotated[int, Option(help="the most bytes of a request's body", min=1)] = 20 * 2**20,
+    image_host: Annotated[list[str] | None, Option(help="a public host that images may be loaded from; may be repeated")] = None,
+    api_key_env: Annotated[
+        str | None, Option(help="the environment variable with the API key; default: none is asked for")
+    ] = None,
+    name: Annotated[str | None, Option(help="what the API calls the model; default: the directory's name")] = None,
+    threads: Annotated[int | None, Option(help="of the runtime; default: all physical cores", min=1)] = None,
+) -> None:
+    """Answer OpenAI's chat API with an exported model, many requests together. SIGTERM lets running answers end."""
+    require("fastapi", "uvicorn", "prometheus_client", extra="serve")
+    from mmrecipes.serve import server, service
+
+    key, hosts = server.api_key(api_key_env), tuple(h.lower() for h in image_host or ())
+    sizes = {"body_bytes": max_bytes, "images": max_images, "pixels": max_pixels, "new_tokens": max_tokens}
+    sizes |= {"prompt_tokens": max_prompt_tokens} if max_prompt_tokens else {}
+    limits = service.Limits(slots, queue, seconds, image_hosts=hosts, **sizes)
+    server.serve(service.Service(server.load(folder, threads), limits, name, key), host, port)
 
 
 @app.command("runs")

@@ -27,7 +27,7 @@ LAYERS = (
     ("prune", "train", "export"),
     ("report",),
     ("distill", "shrink"),
-    ("mini",),
+    ("mini", "serve"),
     ("cli",),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
@@ -132,7 +132,8 @@ def test_sizes():
     """The notebooks are the book; the package behind them stays thin."""
     core = [p for p in FILES if top(module_name(p)) in CORE]
     assert line_count(core) <= 2_500
-    assert line_count(sorted(PACKAGE.rglob("*.py"))) <= 15_125  # 168 of them for checkpoints in the format of vLLM
+    # 168 of them for checkpoints in the format of vLLM, 1,000 for serving
+    assert line_count(sorted(PACKAGE.rglob("*.py"))) <= 16_130
     for path in FILES:
         assert line_count([path]) <= 300, path
 

@@ -5,6 +5,7 @@ from mmrecipes.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        "batching": "Answer Engine FeatureCache Sampling",
         "backends": "onnx_session",
         "chat": "Chat",
         "dual": "ExportedDual",

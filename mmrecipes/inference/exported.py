@@ -113,6 +113,10 @@ class Exported:
 
     def likeliest(self, logits: np.ndarray, ids: list[int]) -> int:
         """The likeliest token after `ids`, by logits (V) and what the model's generation_config.json asks for."""
+        return int(self.scores(logits, ids).argmax())
+
+    def scores(self, logits: np.ndarray, ids: list[int]) -> np.ndarray:
+        """Logits (V) of the token after `ids`, changed as the model's generation_config.json asks for; ParityError for a NaN."""
         if not np.isfinite(logits).all():
             raise ParityError("the model's logits are not finite: it is broken, not lossy; export it again")
         rules, logits = self.manifest.get("generation", {}), np.array(logits)
@@ -120,7 +124,7 @@ class Exported:
             seen = np.unique(ids)
             logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
         logits[rules.get("suppress_tokens", [])] = -np.inf
-        return int(logits.argmax())
+        return logits
 
     def generate_batch(self, conversations: Sequence[tuple[Any, str | Sequence[dict]]], max_new_tokens: int = 64) -> list[str]:
         """Answers to several (images, text), the same as of `generate`, in less time: each new token of all rows is one step.
@@ -183,10 +187,11 @@ class Exported:
             # one image can equal no other; a small encoder takes hardly longer than its hash
             content = b"" if alone else b"".join(str(x.shape).encode() + x.tobytes() for x in run.values())
             key = hashlib.sha256(content).digest()
-            if key not in known:
+            features = known.get(key)
+            if features is None:
                 made = self.graphs.encode(run)
-                known[key] = made.reshape(-1, made.shape[-1])
-            tokens.append(known[key])
+                features = known[key] = made.reshape(-1, made.shape[-1])
+            tokens.append(features)
         return self.family.merge(tokens, inputs, self.settings)
 
     def inputs(self, images: Any, text: str | Sequence[dict]) -> dict[str, np.ndarray]:

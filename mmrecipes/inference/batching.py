@@ -1,0 +1,260 @@
+"""Continuous batching over an exported model (Orca, Yu et al., OSDI 2022): each step gives every running answer one token.
+
+The contract of `Engine`, which knows token ids and no network:
+
+- At each step, rows that have ended or were cancelled leave, and waiting prompts take the free slots: a prompt is read alone
+  (prefill), then its row joins the batch. Rows have lengths, images, limits and random numbers of their own.
+- An answer is the one that `Exported.generate` gives alone, as far as the runtime computes a row alike in every batch. Float
+  graphs do, up to rounding; those that scale activations by the range of a whole step (ONNX "int8") do not.
+- What fails for one prompt, or makes the logits of one row not finite, ends that answer alone. A step that fails as a whole ends
+  all rows of its batch, and the engine goes on with those that wait.
+- The KV cache holds at most slots x max_length tokens, three times for a moment, when rows join or leave; visual tokens of
+  images seen before at most `feature_bytes`. Images are told apart by what the processor made of them.
+
+One thread calls an engine, and nobody else its model meanwhile; only `Answer.cancel` is for any thread. By hand in notebook 51.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mmrecipes.errors import UserError
+from mmrecipes.inference.exported import Exported
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens: the likeliest at temperature 0, else drawn from softmax(logits / temperature) with the answer's own
+    generator, seeded by `seed`; until the model stops, a `stop` string appears, or `max_new_tokens` are generated."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or not 0 <= self.temperature < np.inf or "" in self.stop:
+            raise UserError(f"{self}: expected max_new_tokens of 1 or more, temperature of 0 or more, stop strings not empty")
+
+
+@dataclass(eq=False)
+class Answer:
+    """One answer as it grows. `text` only ever gets longer: what may become a stop string, a character of which a token is
+    missing, and white space at the end wait for the next token. `logprobs` are the model's, at temperature 1.
+    `finish_reason` is None while it is unfinished, then "stop", "length", "cancelled" or "error" (with `error`)."""
+
+    inputs: dict[str, np.ndarray]
+    sampling: Sampling
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+    error: Exception | None = None
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Give its slot up at the next step."""
+        self.cancelled = True
+
+
+@dataclass(eq=False)
+class _Row:
+    """A running answer: the token ids of prompt and answer, how many of them the cache holds, which position follows."""
+
+    answer: Answer
+    ids: list[int]
+    generator: np.random.Generator
+    most: int  # tokens of the answer
+    following: int = 0
+
+    @property
+    def held(self) -> int:
+        return len(self.ids) - 1  # all but the last token, which the next step reads
+
+
+class FeatureCache:
+    """Visual tokens by the content of their images, those used last, of at most `limit` bytes; for `encode_images(known=)`."""
+
+    def __init__(self, limit: int):
+        self.limit, self.bytes, self.hits, self.misses = limit, 0, 0, 0
+        self._kept: OrderedDict[bytes, np.ndarray] = OrderedDict()
+
+    def get(self, key: bytes) -> np.ndarray | None:
+        if key not in self._kept:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def __setitem__(self, key: bytes, features: np.ndarray) -> None:
+        self._kept[key] = features
+        self.bytes += features.nbytes
+        while self.bytes > self.limit:
+            self.bytes -= self._kept.popitem(last=False)[1].nbytes
+
+
+class Engine:
+    """Answers many prompts together; see the contract above. UserError for an export without batches.
+    >>> engine = Engine(load_exported(batched), slots=2)
+    >>> answer = engine.submit(engine.exported.inputs(rows[0]["image"], rows[0]["question"]), Sampling(max_new_tokens=8))
+    >>> engine.run()
+    >>> answer.text == engine.exported.generate(rows[0]["image"], rows[0]["question"], max_new_tokens=8)
+    True
+    """
+
+    def __init__(self, exported: Exported, slots: int = 8, feature_bytes: int = 64 * 2**20):
+        if not exported.manifest.get("batches"):
+            raise UserError(f"{exported.folder}: exported for one conversation at a time; export it with batches=True")
+        if slots < 1:
+            raise UserError(f"slots={slots}: expected 1 or more")
+        self.exported, self.graphs, self.slots = exported, exported.graphs, slots
+        self.waiting: deque[Answer] = deque()
+        self.rows: list[_Row] = []  # in the order of the batch
+        self.stepped = 0  # rows that the last step gave a token
+        self.features = FeatureCache(feature_bytes)
+        self.graphs.reset()
+        self.grows = [layer.shape[2] == 0 for layer in self.graphs.cache()]  # others are states of fixed size
+
+    def submit(self, inputs: dict[str, np.ndarray], sampling: Sampling | None = None) -> Answer:
+        """A prompt, as `Exported.inputs` makes it, waits for a slot. UserError where it is too long for the model."""
+        answer = Answer(inputs, sampling or Sampling())
+        self.add(answer)
+        return answer
+
+    def add(self, answer: Answer) -> None:
+        """As `submit`, for an answer that was made before, perhaps by another thread."""
+        length, most = answer.inputs["input_ids"].shape[1], self.exported.manifest["max_length"]
+        if length >= most:
+            raise UserError(f"the prompt has {length} tokens, and the model takes {most}: shorten it")
+        self.waiting.append(answer)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.rows)
+
+    def run(self) -> None:
+        """Step until every answer is finished."""
+        while self.busy:
+            self.step()
+
+    def step(self) -> list[Answer]:
+        """One more token for every running answer, after rows have left and joined. Returns the answers that changed."""
+        changed = self._leave_and_join()
+        if self.rows:
+            try:
+                logits = self.graphs.step(np.array([row.ids[-1:] for row in self.rows])).reshape(len(self.rows), -1)
+            except Exception as e:  # whatever a runtime raises: the cache of this batch is lost
+                for row in self.rows:
+                    self._finish(row.answer, "error", e)
+            else:
+                for row, following, scores in zip(self.rows, self.graphs.places.next, logits, strict=True):
+                    row.following = int(following)
+                    self._extend(row, scores)
+            changed += [row.answer for row in self.rows]
+        self.stepped = len(self.rows)
+        if all(row.answer.finish_reason for row in self.rows):
+            self.rows = []
+            self.graphs.reset()
+        return list(dict.fromkeys(changed))
+
+    def _leave_and_join(self) -> list[Answer]:
+        """Rows that ended or were cancelled leave, waiting prompts take their slots. Returns the answers that changed."""
+        changed = [a for a in (*(row.answer for row in self.rows), *self.waiting) if a.cancelled and not a.finish_reason]
+        for answer in changed:
+            self._finish(answer, "cancelled")
+        self.waiting = deque(answer for answer in self.waiting if not answer.finish_reason)
+        staying = [row for row in self.rows if not row.answer.finish_reason]
+        joining = min(self.slots - len(staying), len(self.waiting))
+        if len(staying) == len(self.rows) and not joining:
+            return changed
+        caches = self._split(staying)
+        for _ in range(joining):
+            answer = self.waiting.popleft()
+            changed.append(answer)
+            if row := self._prefill(answer):
+                staying.append(row)
+                caches.append(self.graphs.cache())
+        self.rows = staying
+        self.graphs.reset()
+        if staying:
+            self.graphs.batch(caches, [row.held for row in staying], [row.following for row in staying])
+        return changed
+
+    def _split(self, staying: list[_Row]) -> list[list[np.ndarray]]:
+        """The cache of each row that stays, (1, heads, T, head_dim) a layer, without the padding on its left."""
+        layers, at = self.graphs.cache() if staying else [], {row: i for i, row in enumerate(self.rows)}
+        of_row = [(at[row], self.graphs.places.mask.shape[1] - row.held) for row in staying]
+        return [
+            [x[i : i + 1, :, pad:] if g else x[i : i + 1] for x, g in zip(layers, self.grows, strict=True)] for i, pad in of_row
+        ]
+
+    def _prefill(self, answer: Answer) -> _Row | None:
+        """Read a prompt alone and choose its first token; None where that ends the answer."""
+        exported, inputs = self.exported, answer.inputs
+        answer.inputs = {"input_ids": inputs["input_ids"]}  # pixels are not needed again
+        ids = inputs["input_ids"][0].tolist()
+        room = exported.manifest["max_length"] - len(ids) + 1  # the last token generated needs no place
+        generator = np.random.default_rng(answer.sampling.seed)
+        row = _Row(answer, ids, generator, min(answer.sampling.max_new_tokens, room))
+        self.graphs.reset()
+        exported.reader = None
+        try:
+            features = exported.encode_images(inputs, self.features) if "pixel_values" in inputs else None
+            logits = exported.read(inputs, features)
+        except Exception as e:  # an image that is missing, or whatever a runtime raises: this answer's alone
+            self._finish(answer, "error", e)
+            return None
+        row.following = int(self.graphs.places.next[0])
+        self._extend(row, logits)
+        return None if answer.finish_reason else row
+
+    def _extend(self, row: _Row, logits: np.ndarray) -> None:
+        """Choose the next token of a row by its logits (V), and end its answer where that is due."""
+        answer, sampling, manifest = row.answer, row.answer.sampling, self.exported.manifest
+        try:
+            scores = self.exported.scores(logits, row.ids).astype(np.float64)
+        except UserError as e:
+            self._finish(answer, "error", e)
+            return
+        token = int(scores.argmax())
+        if sampling.temperature:
+            token = int(row.generator.choice(len(scores), p=np.exp(log_softmax(scores / sampling.temperature))))
+        if token in manifest["eos_token_ids"]:
+            self._finish(answer, "stop")
+            return
+        row.ids.append(token)
+        answer.tokens.append(token)
+        answer.logprobs.append(float(log_softmax(scores)[token]))
+        text = self._decode(answer)
+        if any(stop in text for stop in sampling.stop):
+            self._finish(answer, "stop")
+        elif len(answer.tokens) == row.most:
+            self._finish(answer, "length")
+        else:
+            answer.text = settled(text, sampling.stop)
+
+    def _decode(self, answer: Answer) -> str:
+        return self.exported.processor.tokenizer.decode(answer.tokens, skip_special_tokens=True).lstrip()
+
+    def _finish(self, answer: Answer, reason: str, error: Exception | None = None) -> None:
+        text = self._decode(answer)
+        found = [text.index(stop) for stop in answer.sampling.stop if stop in text]
+        answer.text, answer.error, answer.finish_reason = text[: min(found, default=None)].rstrip(), error, reason
+
+
+def log_softmax(scores: np.ndarray) -> np.ndarray:
+    shifted = scores - scores.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def settled(text: str, stop: Sequence[str]) -> str:
+    """As much of the beginning of `text` as no later token can take back.
+    >>> settled("A red circle. En", stop=("End",))
+    'A red circle.'
+    """
+    text = text.rstrip("\ufffd")  # a character may need more than one token
+    begun = [n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])]
+    return text[: len(text) - max(begun, default=0)].rstrip()
