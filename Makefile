@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export JUPYTER_PREFER_ENV_PATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help tour test portable fuzz torchvision lab lint notebooks recipes readme results bench peers vllm compat clean
+.PHONY: help tour test portable fuzz torchvision lab lint notebooks recipes readme results bench peers vllm ray compat clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' Makefile | expand -t 16
@@ -92,6 +92,13 @@ vllm: .venv/.installed .venv-vllm/.installed ## mini-vlm as W8A8 and W4A16 in vL
 	@.venv-vllm/bin/pip install -qq torch==$(TORCH)
 	@.venv-vllm/bin/pip install -qq -r benchmarks/vllm.txt
 	@.venv-vllm/bin/pip uninstall -qq -y torchvision torchaudio torchcodec
+	@touch $@
+
+ray: .venv-ray/.installed ## Ray Serve for benchmarks/scale_out.py, in an environment of its own (by hand)
+
+.venv-ray/.installed: benchmarks/ray.txt requirements.lock
+	@test -x .venv-ray/bin/pip || $(PYTHON) -m venv .venv-ray
+	@.venv-ray/bin/pip install -qq -r benchmarks/ray.txt
 	@touch $@
 
 compat: .venv/.installed ## every family of models through every technique and runtime: about an hour (by hand)

@@ -60,6 +60,7 @@ def examine(name: str | Path, question: str, image: str | Path | None = None) ->
         "visual_tokens": sizes,
         "no_visual_tokens": why,
         "kv_cache": predicted.kv_cache(model),
+        "serving": predicted.serving(model, rows[-1], free),
         "prompt": asked,
         "times": times,
         "will_not_pay": list(will_not_pay(environment["capabilities"], peaks, times)),
@@ -191,6 +192,7 @@ def show(found: dict) -> None:
     kept = {"all": "all tokens", "window": f"the last {cache['window']}", "state": "a state of fixed size"}
     layers = ", ".join(f"layers that keep {kept[kind]}: {n}" for kind, n in cache["layers"].items() if n)
     print("\n" + plain.section("KV cache", [f"{cache['fp32']:,} bytes a token in fp32, {cache['bf16']:,} in bf16; {layers}"]))
+    print("\n" + doctor.serving_text(found["serving"]))
     show_times(found["times"], found["prompt"], peaks, assumed=not found["visual_tokens"])
     print("\n" + plain.section("What will not pay off", found["will_not_pay"] or ["nothing that is known beforehand"]))
     print("\n" + doctor.export_text([doctor.Export(**e) for e in found["exports"]]))

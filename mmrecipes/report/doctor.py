@@ -21,9 +21,9 @@ from mmrecipes.export import pipeline
 from mmrecipes.inference.backends import PACKAGES
 from mmrecipes.measure import machine, size, timing
 from mmrecipes.models import modules as models_modules
-from mmrecipes.models import prompts
+from mmrecipes.models import preflight, prompts
 from mmrecipes.quantize import nf4, rounding
-from mmrecipes.report import dtype_checks, plain, targets
+from mmrecipes.report import dtype_checks, plain, predicted, targets
 from mmrecipes.report.dtype_checks import TIED, Finding
 
 GROUPS = (32, 64, 128)
@@ -53,13 +53,15 @@ class Export:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Parts (as `measure.parameters`), what stands in the way, what would run and pay, this CPU's capabilities, exports."""
+    """Parts (as `measure.parameters`), what stands in the way, what would run and pay, this CPU's capabilities, exports; and what
+    a server needs for each user (as `predicted.serving`)."""
 
     parts: list[dict]
     findings: list[Finding]
     verdicts: list[Verdict]
     capabilities: list[str] = field(default_factory=list)
     exports: list[Export] = field(default_factory=list)
+    serving: list[dict] = field(default_factory=list)
 
 
 class _Watch(TorchFunctionMode):
@@ -122,7 +124,11 @@ def examine(model: nn.Module, inputs: Mapping) -> Diagnosis:
     findings = [*known, *read, *_foreign(operators), *norms(model), *odd_groups(model), *_dtypes(model)]
     findings += _overflows(model, inputs)
     capabilities = machine.environment()["capabilities"]
-    return Diagnosis(size.parameters(model), findings, _verdicts(model, tokens, findings), capabilities, exports(model))
+    held = predicted.parts(model, predicted.weights(model))[-1]
+    free = preflight.free_memory() + size.model_bytes(model)  # as before it was loaded
+    users = [] if getattr(model.config, "is_encoder_decoder", False) else predicted.serving(model, held, free)
+    verdicts = _verdicts(model, tokens, findings)
+    return Diagnosis(size.parameters(model), findings, verdicts, capabilities, exports(model), users)
 
 
 def exports(model: nn.Module) -> list[Export]:
@@ -151,6 +157,19 @@ def export_text(found: list[Export]) -> str:
     """The verdicts as a table."""
     words = {True: "yes", False: "no", None: "not known"}
     return plain.table("Export", ("runtime", "takes it", "why"), [(e.runtime, words[e.supported], e.why) for e in found])
+
+
+def serving_text(rows: list[dict]) -> str:
+    """The rows of `predicted.serving` as a table."""
+    head = ("tokens a user", "MB fp32", "MB bf16", "users a GB fp32", "bf16", "users here fp32", "bf16")
+    body = []
+    for row in rows:
+        each = [row[precision] for precision in ("fp32", "bf16")]
+        mb = [f"{e['bytes_per_user'] / 1e6:,.1f}" for e in each]
+        users = [["-" if e[key] is None else f"{e[key]:,}" for e in each] for key in ("users_per_gb", "users_here")]
+        body.append((f"{row['context']:,}", *mb, *users[0], *users[1]))
+    note = "a user: one conversation's KV cache; a GB: of what is left after the weights; here: all free memory, less the weights"
+    return plain.table("Serving", head, body) + "\n" + plain.paragraph(note)
 
 
 def resists(module: nn.Module, pixels: Tensor) -> list[Finding]:
@@ -262,6 +281,8 @@ def show(found: Diagnosis) -> None:
     print("\n" + plain.table("Will it run, will it pay", head, rows))
     if not all(v.steady for v in found.verdicts):
         print(plain.paragraph("?: times varied by more than a third, so the machine was busy: repeat when it is idle"))
+    if found.serving:
+        print("\n" + serving_text(found.serving))
     print("\n" + export_text(found.exports))
     print("\n" + targets.target_table(found.capabilities, torch.cuda.get_device_name() if torch.cuda.is_available() else None))
     print("\n" + plain.findings(finding_rows(found.findings)))

@@ -11,6 +11,7 @@ from mmrecipes.quantize.groups import GROUP
 from mmrecipes.quantize.rounding import packed_weight_bytes
 
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
+CONTEXTS = (1024, 4096)  # tokens of a conversation, images included
 DEPTH, WIDTH = ("num_hidden_layers", "depth", "num_layers"), ("hidden_size", "embed_dim")
 STAGES = {"vision": ("vision",), "connector": ("connector",), "prefill": ("language", "head"), "decode": ("language", "head")}
 
@@ -77,6 +78,29 @@ def kv_cache(model: nn.Module) -> dict:
     each = 2 * heads * modules.head_dim(model, "language") * (kinds["all"] + kinds["window"])
     window = getattr(text, "sliding_window", None) if kinds["window"] else None
     return {"fp32": 4 * each, "bf16": 2 * each, "layers": dict(kinds), "window": window}
+
+
+def serving(model: nn.Module, weights_bytes: dict, free_bytes: int) -> list[dict]:
+    """What a server needs for each user: a row for each of CONTEXTS, {"context", "fp32", "bf16"}; for each of the two precisions
+    {"bytes_per_token", "bytes_per_user", "users_per_gb", "users_here"}. A user is one conversation of that length in the cache.
+
+    `users_per_gb` is of each GB left after the weights, `users_here` of `free_bytes` less `weights_bytes` (a row of `parts`).
+    A layer with a sliding window keeps no more than its window. Left out: activations, states of fixed size (linear
+    attention), and what paging rounds up. Notebook 53 plans with it.
+    """
+    cached, rows = kv_cache(model), []
+    layers, window = cached["layers"], cached["window"]
+    kept = layers["all"] + layers["window"]
+    for context in CONTEXTS:
+        row: dict = {"context": context}
+        tokens = (layers["all"] * context + layers["window"] * min(context, window or context)) / max(1, kept)
+        for precision in ("fp32", "bf16"):
+            user = round(cached[precision] * tokens)
+            left = max(0, free_bytes - weights_bytes[precision])
+            row[precision] = {"bytes_per_token": cached[precision], "bytes_per_user": user}
+            row[precision] |= {"users_per_gb": 10**9 // user if user else None, "users_here": left // user if user else None}
+        rows.append(row)
+    return rows
 
 
 def work(model: nn.Module, held: list[Weight], asked: dict) -> list[dict]:

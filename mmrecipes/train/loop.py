@@ -73,6 +73,11 @@ def fit(
 
     accelerator = _accelerator(config.device)
     processes = accelerator.num_processes
+    if any(hasattr(p, "placements") for p in model.parameters()):  # a DTensor
+        raise UserError(
+            "fit: parameters are sharded (fully_shard), and it trains whole ones; hand it the model as it was "
+            "loaded, with DDP for several processes, or train the shards as in notebook 53"
+        )
     if min(config.steps, config.batch, config.accumulate) < 1 or config.batch % (processes * config.accumulate):
         expected = f"steps >= 1, and a batch that {processes} processes x {config.accumulate} parts divide"
         raise UserError(f"fit: {config}; expected {expected}")
@@ -213,14 +218,16 @@ def _accelerator(device: str | None):  # -> accelerate.Accelerator
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     if device not in (None, "cpu", "cuda") or (on_cpu and device == "cuda"):
         raise UserError(f"fit: device {device!r} cannot be used here; expected cpu, or cuda where there is a GPU")
+    # on CPUs accelerate says nothing of FSDP's settings and keeps every parameter whole
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no" if on_cpu else "bf16")
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # last layers may feed nothing, frozen ones learn nothing
     try:
         accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, kwargs_handlers=[unused])
     except ValueError as e:  # accelerate keeps one setting a process
         raise UserError(f"fit: this process already trained on another device ({one_line(e)}); start a new one") from e
-    if str(accelerator.distributed_type).endswith("FSDP"):
-        raise UserError("fit: FSDP cuts matrices that Muon needs whole; launch it with DDP (--multi_gpu)")
+    if fsdp or str(accelerator.distributed_type).endswith("FSDP"):
+        raise UserError("fit: FSDP cuts matrices that Muon needs whole; launch it with DDP (--multi_gpu), or see notebook 53")
     return accelerator
 
 

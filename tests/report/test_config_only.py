@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from transformers import DynamicCache, Qwen2_5_VLConfig, SmolVLMConfig
+from transformers import DynamicCache, MistralConfig, Qwen2_5_VLConfig, SmolVLMConfig
 
 import programs
 import tiny
@@ -81,6 +81,11 @@ def test_published_counts_of_real_sizes(tmp_path):
     total = predicted.parts(qwen, predicted.weights(qwen))[-1]
     assert total["parameters"] == 8_292_166_656
     assert predicted.kv_cache(qwen)["bf16"] == 2 * 2 * 28 * 4 * 128
+    short, long = predicted.serving(qwen, total, total["bf16"] + 10**9)
+    assert (short["context"], long["context"]) == (1024, 4096)
+    assert short["bf16"]["bytes_per_user"] == 1024 * 57_344 and long["bf16"]["bytes_per_user"] == 4096 * 57_344
+    assert short["bf16"]["users_per_gb"] == short["bf16"]["users_here"] == 17 and long["bf16"]["users_here"] == 4
+    assert short["fp32"]["bytes_per_user"] == 2 * short["bf16"]["bytes_per_user"] and short["fp32"]["users_here"] == 0
     assert any("3420 inputs" in f.what for f in config_only.findings(qwen))
     text = {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49280}
     text |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": False}
@@ -137,6 +142,19 @@ def test_every_family_is_diagnosed_as_its_loaded_model_would_be(family):
     for stage in differs:  # what `work` says that it leaves out
         del found[stage], exact[stage]
     assert found == {stage: pytest.approx(gflop, rel=0.1) for stage, gflop in exact.items()}
+
+
+def test_a_user_of_a_sliding_window_needs_no_more_than_the_window(tmp_path):
+    config = tiny.llava().config
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config.text_config = MistralConfig(
+        num_hidden_layers=3, vocab_size=config.text_config.vocab_size, sliding_window=1500, **sizes
+    )
+    model = skeleton(config, tmp_path)
+    assert predicted.kv_cache(model)["layers"] == {"all": 0, "window": 3, "state": 0}
+    short, long = predicted.serving(model, {"fp32": 0, "bf16": 0}, 10**9)
+    token = 2 * 2 * 16 * 3 * 2  # keys and values, heads, head size, layers, bytes
+    assert (short["bf16"]["bytes_per_user"], long["bf16"]["bytes_per_user"]) == (1024 * token, 1500 * token)
 
 
 def test_an_image_in_tiles_is_counted_as_such(tmp_path):
@@ -230,7 +248,7 @@ def test_the_command_prints_text_to_paste_or_one_json_object(tmp_path):
     done = run(model, "--config-only", cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert max(len(line) for line in done.stdout.splitlines()) <= 100
-    for words in ("What it holds", "connector", "KV cache", "ttft", "decode", "executorch", "Tokens of one image"):
+    for words in ("What it holds", "connector", "KV cache", "ttft", "decode", "executorch", "Tokens of one image", "Serving"):
         assert words in done.stdout
     done = run(model, "--config-only", "--json", "--question", "One two three four five six?", cwd=tmp_path)
     found = json.loads(done.stdout)

@@ -180,6 +180,25 @@ def test_devices_and_ragged_batches_are_refused(tmp_path):
         train.fit(nn.Linear(3, 2), ragged, squares, train.TrainConfig(1, 8, accumulate=2))
 
 
+def test_sharded_training_is_refused_in_one_line(tmp_path, monkeypatch):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        model, batches = task()
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(UserError, match=r"parameters are sharded .*notebook 53") as e:
+            train.fit(model, batches, squares, train.TrainConfig(6, 8, device="cpu"))
+        assert "\n" not in str(e.value)
+    finally:
+        dist.destroy_process_group()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch --use_fsdp` sets it, which a CPU ignores
+    with pytest.raises(UserError, match="FSDP cuts matrices"):
+        train.fit(*task(), squares, train.TrainConfig(6, 8, device="cpu"))
+
+
 def test_a_run_about_something_else_is_not_resumed(tmp_path):
     config = train.TrainConfig(6, 8, about="these loss weights")
     train.fit(*task(), squares, config, tmp_path)
