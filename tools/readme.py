@@ -3,7 +3,7 @@
 A region lies between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. README.md has `badges` and `notebooks` (a table from
 results/notebooks.json). results/README.md has `results` (from results/tour.json), `quantization`, `pruning`, `distillation` and
 `adapters` (what chapters 1 to 3 cost), `training`, `bench`, `parts`, `growth`,
-`sizes`, `resampler`, `waterfall` and `gpu`. A notebook has `badges` and, if it likes, `cost`.
+`sizes`, `resampler`, `waterfall`, `vllm` and `gpu`. A notebook has `badges` and, if it likes, `cost`.
 """
 
 from __future__ import annotations
@@ -239,6 +239,26 @@ def adapters_table(results: Path) -> str:
     return table(["two colours and two shapes, learned by", new, "points on old questions [95% interval]", "old"], rows)
 
 
+def vllm_table(content: dict[str, Any]) -> str:
+    """Each checkpoint's answers in vLLM beside those of the same file in PyTorch, and beside fp32, in points."""
+    rows = []
+    for name, row in content["variants"].items():
+        shares = [f"{100 * a['value']:.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}]" for a in (row["vllm"], row["ours"])]
+        gaps = [row[f"vllm against {other}"] for other in ("ours", "fp32")]
+        points = [f"{g['points']:+.1f} [{g['low']:+.1f}, {g['high']:+.1f}]" for g in gaps]
+        rows.append([name, f"{row['disk_mb']:.1f}", *shares, *points, f"{100 * row['same answers']['value']:.1f}%"])
+    head = [
+        "checkpoint",
+        "MB",
+        "vLLM, % [95% interval]",
+        "PyTorch, %",
+        "vLLM against PyTorch, points",
+        "vLLM against fp32, points",
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in content["vllm"].items())
+    return f"{table([*head, 'same answers'], rows)}\n\n{content['n']} questions. vLLM's environment: {versions}."
+
+
 FRESH = {"load_s": "load s", "first_s": "load to first token s"}
 
 
@@ -386,6 +406,10 @@ def result_regions(results: Path) -> dict[str, str]:
     regions["resampler"] = UNMEASURED
     if "sizes" in resampler:
         regions["resampler"] = f"{resampler_tables.sizes(resampler, table)}\n\n{measured_on(results, ['mini-resampler.json'])}"
+    vllm = load(results / "vllm.json")
+    regions["vllm"] = "Not measured yet: `make vllm`."
+    if "variants" in vllm:
+        regions["vllm"] = f"{vllm_table(vllm)}\n\n{measured_on(results, ['vllm.json'])}"
     waterfall, precision = load(results / "waterfall.json"), load(results / "training-precision.json")
     shown = [resampler_tables.waterfall(waterfall, table)] if "sliced" in waterfall else []
     shown += [resampler_tables.training(precision, table)] if "batch" in precision else []
