@@ -123,13 +123,13 @@ def model_of(steps: str, bits: int, work: Path, config: train.TrainConfig) -> nn
     config = replace(config, steps=config.steps * int(step[1:] or 1))
     teacher, name = models.load("mini-vlm"), f"{steps}, {bits} bits" if "Q" in before else steps
     drawn = CoarseBatches(block("recovery/chat"), config.steps, config.batch, teacher.processor.tokenizer)
-    weights, about = LOGITS if "T" in before else FEATURES, replace(config, about=name)
+    weights = LOGITS if "T" in before else FEATURES
     if "Q" in before:
         prepared = quantize.prepare_qat_(model, bits)
-        return distill.qat(prepared, drawn, about, teacher, weights, work / name)
+        return distill.qat(prepared, drawn, replace(config, about=name), teacher, weights, work / name)
     if "T" in before:
-        return distill.distill(model, teacher, drawn, about, weights, work / name)
-    return distill.recover(model, drawn, about, teacher, work / name)
+        return distill.distill(model, teacher, drawn, config, weights, work / name)
+    return distill.recover(model, drawn, config, teacher, work / name)
 
 
 def cut_on_levels(model: nn.Module) -> nn.Module:

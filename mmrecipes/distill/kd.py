@@ -119,7 +119,7 @@ def distill(
         teacher = clone(teacher).requires_grad_(False).to(device)
     if weights.hidden or weights.vision:
         projected.fit_projections_(teacher, batches.answer_loss, shard(batches[0], 0, 1, device))
-    fit(projected, batches, distillation_loss(teacher, weights, batches.answer_loss), replace(config, about=repr(weights)), work)
+    fit(projected, batches, distillation_loss(teacher, weights, batches.answer_loss), replace(config, about=f"{config.about} {weights!r}".strip()), work)
     return projected.student.to(device).eval()
 
 
@@ -145,7 +145,7 @@ def recover(
 
     projected = StudentWithProjections(student, teacher or student, learned=False)
     loss = distillation_loss(teacher, weights, batches.answer_loss)
-    fit(projected, batches, loss, replace(config, about=repr(weights)), work, after_step=keep_zeros)
+    fit(projected, batches, loss, replace(config, about=f"{config.about} {weights!r}".strip()), work, after_step=keep_zeros)
     for hook in hooks:
         hook.remove()
     return student.to(model.device).eval()
