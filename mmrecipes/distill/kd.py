@@ -119,7 +119,8 @@ def distill(
         teacher = clone(teacher).requires_grad_(False).to(device)
     if weights.hidden or weights.vision:
         projected.fit_projections_(teacher, batches.answer_loss, shard(batches[0], 0, 1, device))
-    fit(projected, batches, distillation_loss(teacher, weights, batches.answer_loss), replace(config, about=f"{config.about} {weights!r}".strip()), work)
+    config = replace(config, about=f"{config.about} {weights!r}".strip())
+    fit(projected, batches, distillation_loss(teacher, weights, batches.answer_loss), config, work)
     return projected.student.to(device).eval()
 
 

@@ -125,7 +125,7 @@ def _record(accelerator: Any, model: nn.Module, batches: Sequence[Any], config: 
     past = [json.loads(line) for line in log.read_text().splitlines()] if log and log.exists() else []
     about = {"model": type(model).__name__, "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
     about |= vars(config) | {"seed": torch.initial_seed(), "first batch": track.data_hash(batches[0])}
-    name = f"train {config.about.partition("(")[0] or type(model).__name__}"
+    name = f"train {config.about.partition('(')[0] or type(model).__name__}"
     run = track.open_run(name, lambda: about | machine.environment(), work, resumed=bool(past))
     track.log_past(past, run)
     return run
