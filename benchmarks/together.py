@@ -39,10 +39,10 @@ LOGITS = distill.LossWeights(hidden=0, vision=0)  # with fewer tokens than the t
 ORDERS = ("P-D-Q", "P-Q-D", "Q-P-D", "D-P-Q", "D-Q-P", "Q-D-P")
 # name -> (steps, bits)
 PLANS: dict[str, tuple[str, int]] = {"whole": ("", 0)}
-PLANS |= {steps: (steps, 0) for steps in ("P", "D", "P-D", "T", "T-D", "T-P-D")}
-PLANS |= {f"{steps}, {bits} bits": (steps, bits) for bits in (4, 2) for steps in ("Q", "P-Q", *ORDERS)}
+PLANS |= {steps: (steps, 0) for steps in ("P", "P-D", "T-D", "T-P-D")}
+PLANS |= {f"{steps}, {bits} bits": (steps, bits) for bits in (4, 2) for steps in ("Q", *ORDERS)}
 PLANS |= {steps: (steps, 0) for steps in ("T-P-D2", "L-T-P-D2")}
-PLANS |= {f"{steps}, 4 bits": (steps, 4) for steps in ("T-D-Q", "T-P-D-Q", "T-P-D2-Q", "L-T-P-D2-Q")}
+PLANS |= {f"{steps}, 4 bits": (steps, 4) for steps in ("T-P-D2-Q", "L-T-P-D2-Q")}
 # name -> (plan, runtime, precision) of what is deployed
 FP32 = "whole, PyTorch fp32"
 DEPLOYED: dict[str, tuple[str, str, str]] = {
@@ -56,12 +56,10 @@ DEPLOYED: dict[str, tuple[str, str, str]] = {
     "P-D, int8, vision static": ("P-D", "onnx", "static"),
     "P-D-Q, 4 bits": ("P-D-Q, 4 bits", "onnx", "mixed"),
     "P-Q-D, 4 bits": ("P-Q-D, 4 bits", "onnx", "mixed"),
-    "T-P-D2, fp32": ("T-P-D2", "onnx", "fp32"),
     "T-P-D2, int8": ("T-P-D2", "onnx", "int8"),
     "T-P-D2-Q, 4 bits": ("T-P-D2-Q, 4 bits", "onnx", "mixed"),
     "L-T-P-D2, int8": ("L-T-P-D2", "onnx", "int8"),
     "L-T-P-D2-Q, 4 bits": ("L-T-P-D2-Q, 4 bits", "onnx", "mixed"),
-    "P-D, int8, OpenVINO": ("P-D", "openvino", "int8"),
     "P-D-Q, 4 bits, OpenVINO": ("P-D-Q, 4 bits", "openvino", "mixed"),
 }
 NEW_TOKENS, REPEATS = 16, 21
