@@ -18,6 +18,7 @@ one job by its name: `python benchmarks/results.py plan`.
 - results/swap.json: mini-vlm with other vision encoders (benchmarks/swap.py)
 - results/lora.json: new words, 4-bit and pruned models learned by adapters and by all weights (benchmarks/lora.py)
 - results/qat.json: training at few bits after GPTQ, with labels or a teacher, of all or a part (benchmarks/qat.py)
+- results/together.json: pruning, tokens, distillation, quantization in every order, exported, timed (benchmarks/together.py)
 - results/bench.json: the real-size twin in every runtime, beside the peers (`make bench`, benchmarks/bench.py)
 - results/tour.json: the tour's comparison, with 1,000 questions
 - results/real-size.json: stage budget and roofline of the real-size twin, fp32, on this machine
@@ -241,6 +242,13 @@ def the_qat() -> None:
     write("qat.json", qat.run())
 
 
+def the_together() -> None:
+    """Keeps each row and training as it goes, in runs/together: about two hours, an idle machine for the times."""
+    import together
+
+    write("together.json", together.run())
+
+
 def real_size() -> None:
     """Where a real model's time goes; random weights, so time and memory only."""
     twin = mini_model.real_size("smolvlm-256m")
@@ -285,6 +293,7 @@ if __name__ == "__main__":
         "swap": the_swap,
         "lora": the_lora,
         "qat": the_qat,
+        "together": the_together,
         "tour": the_tour,
         "real-size": real_size,
     }

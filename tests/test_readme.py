@@ -164,6 +164,7 @@ def project(tmp_path) -> Path:
         "adapters",
         "bench",
         "distillation",
+        "together",
         "vllm",
         "gpu",
         "resampler",

@@ -3,7 +3,7 @@
 A region lies between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. README.md has `badges` and `notebooks` (a table from
 results/notebooks.json). results/README.md has `results` (from results/tour.json), `quantization`, `pruning`, `distillation` and
 `adapters` (what chapters 1 to 3 cost), `training`, `bench`, `parts`, `growth`,
-`sizes`, `resampler`, `waterfall`, `vllm` and `gpu`. A notebook has `badges` and, if it likes, `cost`.
+`sizes`, `resampler`, `waterfall`, `together`, `vllm` and `gpu`. A notebook has `badges` and, if it likes, `cost`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import bench_tables
 import gpu_tables
 import resampler_tables
+import together_tables
 from recipes import ROOT, heading, repository
 
 UNMEASURED = "Not measured yet: `make results`."
@@ -406,6 +407,11 @@ def result_regions(results: Path) -> dict[str, str]:
     regions["resampler"] = UNMEASURED
     if "sizes" in resampler:
         regions["resampler"] = f"{resampler_tables.sizes(resampler, table)}\n\n{measured_on(results, ['mini-resampler.json'])}"
+    combined = load(results / "together.json")
+    regions["together"] = "Not measured yet: `python benchmarks/results.py together`."
+    if {"times", "real"} <= combined.keys():
+        shown = [getattr(together_tables, name)(combined, table) for name in ("orders", "deployed", "real")]
+        regions["together"] = "\n\n".join([*shown, measured_on(results, ["together.json"])])
     vllm = load(results / "vllm.json")
     regions["vllm"] = "Not measured yet: `make vllm`."
     if "variants" in vllm:
