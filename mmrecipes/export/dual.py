@@ -32,8 +32,8 @@ def is_dual(model: nn.Module) -> bool:
 def supported(model: nn.Module, runtime: str) -> None:
     """UserError for a dual encoder that `export` has no recipe for."""
     name = type(model).__name__
-    if runtime == "executorch":
-        raise UserError(f"export: {name} compares images with texts, and executorch has no recipe for that; use onnx or openvino")
+    if runtime not in PRECISIONS:
+        raise UserError(f"export: {name} compares images with texts, and {runtime} has no recipe for that; use onnx or openvino")
     check_float32(model)
     if getattr(model, "processor", None) is None:
         raise UserError(f"export: {name} has no .processor; load it with models.load")

@@ -21,7 +21,7 @@ from torch import nn
 from mmrecipes.data import scenes
 from mmrecipes.errors import ParityError, UserError
 from mmrecipes.evaluate.generation import eos_token_ids
-from mmrecipes.export import compressed_tensors, dual
+from mmrecipes.export import compressed_tensors, dual, genai
 from mmrecipes.export.executorch import max_length, obstacle, write_executorch
 from mmrecipes.export.onnx.backend import write_onnx
 from mmrecipes.export.openvino import write_openvino
@@ -29,6 +29,7 @@ from mmrecipes.export.wrappers import check_float32, family_of, vision_inputs
 from mmrecipes.inference import exported
 from mmrecipes.inference.backends import PACKAGES, PARTS, runtimes
 from mmrecipes.inference.dual import ExportedDual
+from mmrecipes.inference.genai import NAME as GENAI
 from mmrecipes.models import modules
 from mmrecipes.models.saving import directory_aside
 from mmrecipes.quantize.groups import GROUP, packed_values
@@ -52,6 +53,7 @@ BACKENDS = {
     "onnx": Backend("onnx", write_onnx, ("fp32", "int8", "static", "mixed"), _LANGUAGE),
     "openvino": Backend("openvino", write_openvino, ("fp32", "bf16", "int8", "static", "mixed"), ("bf16", *_LANGUAGE)),
     "executorch": Backend("executorch", write_executorch, ("fp32", "int8", "mixed"), _LANGUAGE),
+    GENAI: Backend(GENAI, genai.write_genai, ("fp32", "int8"), ("fp32", "int8", "int4")),
 }
 DUALS = {name: Backend(name, functools.partial(dual.write, name), *2 * (dual.PRECISIONS[name],)) for name in dual.PRECISIONS}
 GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -85,7 +87,10 @@ def export(
         supported(model)
         return compressed_tensors.write(model, out, precision, shown())
     with written(model, out, runtime, precision, images, batches) as (aside, precisions):
-        _check(model, exported.load_exported(aside), runtimes(runtime)["language"], precisions)
+        loaded = exported.load_exported(aside)
+        _check(model, loaded, runtimes(runtime)["language"], precisions)
+        if runtime == GENAI:
+            genai.check_pipeline(aside, loaded, shown())
     return Path(out).expanduser().resolve()
 
 
@@ -105,7 +110,7 @@ def written(
         if name not in BACKENDS:
             raise UserError(f"export: runtime={name!r}; expected one of {', '.join(BACKENDS)}, or {compressed_tensors.RUNTIME}")
         supported(model, name)
-    if len(set(by_part.values())) > 1 and (dual.is_dual(model) or "executorch" in by_part.values()):
+    if len(set(by_part.values())) > 1 and (dual.is_dual(model) or not set(by_part.values()) <= {"onnx", "openvino"}):
         raise UserError(f"export: runtime={by_part}; two runtimes are for models that answer, and onnx and openvino")
     backends = DUALS if dual.is_dual(model) else BACKENDS
     precisions = dict(precision) if isinstance(precision, Mapping) else dict.fromkeys(PARTS, precision)
@@ -117,6 +122,8 @@ def written(
             raise UserError(f"precision of {part} for {name}: {precisions.get(part)!r}; expected one of {', '.join(known)}")
     if batches and "executorch" in by_part.values():
         raise UserError("export: batches in executorch, whose cache holds one conversation; use onnx or openvino")
+    if batches and GENAI in by_part.values():
+        raise UserError(f"export: batches for {GENAI}, which puts requests together by itself; leave them out")
     if (precisions["vision"] == "static") != bool(len(images)):
         raise UserError(f"export: {len(images)} images for vision in {precisions['vision']}; 'static' takes some, others none")
     check_apart(model.name_or_path, out)
@@ -152,6 +159,8 @@ def supported(model: nn.Module, runtime: str = "onnx") -> None:
     family = family_of(model)
     if runtime == "executorch" and (why := obstacle(model, family)):
         raise UserError(f"export: {name} ({family.name}) cannot be exported for executorch: {why}; use onnx or openvino")
+    if runtime == GENAI and (why := genai.obstacle(model, family)):
+        raise UserError(f"export: {name} ({family.name}) cannot be exported for {GENAI}: {why}; use openvino")
     if not getattr(getattr(model, "processor", None), "chat_template", None):
         raise UserError(f"export: {name} has no .processor with a chat template; load it with models.load")
 
@@ -165,13 +174,16 @@ def write_manifest(
     model.processor.save_pretrained(folder)
     if not dual.is_dual(model):
         model.generation_config.save_pretrained(folder)
-        _save_image_token(model, folder)
-    if type(model.config)._auto_class:  # code of the model's own (swapped.py), which the graphs do not need: nor shall a reader
+    if by_part["language"] == GENAI:
+        genai.write_configs(model, folder)
+    elif type(model.config)._auto_class:  # code of the model's own (swapped.py), which the graphs do not need: nor shall a reader
         config = {k: v for k, v in model.config.to_dict().items() if k != "auto_map"}
         config["model_type"] = type(model.config).__base__.model_type or model.config.model_type
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     else:
         model.config.save_pretrained(folder)
+    if not dual.is_dual(model) and by_part["language"] != GENAI:
+        _save_image_token(model, folder)
     manifest = {
         "format": 3 if same else exported.FORMAT,  # so that yesterday's readers take what they can
         "runtime": by_part["language"] if same else by_part,

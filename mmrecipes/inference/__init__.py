@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "chat": "Chat",
         "dual": "ExportedDual",
         "exported": "MANIFEST Exported load_exported",
+        "genai": "load_genai",
         "paged": "PagePool",
     },
 )

@@ -7,13 +7,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmrecipes.errors import UserError, one_line, require
+from mmrecipes.inference.embeds import genai_graphs
 from mmrecipes.quiet import native_stderr
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
 
 PARTS = ("vision", "language")
-PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino", "executorch": "executorch"}  # that run the files
+PACKAGES = {
+    "onnx": "onnxruntime",
+    "openvino": "openvino",
+    "executorch": "executorch",
+    "openvino-genai": "openvino_genai",
+}  # that run the files
 
 
 def onnx_session(path: str | Path, threads: int = 0, as_written: bool = False):  # -> onnxruntime.InferenceSession
@@ -254,7 +260,7 @@ class ExecutorchGraphs:
             return method.execute([torch.from_numpy(np.ascontiguousarray(each)) for each in inputs])[0].clone().numpy()
 
 
-GRAPHS = {"onnx": OnnxGraphs, "openvino": OpenVinoGraphs, "executorch": ExecutorchGraphs}
+GRAPHS = {"onnx": OnnxGraphs, "openvino": OpenVinoGraphs, "executorch": ExecutorchGraphs, "openvino-genai": genai_graphs}
 
 
 def runtimes(runtime: str | Mapping[str, str]) -> dict[str, str]:

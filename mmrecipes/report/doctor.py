@@ -140,7 +140,8 @@ def exports(model: nn.Module) -> list[Export]:
         try:
             with next(model.parameters()).device:
                 pipeline.supported(model, runtime)
-            found.append(Export(runtime, True, "as an architecture; `mmrecipes shrink` checks its answers" + missing))
+            checks = "`export.export`" if runtime == "openvino-genai" else "`mmrecipes shrink`"
+            found.append(Export(runtime, True, f"as an architecture; {checks} checks its answers{missing}"))
         except UserError as e:
             if "processor" in str(e) and getattr(model, "processor", None) is None:
                 found.append(Export(runtime, None, "only with the processor's files can it be told"))
