@@ -76,6 +76,7 @@ def export(
     conversations together (`generate_batch`), and takes a little longer for one. A dual encoder (CLIP, SigLIP) becomes two
     graphs that end in unit vectors, in fp32, int8 or bf16 (OpenVINO), of batches always. All or nothing: `out` appears, or takes
     an older export's place, once the graphs answer as `model` does (`parity`; ParityError), with weights of 4 bits as `rounded`.
+    The runtime "openvino-genai" puts many requests together (`inference.load_genai`); its pipeline is asked before it is kept.
     The runtime "compressed-tensors" is for vLLM: a checkpoint with a language model in "w4a16", "w8a8" or "mixed", which
     `models.load` reads, too (`compressed_tensors.write`).
     Raises UserError for an architecture, dtype or directory that it cannot take; ImportError where a package is missing.
