@@ -1,4 +1,4 @@
-# When is the KV cache the part to compress, and how is a memory budget met?
+# How does a chat with many images stay within a memory budget?
 # The recipe of https://github.com/mmrecipes/mmrecipes/blob/main/notebooks/16_kv_cache.ipynb
 # Extracted by tools/recipes.py; change the notebook instead. Licence: Apache-2.0.
 
