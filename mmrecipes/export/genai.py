@@ -69,6 +69,8 @@ class Decoder(nn.Module):
 def obstacle(model: nn.Module, family: Family) -> str | None:
     """Why a model cannot be laid out as LLaVA, or not be answered by it; None where it can."""
     config, rules = model.config.get_text_config(), generation_rules(model.generation_config)
+    if family.masks:
+        return "its image tokens see each other, and the pipeline for LLaVA only looks back"
     if family.name not in LIKE_LLAVA:
         return "its images are not tiles of one size that stand, each alone, for one row of visual tokens, as LLaVA's do"
     if wrappers.windows(config):
