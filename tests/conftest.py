@@ -59,3 +59,19 @@ def house_exports(house_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         return export.export(models.load(house_vlm), folder / f"{runtime}-{precision}", runtime, precision)
 
     return exported
+
+
+@pytest.fixture(scope="session")
+def batched_exports(house_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """`mini-vlm`, or a tiny random model of a family, exported with batches for a runtime, once a session."""
+    from mmrecipes import export, models
+    from tests import families
+
+    folder = tmp_path_factory.mktemp("batched")
+
+    @functools.cache
+    def exported(name: str, runtime: str = "onnx") -> Path:
+        model = models.load(house_vlm) if name == "mini-vlm" else families.load(name)
+        return export.export(model, folder / f"{name}-{runtime}", runtime, batches=True)
+
+    return exported

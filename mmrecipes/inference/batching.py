@@ -143,6 +143,7 @@ class Engine:
     def step(self) -> list[Answer]:
         """One more token for every running answer, after rows have left and joined. Returns the answers that changed."""
         changed = self._leave_and_join()
+        self.stepped = len(self.rows)
         if self.rows:
             try:
                 logits = self.graphs.step(np.array([row.ids[-1:] for row in self.rows])).reshape(len(self.rows), -1)
@@ -154,7 +155,6 @@ class Engine:
                     row.following = int(following)
                     self._extend(row, scores)
             changed += [row.answer for row in self.rows]
-        self.stepped = len(self.rows)
         if all(row.answer.finish_reason for row in self.rows):
             self.rows = []
             self.graphs.reset()

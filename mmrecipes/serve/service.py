@@ -110,7 +110,7 @@ class Service:
 
     def authorize(self, header: str | None) -> None:
         """Refused where a key is asked for, and this `Authorization` does not hold it."""
-        if self.key and not hmac.compare_digest((header or "").encode(), f"Bearer {self.key}".encode()):
+        if self.key and not hmac.compare_digest((header or "").encode("latin-1"), f"Bearer {self.key}".encode()):
             raise Refused(401, "the API key is missing or wrong; send Authorization: Bearer KEY", "invalid_api_key")
 
     def enter(self) -> Job:
