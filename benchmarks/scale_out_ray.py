@@ -219,7 +219,7 @@ def main(folder: str, questions: str, out: str) -> None:
     from ray import serve
 
     rows = json.loads(Path(questions).read_text())[:REQUESTS]
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:  # Ray may still write its logs
         start = time.perf_counter()
         ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, logging_level="ERROR", _temp_dir=work)
         serve.start(http_options=ADDRESS, logging_config={"log_level": "ERROR"})
