@@ -62,6 +62,7 @@ DEPLOYED: dict[str, tuple[str, str, str]] = {
     "L-T-P-D2-Q, 4 bits": ("L-T-P-D2-Q, 4 bits", "onnx", "mixed"),
     "P-D-Q, 4 bits, OpenVINO": ("P-D-Q, 4 bits", "openvino", "mixed"),
 }
+ASKED = 2100  # questions for what answers one at a time
 NEW_TOKENS, REPEATS = 16, 21
 REAL = "smolvlm-256m"
 SHARES = {"vision": 384 / 1024, "language": 128 / 512}  # of the neurons that KEEP keeps
@@ -167,8 +168,8 @@ def grid(kept: Kept, config: train.TrainConfig, n: int | None) -> None:
 
 
 def exported(kept: Kept, config: train.TrainConfig, n: int | None) -> None:
-    """The deployed ones: written once, then asked all questions."""
-    rows, work = data.test_split(n), kept.path.parent
+    """The deployed ones: written once, then asked."""
+    rows, work = data.test_split(n or ASKED), kept.path.parent
     for name, (plan, runtime, precision) in DEPLOYED.items():
         if runtime == "torch":
             model = models.load("mini-vlm")
@@ -282,7 +283,7 @@ def content(rows: dict, work: Path, config: train.TrainConfig) -> dict:
         group = "deployed" if name.startswith("deployed: ") else "plans"
         name = name.removeprefix("deployed: ")
         found[group][name] = {k: v for k, v in row.items() if k not in ("right", "parameters")}
-        found[group][name]["change"] = evaluate.paired(base, row["right"])
+        found[group][name]["change"] = evaluate.paired(base[: len(row["right"])], row["right"])
     pairs = {
         f"{order}, {bits} bits": evaluate.paired(*(rows[f"{steps}, {bits} bits"]["right"] for steps in ("P-D-Q", order)))
         for bits in (4, 2)
