@@ -171,7 +171,7 @@ class Body:
             async with asyncio.timeout(DISCARD_SECONDS):
                 while self.unread and most > 0:
                     most -= len(await self._next())
-        except (TimeoutError, ConnectionError):
+        except (TimeoutError, Refused):
             pass
 
     async def gone(self) -> None:
@@ -183,7 +183,7 @@ class Body:
         message: Message = await self.receive()
         if message["type"] == "http.disconnect":
             self.unread = False
-            raise ConnectionError("the client left")
+            raise Refused(400, "the client left before the body was complete", "client_left")
         self.unread = message.get("more_body", False)
         return message.get("body", b"")
 
@@ -200,4 +200,11 @@ class CountStatus:
                 self.service.metrics.requests.labels(str(message["status"])).inc()
             await send(message)
 
-        await self.app(scope, receive, counted if scope.get("path") == CHAT else send)
+        if scope.get("path") != CHAT:
+            await self.app(scope, receive, send)
+            return
+        try:
+            await self.app(scope, receive, counted)
+        except Exception:  # answered further out
+            self.service.metrics.requests.labels("500").inc()
+            raise

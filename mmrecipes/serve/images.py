@@ -5,6 +5,7 @@ import binascii
 import io
 import ipaddress
 import socket
+import time
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
@@ -14,6 +15,8 @@ from mmrecipes.errors import UserError
 from mmrecipes.models.images import load_image
 from mmrecipes.serve.refusals import Refused
 
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses, private ones, too, for machines that have only IPv6
+SECONDS = 15  # for a download
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # fewer decoders for strangers' bytes than PIL has
 
 
@@ -30,7 +33,10 @@ def read_image(url: str, pixels: int, hosts: Collection[str], most: int) -> Imag
         except binascii.Error as e:
             raise Refused(400, f"image_url: not base64 ({e})", "invalid_image") from e
     elif scheme in ("http", "https"):
-        content = download(url, public_address(url, hosts), most)
+        try:
+            content = download(url, public_address(url, hosts), most)
+        except ValueError as e:  # of urlsplit, and of names that are none
+            raise Refused(400, f"image_url: not a URL ({e})", "invalid_image") from e
     else:
         raise Refused(400, f"image_url: {url[:20]!r}; expected data:image/...;base64,... or http(s)://", "invalid_image")
     return decode(content, pixels)
@@ -71,8 +77,8 @@ def is_public(address: str) -> bool:
     (False, False, True)
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
-    ip = getattr(ip, "ipv4_mapped", None) or ip
-    return ip.is_global and not ip.is_multicast
+    inner = getattr(ip, "sixtofour", None), getattr(ip, "ipv4_mapped", None)
+    return ip not in NAT64 and all(each.is_global and not each.is_multicast for each in (ip, *inner) if each)
 
 
 def download(url: str, address: str, most: int) -> bytes:
@@ -91,11 +97,15 @@ def download(url: str, address: str, most: int) -> bytes:
     host = parts.netloc.rpartition("@")[2]
     try:
         with pool.request("GET", path, headers={"Host": host}, redirect=False, preload_content=False) as response:
-            content = response.read(most + 1) if response.status == 200 else b""
+            content, until = bytearray(), time.monotonic() + SECONDS
+            while response.status == 200 and len(content) <= most and (piece := response.read1(2**16)):
+                content += piece
+                if time.monotonic() > until:  # the limit of `read` is one for each piece
+                    raise Refused(400, f"image_url: {parts.hostname} took more than {SECONDS} seconds", "invalid_image")
     except urllib3.exceptions.HTTPError as e:
         raise Refused(400, f"image_url: {parts.hostname} could not be read ({type(e).__name__})", "invalid_image") from e
     if response.status != 200:
         raise Refused(400, f"image_url: {parts.hostname} answered with status {response.status}", "invalid_image")
     if len(content) > most:
         raise Refused(400, f"image_url: more than {most:,} bytes", "image_too_large")
-    return content
+    return bytes(content)

@@ -99,8 +99,9 @@ def parse(body: bytes) -> ChatRequest:
     try:
         return ChatRequest.model_validate_json(body)
     except ValidationError as e:
-        error = e.errors(include_url=False, include_input=False)[0]
-    place = ".".join(str(each) for each in error["loc"]) or "the body"
+        # of the kinds that a value might be of, the one that it is nearest to
+        error = max(e.errors(include_url=False, include_input=False), key=lambda each: len(each["loc"]))
+    place = ".".join(str(each) for each in error["loc"] if "[" not in str(each)) or "the body"
     if error["type"] == "extra_forbidden" and error["loc"][-1] in TOOLS:
         raise Refused(400, f"{place}: tools are not supported, the model answers in text; leave it out", "unsupported", place)
     if error["type"] == "extra_forbidden":

@@ -40,6 +40,7 @@ def serve(service, host: str, port: int) -> None:  # Service
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             if service.draining:
                 super().handle_exit(sig, frame)
+                self.force_exit = True
             service.draining = True
 
         async def on_tick(self, counter: int) -> bool:

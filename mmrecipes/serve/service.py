@@ -1,8 +1,10 @@
 """What stands between the routes and the engine: who is let in, what a request becomes, and what became of it."""
 
 import asyncio
+import contextlib
 import copy
 import hmac
+import sys
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -55,7 +57,12 @@ class Job:
         gone.add_done_callback(lambda task: answer.cancel())
         left = self.began + self.service.limits.seconds - time.monotonic()
         self._tasks = [gone, loop.call_later(max(left, 0), self._expire)]
-        self.service.worker.submit(answer, lambda update: loop.call_soon_threadsafe(self._receive, update))
+
+        def tell(update: Update) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server ended at once
+                loop.call_soon_threadsafe(self._receive, update)
+
+        self.service.worker.submit(answer, tell)
 
     def _expire(self) -> None:
         self.timed_out = True
@@ -84,7 +91,7 @@ class Job:
         if update.finish_reason == "cancelled":
             raise Refused(503, "the server is shutting down", "shutting_down", retry_after=5)
         if update.finish_reason == "error":
-            print(f"error: {self.answer.error!r}", flush=True)
+            print(f"error: {self.answer.error!r}", file=sys.stderr)
             raise Refused(500, "the model failed on this request", "model_error")
         yield update
 

@@ -181,6 +181,7 @@ BOMB = png(Image.new("1", (20_000, 10_000)))  # 25 MB of pixels in 25 KB
         (["data:image/png;base64,???"], "invalid_image"),
         (["data:image/png,abc"], "invalid_image"),
         (["file:///etc/hostname"], "invalid_image"),
+        (["http://[/a.png"], "invalid_image"),
         (["http://127.0.0.1/a.png"], "host_not_allowed"),
         (["https://example.com/a.png"], "host_not_allowed"),
     ],
@@ -292,6 +293,6 @@ def test_a_url_never_leads_into_a_private_network(host):
 
 
 def test_addresses():
-    private = ("192.168.1.1", "100.64.0.1", "fe80::1%eth0", "fc00::1", "224.0.0.1", "::", "2002:7f00:1::")
+    private = ("192.168.1.1", "100.64.0.1", "fe80::1%eth0", "fc00::1", "224.0.0.1", "::", "2002:7f00:1::", "64:ff9b::7f00:1")
     assert not any(map(is_public, private))
     assert is_public("8.8.8.8") and is_public("2606:4700:4700::1111")
