@@ -244,10 +244,11 @@ def vllm_table(content: dict[str, Any]) -> str:
     """Each checkpoint's answers in vLLM beside those of the same file in PyTorch, and beside fp32, in points."""
     rows = []
     for name, row in content["variants"].items():
-        shares = [f"{100 * a['value']:.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}]" for a in (row["vllm"], row["ours"])]
+        found = (row["vllm"], row["ours"], row["same answers"])
+        *shares, same = [f"{100 * a['value']:.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}]" for a in found]
         gaps = [row[f"vllm against {other}"] for other in ("ours", "fp32")]
         points = [f"{g['points']:+.1f} [{g['low']:+.1f}, {g['high']:+.1f}]" for g in gaps]
-        rows.append([name, f"{row['disk_mb']:.1f}", *shares, *points, f"{100 * row['same answers']['value']:.1f}%"])
+        rows.append([name, f"{row['disk_mb']:.1f}", *shares, *points, same])
     head = [
         "checkpoint",
         "MB",
@@ -257,7 +258,7 @@ def vllm_table(content: dict[str, Any]) -> str:
         "vLLM against fp32, points",
     ]
     versions = ", ".join(f"{name} {version}" for name, version in content["vllm"].items())
-    return f"{table([*head, 'same answers'], rows)}\n\n{content['n']} questions. vLLM's environment: {versions}."
+    return f"{table([*head, 'same answers, %'], rows)}\n\n{content['n']} questions. vLLM's environment: {versions}."
 
 
 FRESH = {"load_s": "load s", "first_s": "load to first token s"}
