@@ -277,9 +277,10 @@ def run(parts: tuple[str, ...] = (), work: Path = WORK, n: int | None = None, sh
 def content(rows: dict, work: Path, config: train.TrainConfig) -> dict:
     """What is published: each row with its change against fp32 on the same questions, without the answers."""
     base, found = rows["whole"]["right"], {"plans": {}, "deployed": {}}
-    for name, row in rows.items():
-        if "right" not in row:
+    for name in (*PLANS, *(f"deployed: {name}" for name in DEPLOYED)):
+        if name not in rows:
             continue
+        row = rows[name]
         group = "deployed" if name.startswith("deployed: ") else "plans"
         name = name.removeprefix("deployed: ")
         found[group][name] = {k: v for k, v in row.items() if k not in ("right", "parameters")}
