@@ -46,7 +46,9 @@ def decode(content: bytes, pixels: int) -> Image.Image:
     """RGB, from the bytes of a file; its size is looked at before a pixel is decoded."""
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
-    except Exception as e:  # UnidentifiedImageError, DecompressionBombError, and what decoders raise on a broken header
+    except Image.DecompressionBombError as e:
+        raise Refused(400, f"an image of far more than {pixels:,} pixels", "image_too_large") from e
+    except Exception as e:  # UnidentifiedImageError, and what decoders raise on a broken header
         raise Refused(400, f"an image that cannot be read; expected {', '.join(FORMATS)}", "invalid_image") from e
     if image.width * image.height > pixels:
         raise Refused(400, f"an image of {image.width} x {image.height} px; at most {pixels:,} pixels", "image_too_large")
