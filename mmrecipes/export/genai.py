@@ -149,8 +149,12 @@ def _write_tokenizer(model: nn.Module, folder: Path) -> None:
 
 
 def write_configs(model: nn.Module, folder: Path) -> None:
-    """What the pipeline reads of a LLaVA: kind of model, width, image token; mean, deviation and size of its images."""
-    shown = model.processor.image_processor
+    """What the pipeline reads of a LLaVA: kind of model, width, image token; mean, deviation and size of its images. What the
+    model's own image processor is then stands in processor_config.json alone, which transformers reads first."""
+    shown, own = model.processor.image_processor, folder / "processor_config.json"
+    known = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
+    known = {"image_processor": shown.to_dict(), "processor_class": type(model.processor).__name__} | known
+    own.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     height, width = wrappers.vision_graph(model)[1]["pixel_values"].shape[2:]
     config = {"model_type": "llava", "hidden_size": model.config.get_text_config().hidden_size}
     images = {"image_mean": list(shown.image_mean), "image_std": list(shown.image_std)}

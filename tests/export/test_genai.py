@@ -29,9 +29,9 @@ def test_the_house_model_answers_as_before(house_vlm, house_exports):
     assert loaded.generate(rows[0]["image"], rows[0]["question"]) == wanted[0]
 
 
-@pytest.mark.parametrize("name", ["llava", "idefics3"])
+@pytest.mark.parametrize("name", ["llava", "internvl", "smolvlm"])
 def test_the_tokens_of_the_source(name, llava, tmp_path):
-    """Five shapes (of Idefics3: up to nine tiles), two images, none, two turns: the tokens of `generate`, together and alone."""
+    """Five shapes (of the other two: in tiles), two images, none, two turns: the tokens of `generate`, together and alone."""
     model, cases = families.load(name), equality.cases()
     folder = llava if name == "llava" else export.export(model, tmp_path / name, "openvino-genai")
     loaded, wanted = load_genai(folder, threads=1), [equality.source_answer(model, case, 8)[0] for case in cases]
