@@ -73,6 +73,8 @@ def obstacle(model: nn.Module, family: Family) -> str | None:
         return "its image tokens see each other, and the pipeline for LLaVA only looks back"
     if family.name not in LIKE_LLAVA:
         return "its images are not tiles of one size that stand, each alone, for one row of visual tokens, as LLaVA's do"
+    if model.config.model_type == "internvl":
+        return "its tiles follow one another without text between them, and GenAI takes what does for one image"
     if wrappers.windows(config):
         return f"layers of its decoder look back only {config.sliding_window} tokens"
     if getattr(config, "final_logit_softcapping", None):

@@ -75,7 +75,10 @@ class Scheduled:
         runs = self.family.images(inputs, self.manifest["settings"]) if "pixel_values" in inputs else []
         is_image = ids == self.manifest["image_token_id"]
         length = is_image.sum() // len(runs) if runs else 1  # tiles are all of one size
-        kept = ids[~is_image | ((is_image.cumsum() - 1) % length == 0)]
+        first = is_image & ((is_image.cumsum() - 1) % length == 0)
+        if (first[1:] & is_image[:-1]).any():
+            raise UserError("two images without text between them, which GenAI takes for one; write some, or use load_exported")
+        kept = ids[~is_image | first]
         added = self.pipeline.get_tokenizer().encode("").input_ids.data.reshape(-1)  # BOS, where the pipeline adds it itself
         if len(added) and (kept[: len(added)] == added).all():
             kept = kept[len(added) :]
