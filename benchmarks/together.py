@@ -73,7 +73,6 @@ REAL_ROWS = {  # name -> (cut, fewer tokens, runtime, precision)
     "P, int8": (True, False, "onnx", "int8"),
     "P, int4": (True, False, "onnx", "int4"),
     "T-P, int8": (True, True, "onnx", "int8"),
-    "T-P, int4": (True, True, "onnx", "int4"),
 }
 
 
