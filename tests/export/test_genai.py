@@ -67,7 +67,7 @@ REFUSED |= {"internvl": "without text", "pixtral": "one size", "minicpmv4_6": "o
 
 @pytest.mark.parametrize(("name", "why"), REFUSED.items())
 def test_families_that_do_not_fit_are_refused_before_any_work(name, why, tmp_path):
-    with pytest.raises(UserError, match=rf"\({name}\) cannot be exported for openvino-genai: .*{why}.*; use openvino"):
+    with pytest.raises(UserError, match=rf"\(\w+\) cannot be exported for openvino-genai: .*{why}.*; use openvino"):
         export.export(families.load(name), tmp_path / "out", "openvino-genai")
     assert not list(tmp_path.iterdir())
 

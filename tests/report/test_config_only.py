@@ -254,7 +254,7 @@ def test_the_command_prints_text_to_paste_or_one_json_object(tmp_path):
     done = run(model, "--config-only", "--json", "--question", "One two three four five six?", cwd=tmp_path)
     found = json.loads(done.stdout)
     assert found["parts"][-1]["parameters"] == sum(p.numel() for p in real.parameters())
-    assert {e["runtime"] for e in found["exports"]} == {"torch", "onnx", "openvino", "executorch"}
+    assert {e["runtime"] for e in found["exports"]} == {"torch", "onnx", "openvino", "executorch", "openvino-genai"}
     assert [row["visual_tokens"] for row in found["visual_tokens"]] == [16] * len(config_only.SIZES)
     for file in model.iterdir():
         if file.name != "config.json":
