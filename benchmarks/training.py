@@ -337,25 +337,27 @@ def everything(limit_s: float, chosen: Sequence[str] = ()) -> None:
 
 def collect(before: dict) -> dict:
     """What results/training.json says, groups without a run in runs/training as `before`. A run that was stopped has its log, as
-    far as it came, and no accuracy."""
+    far as it came, and no accuracy. Groups may have been measured on different days: each names its GPU."""
     found: dict[str, Any] = {"environment": before.get("environment"), "groups": {}}
     for group, runs in RUNS.items():
         if not (WORK / group).is_dir() and group in before.get("groups", {}):
             found["groups"][group] = before["groups"][group]
             continue
-        rows, right = [], {}
+        rows, right, where = [], {}, None
         for name, given in runs.items():
             path, work = WORK / group / f"{name}.json", WORK / group / name
             if path.exists():
                 kept = json.loads(path.read_text())
                 rows.append(kept["row"])
                 right[name], found["environment"] = kept["right"], kept["environment"]
+                where = {"gpu": kept["environment"].get("gpu"), "date": kept["environment"]["date"]}
             elif (work / "plan.json").exists():
                 log = _log(work)
                 told = json.loads((work / "plan.json").read_text())
                 rows.append({"name": name, **given, **told, "stopped": log["step"][-1] + 1, "log": log})
         pairs = {f"{b} against {a}": evaluate.paired(right[a], right[b]) for a, b in PAIRS[group] if a in right and b in right}
-        found["groups"][group] = {"rule": RULES[group], "runs": rows, "paired": {k: vars(v) for k, v in pairs.items()}}
+        paired = {k: vars(v) for k, v in pairs.items()}
+        found["groups"][group] = {"rule": RULES[group], "measured": where, "runs": rows, "paired": paired}
     return found
 
 

@@ -8,6 +8,11 @@ STARTS = {
     "recovery": {"scored": "neurons with the largest weights", "random": "random neurons", "scratch": "new random weights"},
     "budget": {"inherited": "cut from the teacher", "random": "new random weights"},
 }
+WAYS = {
+    "staged": "four stages",
+    "naive": "questions alone, all at once",
+    "helpers": "questions and auxiliary losses, all at once",
+}
 TEACHING = {
     "labels": "",
     "teacher": ", with the teacher",
@@ -48,15 +53,23 @@ def rows_of(content: dict[str, Any], table) -> str:
 
 
 def training(content: dict[str, Any], table) -> str:
-    """Recovery, and what a number of labels brings: the runs that came to their end."""
+    """Training in stages or at once, recovery, and what a number of labels brings: the runs that came to their end."""
     rows = []
+    for run in content["groups"]["stages"]["runs"]:
+        if "accuracy" in run:
+            rows.append(["`mini-vlm`, a third of its training", "new random weights", WAYS[run["way"]], *_figures(run)])
     for group, what in (("recovery", "`mini-vlm`, 42% of its parameters cut"), ("budget", "a student of 27% of the parameters")):
         for run in content["groups"][group]["runs"]:
             if "accuracy" in run:
                 labels = f"{run.get('labels', 'unlimited')} labels"
-                a = run["accuracy"]
-                shown = f"{100 * a['value']:.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}]"
                 taught = TEACHING[run.get("from", run.get("how"))]
-                rows.append([what, STARTS[group][run["start"]], labels + taught, str(run["steps"]), f"{run['tflop']:.0f}", shown])
+                rows.append([what, STARTS[group][run["start"]], labels + taught, *_figures(run)])
     head = ["what is trained", "from", "on", "steps", "TFLOP", "accuracy, % [95% interval], n=4200"]
-    return table(head, rows, 3)
+    where = "; ".join(f"{name} on {group['measured']['gpu']}" for name, group in content["groups"].items())
+    return f"{table(head, rows, 3)}\n\nGroups: {where}."
+
+
+def _figures(run: dict[str, Any]) -> list[str]:
+    a = run["accuracy"]
+    shown = f"{100 * a['value']:.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}]"
+    return [str(run["steps"]), f"{run['tflop']:.0f}", shown]
