@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export JUPYTER_PREFER_ENV_PATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help tour test portable fuzz torchvision lab lint notebooks recipes readme results bench peers vllm ray compat clean
+.PHONY: help tour test portable fuzz torchvision lab lint notebooks recipes readme results bench peers vllm ray load compat clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' Makefile | expand -t 16
@@ -93,6 +93,9 @@ vllm: .venv/.installed .venv-vllm/.installed ## mini-vlm as W8A8 and W4A16 in vL
 	@.venv-vllm/bin/pip install -qq -r benchmarks/vllm.txt
 	@.venv-vllm/bin/pip uninstall -qq -y torchvision torchaudio torchcodec
 	@touch $@
+
+load: .venv/.installed ## mmrecipes serve under load and faults, 40 minutes: results/serve.json (by hand)
+	@$(BIN)/python benchmarks/serve.py
 
 ray: .venv-ray/.installed ## Ray Serve for benchmarks/scale_out.py, in an environment of its own (by hand)
 

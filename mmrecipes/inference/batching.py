@@ -27,12 +27,14 @@ from mmrecipes.inference.exported import Exported
 @dataclass(frozen=True)
 class Sampling:
     """How to choose tokens: the likeliest at temperature 0, else drawn from softmax(logits / temperature) with the answer's own
-    generator, seeded by `seed`; until the model stops, a `stop` string appears, or `max_new_tokens` are generated."""
+    generator, seeded by `seed`; until the model stops, a `stop` string appears, or `max_new_tokens` are generated. With
+    `ignore_eos` the model does not stop: answers of one length, to measure by."""
 
     max_new_tokens: int = 64
     temperature: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or not 0 <= self.temperature < np.inf or "" in self.stop:
@@ -222,7 +224,7 @@ class Engine:
         token = int(scores.argmax())
         if sampling.temperature:
             token = int(row.generator.choice(len(scores), p=np.exp(log_softmax(scores / sampling.temperature))))
-        if token in manifest["eos_token_ids"]:
+        if token in manifest["eos_token_ids"] and not sampling.ignore_eos:
             self._finish(answer, "stop")
             return
         row.ids.append(token)

@@ -66,6 +66,7 @@ class ChatRequest(_Strict):
     temperature: float = Field(0.0, ge=0, le=2)
     seed: int | None = None
     logprobs: bool = False
+    ignore_eos: bool = False  # not OpenAI's: vLLM's name for answers that are as long as they may be, for measuring
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     # only as they are by default
@@ -91,7 +92,8 @@ class ChatRequest(_Strict):
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if len(stop) > 4 or "" in stop:
             raise Refused(400, "stop: expected at most 4 strings, none of them empty", param="stop")
-        return Sampling(tokens, self.temperature, None if self.seed is None else self.seed % 2**64, stop)
+        seed = None if self.seed is None else self.seed % 2**64
+        return Sampling(tokens, self.temperature, seed, stop, self.ignore_eos)
 
 
 def parse(body: bytes) -> ChatRequest:

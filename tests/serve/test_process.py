@@ -107,6 +107,10 @@ def test_settings_of_an_answer(house, rows):
     drawn = [said(server, messages, temperature=2, seed=seed, max_tokens=4) for seed in (1, 1, -2, 3, 4, 5)]
     assert drawn[0] == drawn[1]
     assert len(set(drawn)) > 1
+    given = {"model": "mini", "messages": colour, "max_tokens": 20, "extra_body": {"ignore_eos": True}}
+    long = server.chat.completions.create(**given)
+    assert (long.usage.completion_tokens, long.choices[0].finish_reason) == (20, "length")
+    assert long.choices[0].message.content.startswith(whole)
 
 
 @pytest.mark.parametrize(
