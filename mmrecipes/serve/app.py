@@ -1,13 +1,16 @@
-"""The routes: /v1/chat/completions, /v1/models, /health, /metrics. Errors are in OpenAI's form."""
+"""The routes: /v1/chat/completions, /v1/models, /health, /metrics, and at / a page to chat with. Errors are in OpenAI's form."""
 
 import asyncio
+import base64
+import hashlib
 import json
 import time
 import uuid
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,6 +19,13 @@ from mmrecipes.serve.refusals import Refused
 from mmrecipes.serve.service import Job, Service
 
 CHAT = "/v1/chat/completions"
+PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+SCRIPT = hashlib.sha256(PAGE.split("<script>")[1].split("</script>")[0].encode()).digest()
+# no script but the page's own, nothing from elsewhere, nothing to elsewhere, and no page of somebody else around it
+PAGE_POLICY = (
+    f"default-src 'none'; script-src 'sha256-{base64.b64encode(SCRIPT).decode()}'; style-src 'unsafe-inline'; img-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 DISCARD_SECONDS = 5  # how long a body that is refused is still read, so that its sender gets to see why
 
 
@@ -35,6 +45,12 @@ def create_app(service: Service) -> FastAPI:
     @app.exception_handler(Exception)
     async def failed(request: Request, e: Exception) -> Response:  # uvicorn prints the traceback
         return JSONResponse(Refused(500, "the server failed on this request").body, 500)
+
+    @app.get("/")
+    async def page() -> Response:
+        """The same for everybody, so no key is asked for; what it sends carries the key that its user types."""
+        headers = {"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+        return HTMLResponse(PAGE, headers=headers | {"Referrer-Policy": "no-referrer"})
 
     @app.get("/health")
     async def health() -> Response:
