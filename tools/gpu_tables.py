@@ -13,6 +13,7 @@ WAYS = {
     "naive": "questions alone, all at once",
     "helpers": "questions and auxiliary losses, all at once",
 }
+LABELS = {"100": "104 labels (8 images)", "1000": "1,001 labels (77 images)", "10000": "10,010 labels (770 images)"}
 TEACHING = {
     "labels": "",
     "teacher": ", with the teacher",
@@ -61,7 +62,7 @@ def training(content: dict[str, Any], table) -> str:
     for group, what in (("recovery", "`mini-vlm`, 42% of its parameters cut"), ("budget", "a student of 27% of the parameters")):
         for run in content["groups"][group]["runs"]:
             if "accuracy" in run:
-                labels = f"{run.get('labels', 'unlimited')} labels"
+                labels = LABELS.get(run.get("labels"), "unlimited labels")
                 taught = TEACHING[run.get("from", run.get("how"))]
                 rows.append([what, STARTS[group][run["start"]], labels + taught, *_figures(run)])
     head = ["what is trained", "from", "on", "steps", "TFLOP", "accuracy, % [95% interval], n=4200"]
