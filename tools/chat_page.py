@@ -20,7 +20,7 @@ from mmrecipes.data import scenes
 from mmrecipes.measure.process import same_packages
 from recipes import ROOT
 
-QUESTIONS = ("How many objects are there?", "What is left of the cross?", "Is there a star?")
+QUESTIONS = ("What colour is the small cross?", "Which shape does the black object have?", "What size is the purple triangle?")
 INJECTED = "<img src=x onerror=\"document.title='taken over'\"><script>document.title='taken over'</script>"
 KEY = "a key for an afternoon"
 
@@ -55,11 +55,11 @@ def expected(exported, image: Image.Image) -> list[str]:
 def main() -> None:
     from playwright.sync_api import sync_playwright
 
-    image, asked = scenes.render(scenes.make_scene(mmr.data.SPLITS["validation"][5003])), []
+    image, asked = scenes.render(scenes.make_scene(mmr.data.SPLITS["validation"][5001])), []
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "scene.png"
         image.save(picture)
-        out = mmr.export.export(mmr.load("mini-vlm"), Path(folder) / "mini-vlm", "onnx", "int4", batches=True)
+        out = mmr.export.export(mmr.load("mini-vlm"), Path(folder) / "mini-vlm", "onnx", "int8", batches=True)
         command = [sys.executable, "-m", "mmrecipes.cli", "serve", str(out), "--port", "0", "--api-key-env", "CHAT_KEY"]
         env = same_packages() | {"CHAT_KEY": KEY}
         with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as server, sync_playwright() as browsers:
