@@ -43,7 +43,8 @@ def examine(name: str | Path, question: str, image: str | Path | None = None) ->
     asked = asked or assumed_prompt(model.config)
     rows, free = predicted.parts(model, held), preflight.free_memory()
     peaks, launch = machine.machine_peaks(0.4), _launch_us()
-    times = predicted.predict(predicted.work(model, held, asked), peaks, launch)
+    stages = predicted.work(model, held, asked)
+    times = predicted.predict(stages, peaks, launch)
     environment = machine.environment()
     return {
         "model": {
@@ -61,6 +62,7 @@ def examine(name: str | Path, question: str, image: str | Path | None = None) ->
         "no_visual_tokens": why,
         "kv_cache": predicted.kv_cache(model),
         "serving": predicted.serving(model, rows[-1], free),
+        "throughput": predicted.throughput(model, stages[-1], asked["prompt_tokens"], peaks),
         "prompt": asked,
         "times": times,
         "will_not_pay": list(will_not_pay(environment["capabilities"], peaks, times)),
@@ -194,6 +196,8 @@ def show(found: dict) -> None:
     print("\n" + plain.section("KV cache", [f"{cache['fp32']:,} bytes a token in fp32, {cache['bf16']:,} in bf16; {layers}"]))
     print("\n" + doctor.serving_text(found["serving"]))
     show_times(found["times"], found["prompt"], peaks, assumed=not found["visual_tokens"])
+    rows = [(r["users"], *(f"{r[p]['tokens_per_s']:,.0f} {r[p]['bound_by']}" for p in PRECISIONS)) for r in found["throughput"]]
+    print("\n" + plain.table("Decoding together, tokens a second at most, and what bounds them", ("users", *PRECISIONS), rows))
     print("\n" + plain.section("What will not pay off", found["will_not_pay"] or ["nothing that is known beforehand"]))
     print("\n" + doctor.export_text([doctor.Export(**e) for e in found["exports"]]))
     print("\n" + targets.target_table(env["capabilities"], env["gpu"]))

@@ -12,6 +12,7 @@ from mmrecipes.quantize.rounding import packed_weight_bytes
 
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
 CONTEXTS = (1024, 4096)  # tokens of a conversation, images included
+USERS = (1, 8, 32)  # who are answered together
 DEPTH, WIDTH = ("num_hidden_layers", "depth", "num_layers"), ("hidden_size", "embed_dim")
 STAGES = {"vision": ("vision",), "connector": ("connector",), "prefill": ("language", "head"), "decode": ("language", "head")}
 
@@ -159,20 +160,38 @@ def predict(rows: list[dict], peaks: dict, launch_us: float) -> list[dict]:
     `launch_us` each, in eager PyTorch). int4 computes at the best peak of all, as its weights are unpacked first. Activations
     are left out: real times are longer. What bounds "ttft" is what bounds its longest stage.
     """
-    best = max(peaks[p] for p in PRECISIONS[:3])
-    found = []
-    for row in rows:
-        times = {}
-        for precision, size_ in row["bytes"].items():
-            peak = peaks.get(precision) or best
-            bounds = {"compute": (row["gflop"] or 0) / peak * 1e3, "memory": size_ / peaks["bandwidth"] / 1e6}
-            bounds["launch"] = row["layers"] * launch_us / 1e3
-            by = max(bounds, key=bounds.get)
-            times[precision] = {"ms": bounds[by], "bound_by": by}
-        found.append({"stage": row["stage"], "gflop": row["gflop"], **times})
+    found = [{"stage": row["stage"], "gflop": row["gflop"], **_least(row, peaks, launch_us)} for row in rows]
     first = [row for row in found if row["stage"] != "decode"]
     total = {"stage": "ttft", "gflop": sum(row["gflop"] or 0 for row in first)}
     for precision in PRECISIONS:
         longest = max(first, key=lambda row, p=precision: row[p]["ms"])
         total[precision] = {"ms": sum(row[precision]["ms"] for row in first), "bound_by": longest[precision]["bound_by"]}
     return [*first, total, *(row for row in found if row["stage"] == "decode")]
+
+
+def _least(row: dict, peaks: dict, launch_us: float) -> dict:
+    """The time of one stage at each precision."""
+    best, times = max(peaks[p] for p in PRECISIONS[:3]), {}
+    for precision, size_ in row["bytes"].items():
+        peak = peaks.get(precision) or best
+        bounds = {"compute": (row["gflop"] or 0) / peak * 1e3, "memory": size_ / peaks["bandwidth"] / 1e6}
+        bounds["launch"] = row["layers"] * launch_us / 1e3
+        by = max(bounds, key=bounds.get)
+        times[precision] = {"ms": bounds[by], "bound_by": by}
+    return times
+
+
+def throughput(model: nn.Module, decode: dict, tokens: int, peaks: dict) -> list[dict]:
+    """Tokens a second of all USERS together, at most, while they decode in one batch: {"users", precision: {"tokens_per_s",
+    "bound_by"}}. `decode` is that row of `work` for a prompt of `tokens`. A step reads the weights once for all users, and the KV
+    cache of each; its arithmetic grows with the users. What reading the prompts takes comes on top; an exported graph waits for
+    no launches.
+    """
+    cached, rows = kv_cache(model), []
+    for users in USERS:
+        more = (users - 1) * tokens
+        read = {p: n + more * cached["fp32" if p == "fp32" else "bf16"] for p, n in decode["bytes"].items()}
+        times = _least(decode | {"gflop": users * decode["gflop"], "bytes": read}, peaks, launch_us=0)
+        each = {p: {"tokens_per_s": 1e3 * users / t["ms"], "bound_by": t["bound_by"]} for p, t in times.items()}
+        rows.append({"users": users, **each})
+    return rows

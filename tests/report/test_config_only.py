@@ -88,6 +88,14 @@ def test_published_counts_of_real_sizes(tmp_path):
     assert short["bf16"]["users_per_gb"] == short["bf16"]["users_here"] == 17 and long["bf16"]["users_here"] == 4
     assert short["fp32"]["bytes_per_user"] == 2 * short["bf16"]["bytes_per_user"] and short["fp32"]["users_here"] == 0
     assert any("3420 inputs" in f.what for f in config_only.findings(qwen))
+    decode = {"stage": "decode", "gflop": 10.0, "bytes": dict.fromkeys(predicted.PRECISIONS, 10**9), "layers": 28}
+    peaks = {"fp32": 100.0, "bf16": 400.0, "int8": 800.0, "bandwidth": 20.0}
+    one, eight, _ = predicted.throughput(qwen, decode, 1000, peaks)
+    assert one["bf16"] == {"tokens_per_s": pytest.approx(20), "bound_by": "memory"}  # 1 GB at 20 GB/s; 10 of 400 GFLOP/s
+    step = max(8 * 10 / 400, (10**9 + 7 * 1000 * 57_344) / 20e9)
+    assert eight["bf16"] == {"tokens_per_s": pytest.approx(8 / step), "bound_by": "compute"}
+    assert eight["int8"] == {"tokens_per_s": pytest.approx(8 / 0.1), "bound_by": "compute"}
+    assert one["fp32"]["bound_by"] == "compute" and eight["fp32"]["tokens_per_s"] == pytest.approx(10)
     text = {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49280}
     text |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": False}
     vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "image_size": 512, "patch_size": 16}

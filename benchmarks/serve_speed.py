@@ -1,0 +1,222 @@
+"""What serving many users at once gains: the dimensions of SmolVLM-256M with random weights, `python benchmarks/serve_speed.py`.
+
+`mmrecipes serve` on ONNX Runtime and OpenVINO, and `transformers serve` on the same checkpoint (PyTorch): REQUESTS requests, one
+after the other and USERS at once, by their text stream. Each asks about an image of 512 px and gets NEW tokens, the end of
+sequence ignored. "new images": every request has another one; "one image": all have the same, which a server may keep. ROUNDS
+rounds, the servers in turn, each started anew. Also OpenVINO GenAI's continuous batching, in its own process without a server.
+Of each: requests and tokens a second, time to the first token and between tokens (the gaps of all requests), peak memory.
+Writes results/serve-speed.json. About a quarter of an hour.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+
+from mmrecipes import data, export, inference, measure, models
+from mmrecipes.data import scenes
+from mmrecipes.measure.process import same_packages
+from mmrecipes.mini import model as mini_model
+from serve import CHAT, png, request
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / "runs" / "serve-speed"
+REQUESTS, USERS, NEW, ROUNDS = 16, 8, 64, 2
+QUESTION = "What is in this picture? Name each of the objects, say what colour it has, how large it is, and where it is."
+OURS = {"ONNX Runtime fp32": ("onnx", "fp32"), "ONNX Runtime int8": ("onnx", "int8"), "ONNX Runtime int4": ("onnx", "int4")}
+OURS |= {"OpenVINO int8": ("openvino", "int8"), "OpenVINO int4": ("openvino", "int4")}
+PEERS = {"transformers serve, PyTorch fp32": "float32", "transformers serve, PyTorch bf16": "bfloat16"}
+GENAI = {"OpenVINO GenAI fp32": "fp32", "OpenVINO GenAI int8": "int8", "OpenVINO GenAI int4": "int4"}
+
+
+def checkpoint():  # -> PreTrainedModel
+    """Random weights that speak: what is no word by itself gets a logit of 0, and so never the largest one."""
+    model = mini_model.real_size()
+    decode = model.processor.tokenizer.decode
+    silent = [i for i in range(model.lm_head.out_features) if not decode([i]).strip().isalpha()]
+    model.lm_head.weight.data[silent] = 0
+    return model
+
+
+def folder(name: str) -> Path:
+    """What the server loads: an export, made once, or the checkpoint."""
+    place = WORK / re.sub(r"\W+", "-", name if name not in PEERS else "checkpoint").lower()
+    if not place.exists():
+        print(f"making {place.name}", flush=True)
+        if name in PEERS:
+            models.save(model := checkpoint(), model.processor, place)
+        elif name in GENAI:
+            export.export(checkpoint(), place, "openvino-genai", GENAI[name])
+        else:
+            export.export(checkpoint(), place, *OURS[name], batches=True)
+    return place
+
+
+@contextlib.contextmanager
+def server(name: str) -> Iterator[tuple[str, subprocess.Popen, dict[str, Any]]]:
+    """Its address, its process, and what its requests hold besides."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    if name in PEERS:
+        command = [str(Path(sys.executable).with_name("transformers")), "serve", str(folder(name)), "--port", str(port)]
+        command += ["--dtype", PEERS[name], "--device", "cpu", "--host", "127.0.0.1"]
+        plain = json.dumps({"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False})
+        more = {"model": str(folder(name)), "generation_config": plain}
+    else:
+        command = [sys.executable, "-m", "mmrecipes.cli", "serve", str(folder(name)), "--port", str(port), "--name", "m"]
+        more = {"model": "m", "max_tokens": NEW, "ignore_eos": True}
+    env = same_packages() | {"HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            address = f"http://127.0.0.1:{port}"
+            while process.poll() is None:
+                with contextlib.suppress(httpx.HTTPError):
+                    if httpx.get(f"{address}/health").status_code == 200:
+                        break
+                time.sleep(0.2)
+            yield address, process, more
+        finally:
+            process.kill()
+
+
+async def one(client: httpx.AsyncClient, image: bytes, more: dict[str, Any]) -> list[float]:
+    """When each piece of text of an answer came, seconds since it was asked for."""
+    begun, came = time.perf_counter(), []
+    asked = {k: v for k, v in request(image, QUESTION, stream=True).items() if k != "max_tokens"} | more
+    async with client.stream("POST", CHAT, json=asked) as reply:
+        if reply.status_code != 200:
+            raise SystemExit(f"{reply.status_code}: {(await reply.aread()).decode()[:400]}")
+        async for line in reply.aiter_lines():
+            if line.startswith("data: {") and (choices := json.loads(line[6:]).get("choices")):
+                came += [time.perf_counter() - begun] if choices[0]["delta"].get("content") else []
+    return came
+
+
+async def load(address: str, together: int, images: list[bytes], more: dict[str, Any]) -> dict[str, Any]:
+    """REQUESTS requests, `together` of them at a time."""
+    limit, begun = asyncio.Semaphore(together), time.perf_counter()
+    async with httpx.AsyncClient(base_url=address, timeout=600) as client:
+
+        async def waits(image: bytes) -> tuple[list[float], float]:
+            async with limit:
+                return await one(client, image, more), time.perf_counter()
+
+        found = await asyncio.gather(*map(waits, images))
+    seconds = max(end for _, end in found) - begun
+    return {"seconds": seconds, "came": [came for came, _ in found]}
+
+
+def row(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the rounds of one cell say together."""
+    came = [each for run in runs for each in run["came"] if each]
+    gaps = np.concatenate([np.diff(each) for each in came])
+    first = [each[0] for each in came]
+    rates = [REQUESTS / run["seconds"] for run in runs]
+    found = {"requests_per_s": float(np.median(rates)), "low": min(rates), "high": max(rates)}
+    found |= {"tokens_per_s": NEW * found["requests_per_s"], "n": len(came)}
+    return found | {
+        "first_ms": dict(zip(("p50", "p95"), 1e3 * np.percentile(first, [50, 95]), strict=True)),
+        "gap_ms": dict(zip(("p50", "p95"), 1e3 * np.percentile(gaps, [50, 95]), strict=True)),
+    }
+
+
+def pictures(offset: int, same: bool) -> list[bytes]:
+    numbers = [data.SPLITS["validation"][6000 + offset + (0 if same else i)] for i in range(REQUESTS)]
+    return [png(scenes.render(scenes.make_scene(n)).resize((512, 512))) for n in numbers]
+
+
+def serve_round(name: str, r: int) -> dict[str, Any]:
+    """One start of a server, all cells."""
+    with server(name) as (address, process, more):
+        peak = Peak(process.pid)
+        warm = pictures(900, same=True)[:2]
+        asyncio.run(load(address, 1, warm, more))
+        found: dict[str, Any] = {}
+        for case, same in (("new images", False), ("one image", True)):
+            for together in (1, USERS):
+                images = pictures(100 * r + 20 * together, same)
+                found[f"{case}, {together}"] = asyncio.run(load(address, together, images, more))
+    return {"cells": found, "peak_mb": peak.mb()}
+
+
+class Peak:
+    """The most memory that a process and its children held, looked at ten times a second."""
+
+    def __init__(self, pid: int):
+        self.process, self.most = psutil.Process(pid), 0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        with contextlib.suppress(psutil.Error):
+            while self.process.is_running():
+                held = [self.process, *self.process.children(recursive=True)]
+                self.most = max(self.most, sum(p.memory_info().rss for p in held))
+                time.sleep(0.1)
+
+    def mb(self) -> float:
+        return self.most / 1e6
+
+
+def genai_round(name: str, r: int) -> dict[str, Any]:
+    """In this process, which is a fresh one: no stream, so no times of tokens."""
+    from PIL import Image
+
+    loaded, found = inference.load_genai(folder(name)), {}
+    peak = Peak(os.getpid())
+    for case, same in (("new images", False), ("one image", True)):
+        for together in (1, USERS):
+            asked = [(Image.open(io.BytesIO(b)), QUESTION) for b in pictures(100 * r + 20 * together, same)]
+            loaded.generate_batch(asked[:1], 2)
+            begun = time.perf_counter()
+            counts = []
+            for i in range(0, REQUESTS, together):
+                counts += [len(ids) for ids in loaded.tokens(asked[i : i + together], NEW)]
+            found[f"{case}, {together}"] = {"seconds": time.perf_counter() - begun, "came": [], "tokens": counts}
+    return {"cells": found, "peak_mb": peak.mb()}
+
+
+def main(only: list[str]) -> None:
+    names = [n for n in (*OURS, *PEERS) if not only or n in only]
+    for name in names:
+        folder(name)
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for r in range(ROUNDS):
+        for name in names:
+            begun = time.perf_counter()
+            rounds[name].append(serve_round(name, r))
+            print(f"round {r}: {name}, {time.perf_counter() - begun:.0f} s", flush=True)
+    rows = []
+    for name, told in rounds.items():
+        cells = {cell: row([one["cells"][cell] for one in told]) for cell in told[0]["cells"]}
+        rows.append({"server": name, "peak_mb": max(one["peak_mb"] for one in told), "cells": cells})
+        print(name, round(rows[-1]["peak_mb"]), {cell: round(each["requests_per_s"], 2) for cell, each in cells.items()})
+    knobs = {
+        "requests": REQUESTS,
+        "users": USERS,
+        "new_tokens": NEW,
+        "rounds": ROUNDS,
+        "image": "512 px",
+        "model": "smolvlm-256m",
+    }
+    content = {"environment": measure.environment(), "knobs": knobs, "rows": rows}
+    models.saving.write_json(ROOT / "results" / "serve-speed.json", content)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
