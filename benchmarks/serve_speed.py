@@ -2,8 +2,8 @@
 
 `mmrecipes serve` on ONNX Runtime and OpenVINO, and `transformers serve` on the same checkpoint (PyTorch): REQUESTS requests, one
 after the other and USERS at once, by their text stream. Each asks about an image of 512 px and gets NEW tokens, the end of
-sequence ignored. "new images": every request has another one; "one image": all have the same, which a server may keep. ROUNDS
-rounds, the servers in turn, each started anew. Also OpenVINO GenAI's continuous batching, in its own process without a server.
+sequence ignored. "new images": every request has another one; "one image": all have the same, which ours keeps encoded. ROUNDS
+rounds, the servers in turn, each started anew; the peer, which is slow and keeps no image, has one and the first case alone.
 Of each: requests and tokens a second, time to the first token and between tokens (the gaps of all requests), peak memory.
 Writes results/serve-speed.json. About a quarter of an hour.
 """
@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import json
-import os
 import re
 import socket
 import subprocess
@@ -29,7 +27,7 @@ import httpx
 import numpy as np
 import psutil
 
-from mmrecipes import data, export, inference, measure, models
+from mmrecipes import data, export, measure, models
 from mmrecipes.data import scenes
 from mmrecipes.measure.process import same_packages
 from mmrecipes.mini import model as mini_model
@@ -40,9 +38,8 @@ WORK = ROOT / "runs" / "serve-speed"
 REQUESTS, USERS, NEW, ROUNDS = 16, 8, 64, 2
 QUESTION = "What is in this picture? Name each of the objects, say what colour it has, how large it is, and where it is."
 OURS = {"ONNX Runtime fp32": ("onnx", "fp32"), "ONNX Runtime int8": ("onnx", "int8"), "ONNX Runtime int4": ("onnx", "int4")}
-OURS |= {"OpenVINO int8": ("openvino", "int8"), "OpenVINO int4": ("openvino", "int4")}
+OURS |= {"OpenVINO int8": ("openvino", "int8")}
 PEERS = {"transformers serve, PyTorch fp32": "float32", "transformers serve, PyTorch bf16": "bfloat16"}
-GENAI = {"OpenVINO GenAI fp32": "fp32", "OpenVINO GenAI int8": "int8", "OpenVINO GenAI int4": "int4"}
 
 
 def checkpoint():  # -> PreTrainedModel
@@ -61,8 +58,6 @@ def folder(name: str) -> Path:
         print(f"making {place.name}", flush=True)
         if name in PEERS:
             models.save(model := checkpoint(), model.processor, place)
-        elif name in GENAI:
-            export.export(checkpoint(), place, "openvino-genai", GENAI[name])
         else:
             export.export(checkpoint(), place, *OURS[name], batches=True)
     return place
@@ -148,7 +143,7 @@ def serve_round(name: str, r: int) -> dict[str, Any]:
         warm = pictures(900, same=True)[:2]
         asyncio.run(load(address, 1, warm, more))
         found: dict[str, Any] = {}
-        for case, same in (("new images", False), ("one image", True)):
+        for case, same in (("new images", False), ("one image", True))[: 1 if name in PEERS else 2]:
             for together in (1, USERS):
                 images = pictures(100 * r + 20 * together, same)
                 found[f"{case}, {together}"] = asyncio.run(load(address, together, images, more))
@@ -173,24 +168,6 @@ class Peak:
         return self.most / 1e6
 
 
-def genai_round(name: str, r: int) -> dict[str, Any]:
-    """In this process, which is a fresh one: no stream, so no times of tokens."""
-    from PIL import Image
-
-    loaded, found = inference.load_genai(folder(name)), {}
-    peak = Peak(os.getpid())
-    for case, same in (("new images", False), ("one image", True)):
-        for together in (1, USERS):
-            asked = [(Image.open(io.BytesIO(b)), QUESTION) for b in pictures(100 * r + 20 * together, same)]
-            loaded.generate_batch(asked[:1], 2)
-            begun = time.perf_counter()
-            counts = []
-            for i in range(0, REQUESTS, together):
-                counts += [len(ids) for ids in loaded.tokens(asked[i : i + together], NEW)]
-            found[f"{case}, {together}"] = {"seconds": time.perf_counter() - begun, "came": [], "tokens": counts}
-    return {"cells": found, "peak_mb": peak.mb()}
-
-
 def main(only: list[str]) -> None:
     names = [n for n in (*OURS, *PEERS) if not only or n in only]
     for name in names:
@@ -198,6 +175,8 @@ def main(only: list[str]) -> None:
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for r in range(ROUNDS):
         for name in names:
+            if r and name in PEERS:
+                continue
             begun = time.perf_counter()
             rounds[name].append(serve_round(name, r))
             print(f"round {r}: {name}, {time.perf_counter() - begun:.0f} s", flush=True)

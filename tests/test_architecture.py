@@ -132,8 +132,8 @@ def test_sizes():
     """The notebooks are the book; the package behind them stays thin."""
     core = [p for p in FILES if top(module_name(p)) in CORE]
     assert line_count(core) <= 2_500
-    # 168 of them for checkpoints in the format of vLLM, 1,030 for serving (20 for its page), 320 for GenAI
-    assert line_count(sorted(PACKAGE.rglob("*.py"))) <= 16_570
+    # 168 of them for checkpoints in the format of vLLM, 1,060 for serving (20 for its page, 30 to predict it), 320 for GenAI
+    assert line_count(sorted(PACKAGE.rglob("*.py"))) <= 16_600
     for path in FILES:
         assert line_count([path]) <= 300, path
 
