@@ -228,7 +228,7 @@ async def stopped(client: httpx.AsyncClient, server: subprocess.Popen, sign: sig
 
 
 async def soak(client: httpx.AsyncClient, server: subprocess.Popen, minutes: float) -> dict:
-    """Memory of the server, MB, each half minute; after a tenth of the time its caches are taken for full."""
+    """Memory of the server, MB, each half minute; in the second half its caches are taken for full."""
     process, begun, told, running = psutil.Process(server.pid), time.monotonic(), [], Counter()
     end, numbers = begun + 60 * minutes, iter(range(10**9))
 
@@ -244,13 +244,13 @@ async def soak(client: httpx.AsyncClient, server: subprocess.Popen, minutes: flo
         await asyncio.sleep(min(30, 3 * minutes))
         told.append({"minute": (time.monotonic() - begun) / 60, "mb": process.memory_info().rss / 2**20})
     await asyncio.gather(*users)
-    late = [r for r in told if r["minute"] >= minutes / 10]
+    late = [r for r in told if r["minute"] >= minutes / 2]
     slope = float(np.polyfit([r["minute"] for r in late], [r["mb"] for r in late], 1)[0])
     threads, files = process.num_threads(), process.num_fds()
     return {
         "statuses": dict(running),
         "minutes": minutes,
-        "MB a minute": slope,
+        "MB a minute, second half": slope,
         "threads": threads,
         "open files": files,
         "memory": told,
