@@ -19,6 +19,7 @@ from typing import Any
 import bench_tables
 import gpu_tables
 import resampler_tables
+import serve_tables
 import together_tables
 from recipes import ROOT, heading, repository
 
@@ -417,6 +418,11 @@ def result_regions(results: Path) -> dict[str, str]:
     regions["vllm"] = "Not measured yet: `make vllm`."
     if "variants" in vllm:
         regions["vllm"] = f"{vllm_table(vllm)}\n\n{measured_on(results, ['vllm.json'])}"
+    fast, served = load(results / "serve-speed.json"), load(results / "serve.json")
+    regions["serve"] = "Not measured yet: `make load`, `python benchmarks/serve_speed.py`."
+    if fast["rows"] and "soak" in served:
+        shown = [serve_tables.speed(fast, table), serve_tables.faults(served, table)]
+        regions["serve"] = "\n\n".join([*shown, measured_on(results, ["serve-speed.json", "serve.json"])])
     waterfall, precision = load(results / "waterfall.json"), load(results / "training-precision.json")
     shown = [resampler_tables.waterfall(waterfall, table)] if "sliced" in waterfall else []
     shown += [resampler_tables.training(precision, table)] if "batch" in precision else []
