@@ -5,7 +5,7 @@ after the other and USERS at once, by their text stream. Each asks about an imag
 sequence ignored. "new images": every request has another one; "one image": all have the same, which ours keeps encoded. ROUNDS
 rounds, the servers in turn, each started anew; the peer, which is slow and keeps no image, has one and the first case alone.
 Of each: requests and tokens a second, time to the first token and between tokens (the gaps of all requests), peak memory.
-Writes results/serve-speed.json. About a quarter of an hour.
+Writes results/serve-speed.json after each server. A quarter of an hour a round; servers by name as arguments: those alone.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import re
 import socket
 import subprocess
@@ -35,7 +36,8 @@ from serve import CHAT, png, request
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "runs" / "serve-speed"
-REQUESTS, USERS, NEW, ROUNDS = 16, 8, 64, 2
+REQUESTS, USERS, NEW = 16, 8, 64
+ROUNDS = int(os.environ.get("ROUNDS", 2))
 QUESTION = "What is in this picture? Name each of the objects, say what colour it has, how large it is, and where it is."
 OURS = {"ONNX Runtime fp32": ("onnx", "fp32"), "ONNX Runtime int8": ("onnx", "int8"), "ONNX Runtime int4": ("onnx", "int4")}
 OURS |= {"OpenVINO int8": ("openvino", "int8")}
@@ -168,6 +170,24 @@ class Peak:
         return self.most / 1e6
 
 
+def save(rounds: dict[str, list[dict[str, Any]]]) -> None:
+    rows = []
+    for name, told in rounds.items():
+        cells = {cell: row([one["cells"][cell] for one in told]) for cell in told[0]["cells"]}
+        rows.append({"server": name, "peak_mb": max(one["peak_mb"] for one in told), "cells": cells})
+        print(name, round(rows[-1]["peak_mb"]), {cell: round(each["requests_per_s"], 2) for cell, each in cells.items()})
+    knobs = {
+        "requests": REQUESTS,
+        "users": USERS,
+        "new_tokens": NEW,
+        "rounds": max(map(len, rounds.values())),
+        "image": "512 px",
+        "model": "smolvlm-256m",
+    }
+    content = {"environment": measure.environment(), "knobs": knobs, "rows": rows}
+    models.saving.write_json(ROOT / "results" / "serve-speed.json", content)
+
+
 def main(only: list[str]) -> None:
     names = [n for n in (*OURS, *PEERS) if not only or n in only]
     for name in names:
@@ -180,21 +200,7 @@ def main(only: list[str]) -> None:
             begun = time.perf_counter()
             rounds[name].append(serve_round(name, r))
             print(f"round {r}: {name}, {time.perf_counter() - begun:.0f} s", flush=True)
-    rows = []
-    for name, told in rounds.items():
-        cells = {cell: row([one["cells"][cell] for one in told]) for cell in told[0]["cells"]}
-        rows.append({"server": name, "peak_mb": max(one["peak_mb"] for one in told), "cells": cells})
-        print(name, round(rows[-1]["peak_mb"]), {cell: round(each["requests_per_s"], 2) for cell, each in cells.items()})
-    knobs = {
-        "requests": REQUESTS,
-        "users": USERS,
-        "new_tokens": NEW,
-        "rounds": ROUNDS,
-        "image": "512 px",
-        "model": "smolvlm-256m",
-    }
-    content = {"environment": measure.environment(), "knobs": knobs, "rows": rows}
-    models.saving.write_json(ROOT / "results" / "serve-speed.json", content)
+            save({name: told for name, told in rounds.items() if told})
 
 
 if __name__ == "__main__":
