@@ -166,6 +166,7 @@ def project(tmp_path) -> Path:
         "distillation",
         "together",
         "vllm",
+        "serve",
         "gpu",
         "resampler",
         "waterfall",
