@@ -18,7 +18,6 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,11 +25,10 @@ from typing import Any
 
 import httpx
 import numpy as np
-import psutil
 
 from mmrecipes import data, export, measure, models
 from mmrecipes.data import scenes
-from mmrecipes.measure.process import same_packages
+from mmrecipes.measure.process import peak_mb, same_packages
 from mmrecipes.mini import model as mini_model
 from serve import CHAT, png, request
 
@@ -141,7 +139,6 @@ def pictures(offset: int, same: bool) -> list[bytes]:
 def serve_round(name: str, r: int) -> dict[str, Any]:
     """One start of a server, all cells."""
     with server(name) as (address, process, more):
-        peak = Peak(process.pid)
         warm = pictures(900, same=True)[:2]
         asyncio.run(load(address, 1, warm, more))
         found: dict[str, Any] = {}
@@ -149,25 +146,7 @@ def serve_round(name: str, r: int) -> dict[str, Any]:
             for together in (1, USERS):
                 images = pictures(100 * r + 20 * together, same)
                 found[f"{case}, {together}"] = asyncio.run(load(address, together, images, more))
-    return {"cells": found, "peak_mb": peak.mb()}
-
-
-class Peak:
-    """The most memory that a process and its children held, looked at ten times a second."""
-
-    def __init__(self, pid: int):
-        self.process, self.most = psutil.Process(pid), 0
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self) -> None:
-        with contextlib.suppress(psutil.Error):
-            while self.process.is_running():
-                held = [self.process, *self.process.children(recursive=True)]
-                self.most = max(self.most, sum(p.memory_info().rss for p in held))
-                time.sleep(0.1)
-
-    def mb(self) -> float:
-        return self.most / 1e6
+        return {"cells": found, "peak_mb": peak_mb(process.pid)}
 
 
 def save(rounds: dict[str, list[dict[str, Any]]]) -> None:
@@ -189,6 +168,8 @@ def save(rounds: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def main(only: list[str]) -> None:
+    if unknown := set(only) - {*OURS, *PEERS}:
+        raise SystemExit(f"serve_speed: no server {', '.join(sorted(unknown))}; there are {', '.join((*OURS, *PEERS))}")
     names = [n for n in (*OURS, *PEERS) if not only or n in only]
     for name in names:
         folder(name)
