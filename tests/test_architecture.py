@@ -133,7 +133,7 @@ def test_sizes():
     core = [p for p in FILES if top(module_name(p)) in CORE]
     assert line_count(core) <= 2_500
     # 168 of them for checkpoints in the format of vLLM, 1,060 for serving (20 for its page, 30 to predict it), 320 for GenAI
-    assert line_count(sorted(PACKAGE.rglob("*.py"))) <= 16_600
+    assert line_count(sorted(PACKAGE.rglob("*.py"))) <= 16_750
     for path in FILES:
         assert line_count([path]) <= 300, path
 

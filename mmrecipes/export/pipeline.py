@@ -73,7 +73,7 @@ def export(
     """Write `model` (float32, as `models.load` gives it) to directory `out`, for a `runtime` of BACKENDS. Returns `out`.
     `runtime` and `precision` are one for both parts or {"vision": ..., "language": ...}, a precision one of those that its
     backend has; "static" fixes ranges on `images`, a dozen like those to come. With `batches` it also answers several
-    conversations together (`generate_batch`), and takes a little longer for one. A dual encoder (CLIP, SigLIP) becomes two
+    conversations together (`generate_batch`); one may take a little longer. A dual encoder (CLIP, SigLIP) becomes two
     graphs that end in unit vectors, in fp32, int8 or bf16 (OpenVINO), of batches always. All or nothing: `out` appears, or takes
     an older export's place, once the graphs answer as `model` does (`parity`; ParityError), with weights of 4 bits as `rounded`.
     The runtime "openvino-genai" puts many requests together (`inference.load_genai`); its pipeline is asked before it is kept.

@@ -156,7 +156,8 @@ class LanguageWithCache(nn.Module):
     """input_ids (1, T), image_features (N, D), a cache -> {"logits": (1, 1, V) of the next token, "past_key_values": the cache}.
     The same graph reads a prompt and computes each further token. Without images N is 1 and its row is not read.
     With M-RoPE it also takes position_ids (3, 1, T); with DeepStack the features of further layers lie beside the first D.
-    Of a batch, whose rows are padded on the left, it takes attention_mask (B, S), 1 for real tokens, and position_ids (B, T).
+    Of a batch, whose rows are padded on the left, it takes attention_mask (B, S), 1 for real tokens, and position_ids (B, T);
+    ONNX Runtime's graph takes each row's length instead, where its attention allows it (`export.onnx.backend`).
     """
 
     def __init__(self, model: nn.Module):

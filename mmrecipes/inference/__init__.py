@@ -5,12 +5,13 @@ from mmrecipes.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "batching": "Answer Engine FeatureCache Sampling",
+        "batching": "Answer Engine Sampling",
         "backends": "onnx_session",
         "chat": "Chat",
         "dual": "ExportedDual",
         "exported": "MANIFEST Exported load_exported",
         "genai": "load_genai",
         "paged": "PagePool",
+        "reuse": "FeatureCache",
     },
 )

@@ -8,6 +8,7 @@ import numpy as np
 
 from mmrecipes.errors import UserError, one_line, require
 from mmrecipes.inference.embeds import genai_graphs
+from mmrecipes.inference.padding import Cache, Places, left_padded, without_padding
 from mmrecipes.quiet import native_stderr
 
 if TYPE_CHECKING:
@@ -45,45 +46,6 @@ def onnx_session(path: str | Path, threads: int = 0, as_written: bool = False): 
         raise UserError(f"{path}: ONNX Runtime cannot load it ({one_line(e)}); export it again") from e
 
 
-class Places:
-    """What a language graph asks about its tokens besides their ids, counted from step to step: position_ids, on from the largest
-    of the prompt, (B, T) or (3, B, T) with M-RoPE; attention_mask (B, S), zero where a row of a batch is padded."""
-
-    def __init__(self, ranks: Mapping[str, int]):
-        self.ranks = ranks  # of the graph's inputs, by name
-        self.reset()
-
-    def reset(self) -> None:
-        self.next, self.mask = np.zeros(1, np.int64), np.ones((1, 0), np.int64)
-
-    def begin(self, lengths: Sequence[int], following: Sequence[int]) -> None:
-        """Rows of a batch, whose caches hold so many tokens, padded on the left, and which positions follow them."""
-        self.next = np.array(following)
-        self.mask = (np.arange(max(lengths))[None] >= max(lengths) - np.array(lengths)[:, None]).astype(np.int64)
-
-    def of(self, ids: np.ndarray, positions: np.ndarray | None) -> dict[str, np.ndarray]:
-        """The inputs for tokens (B, T) at `positions`, else at those that come next."""
-        if positions is None:
-            positions = self.next[:, None] + np.arange(ids.shape[1])
-        self.next = positions.reshape(-1, *ids.shape).max(axis=(0, 2)) + 1
-        self.mask = np.concatenate([self.mask, np.ones_like(ids, np.int64)], axis=1)
-        if self.ranks.get("position_ids") == 3:
-            positions = np.broadcast_to(positions, (3, *ids.shape))
-        known = {"position_ids": np.ascontiguousarray(positions, np.int64), "attention_mask": self.mask}
-        return {name: value for name, value in known.items() if name in self.ranks}
-
-
-def left_padded(caches: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-    """Caches of several rows, a list of (1, heads, T, head_dim) each, as one of (rows, heads, longest T, head_dim); states of
-    fixed size are as long in all rows."""
-    joined = []
-    for layer in zip(*caches, strict=True):
-        missing = [max(x.shape[2] for x in layer) - x.shape[2] for x in layer]
-        pads = [((0, 0), (0, 0), (n, 0), (0, 0))[: x.ndim] for n, x in zip(missing, layer, strict=True)]
-        joined.append(np.concatenate([np.pad(x, pad) for x, pad in zip(layer, pads, strict=True)]))
-    return joined
-
-
 class OnnxGraphs:
     """vision.onnx and language.onnx, or the one that `precision` names, in ONNX Runtime. The KV cache stays in its memory from
     step to step; where the graph takes its length, in buffers with room for more, so that a step copies nothing of it."""
@@ -103,12 +65,13 @@ class OnnxGraphs:
         self.outputs = ["logits", *(name.replace("input.", "output.", 1) for name in self.past_names)]
         # (1, heads, T, head_dim), T = 0; states of fixed size begin with zeros
         self.empty = [np.zeros([1, *(n if isinstance(n, int) else 0 for n in i.shape[1:])], np.float32) for i in past]
+        self.grows = [each.shape[2] == 0 for each in self.empty]
         self.no_image = np.zeros((1, int(features.shape[1])), np.float32)
         self.roomy = "past_length" in given
         self.reset()
 
     def reset(self) -> None:
-        self.buffers, self.length = self.empty, 0
+        self.buffers, self.lengths = self.empty, np.zeros(1, np.int64)  # of the rows
         self.past = [self.value(each) for each in self.empty]
         self.places.reset()
 
@@ -128,42 +91,59 @@ class OnnxGraphs:
         return logits.numpy()[:, -1] if len(ids) > 1 else logits.numpy()[0, -1]
 
     def _step_in_place(self, feeds: Mapping[str, "OrtValue"], tokens: int) -> np.ndarray:
-        """Logits (V); the cache is input and output at once, and twice as long where it is full."""
-        if self.length + tokens > self.buffers[0].shape[2]:
-            longer = max(2 * self.buffers[0].shape[2], self.length + tokens, 256)
-            old, self.buffers = self.buffers, [np.zeros((*b.shape[:2], longer, b.shape[3]), b.dtype) for b in self.buffers]
-            for new, kept in zip(self.buffers, old, strict=True):
-                new[:, :, : self.length] = kept[:, :, : self.length]
-            self.past = [self.value(each) for each in self.buffers]  # the same memory
+        """As `step`; the cache is input and output at once, and twice as long where it is full."""
+        if self.lengths.max() + tokens > self.buffers[0].shape[2]:
+            self._make_room(self.split(range(len(self.lengths))), tokens)
         binding = self.language.io_binding()
-        for name, value in (feeds | {"past_length": self.value(np.array([self.length]))}).items():
+        for name, value in (feeds | {"past_length": self.value(self.lengths)}).items():
             binding.bind_ortvalue_input(name, value)
         binding.bind_output(self.outputs[0])
         for name, out, value in zip(self.past_names, self.outputs[1:], self.past, strict=True):
             binding.bind_ortvalue_input(name, value)
             binding.bind_ortvalue_output(out, value)
         self.language.run_with_iobinding(binding)
-        self.length += tokens
-        return binding.get_outputs()[0].numpy()[0, -1]
+        self.lengths = self.lengths + tokens
+        logits = binding.get_outputs()[0].numpy()[:, -1]
+        return logits if len(logits) > 1 else logits[0]
 
     def cache(self) -> list[np.ndarray]:
         """Keys and values, (1, heads, T, head_dim) each, of the conversation that was read, and other states of its layers."""
         if self.roomy:
-            return [buffer[:, :, : self.length].copy() for buffer in self.buffers]
+            return [buffer[:, :, : self.lengths.max()].copy() for buffer in self.buffers]
         return [np.array(each.numpy()) for each in self.past]
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` tokens; for caches without states of fixed size, which cannot go back."""
         if self.roomy:
-            self.length = length
+            self.lengths = np.array([length])
         else:
             self.past = [self.value(np.ascontiguousarray(each.numpy()[:, :, :length])) for each in self.past]
         self.places.begin([length], [length])
 
-    def batch(self, caches: Sequence[Sequence[np.ndarray]], lengths: Sequence[int], following: Sequence[int]) -> None:
+    def batch(self, caches: Sequence[Cache], lengths: Sequence[int], following: Sequence[int]) -> None:
         """Go on with several conversations: their caches, how many tokens those hold, and which positions follow."""
-        self.past = [self.value(np.ascontiguousarray(layer)) for layer in left_padded(caches)]
+        if self.roomy:
+            self.lengths = np.array(lengths)
+            self._make_room(caches, 1)
+        else:
+            self.past = [self.value(np.ascontiguousarray(layer)) for layer in left_padded(caches)]
         self.places.begin(lengths, following)
+
+    def split(self, rows: Sequence[int]) -> list[Cache]:
+        """The caches of some rows of a batch, as `batch` takes them; they may be views."""
+        if self.roomy:
+            return [[buffer[i : i + 1, :, : self.lengths[i]] for buffer in self.buffers] for i in rows]
+        return without_padding(self.cache(), self.places.mask, self.grows, rows)
+
+    def _make_room(self, caches: Sequence[Cache], tokens: int) -> None:
+        """Buffers that hold the caches of so many rows, and have room for more tokens."""
+        longest = int(self.lengths.max())
+        shapes = [(len(caches), e.shape[1], max(2 * longest, longest + tokens, 256), e.shape[3]) for e in self.empty]
+        buffers = [np.zeros(shape, np.float32) for shape in shapes]
+        for i, cache in enumerate(caches):
+            for new, kept in zip(buffers, cache, strict=True):
+                new[i, :, : self.lengths[i]] = kept[0]
+        self.buffers, self.past = buffers, [self.value(each) for each in buffers]  # the same memory
 
 
 def openvino_request(path: Path, precision: str, threads: int | None):  # -> openvino.InferRequest
@@ -189,6 +169,8 @@ class OpenVinoGraphs:
         self.no_image = np.zeros((1, width.get_length() if width.is_static else 1), np.float32)
         ports = self.language.get_compiled_model().inputs
         self.places = Places({name: len(port.get_partial_shape()) for port in ports for name in port.get_names()})
+        self.reset()
+        self.grows = [layer.shape[2] == 0 for layer in self.cache()]  # others are states of fixed size
 
     def reset(self) -> None:
         self.language.reset_state()
@@ -214,12 +196,15 @@ class OpenVinoGraphs:
             state.state = ov.Tensor(np.ascontiguousarray(state.state.data[:, :, :length]))
         self.places.begin([length], [length])
 
-    def batch(self, caches: Sequence[Sequence[np.ndarray]], lengths: Sequence[int], following: Sequence[int]) -> None:
+    def batch(self, caches: Sequence[Cache], lengths: Sequence[int], following: Sequence[int]) -> None:
         import openvino as ov
 
         for state, layer in zip(self.language.query_state(), left_padded(caches), strict=True):
             state.state = ov.Tensor(np.ascontiguousarray(layer))
         self.places.begin(lengths, following)
+
+    def split(self, rows: Sequence[int]) -> list[Cache]:
+        return without_padding(self.cache(), self.places.mask, self.grows, rows)
 
 
 class ExecutorchGraphs:

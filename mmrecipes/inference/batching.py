@@ -4,17 +4,18 @@ The contract of `Engine`, which knows token ids and no network:
 
 - At each step, rows that have ended or were cancelled leave, and waiting prompts take the free slots: a prompt is read alone
   (prefill), then its row joins the batch. Rows have lengths, images, limits and random numbers of their own.
-- An answer is the one that `Exported.generate` gives alone, as far as the runtime computes a row alike in every batch. Float
+- An answer is the one that `Exported.generate` gives alone, as far as the runtime computes a token alike beside any others. Float
   graphs do, up to rounding; those that scale activations by the range of a whole step (ONNX "int8") do not.
 - What fails for one prompt, or makes the logits of one row not finite, ends that answer alone. A step that fails as a whole ends
   all rows of its batch, and the engine goes on with those that wait.
 - The KV cache holds at most slots x max_length tokens, three times for a moment, when rows join or leave; visual tokens of
-  images seen before at most `feature_bytes`. Images are told apart by what the processor made of them.
+  images seen before at most `feature_bytes`, prompts read before `prefix_bytes`. Images are told apart by what the processor
+  made of them; where two prompts begin alike, images included, the second one's beginning is not read again.
 
 One thread calls an engine, and nobody else its model meanwhile; only `Answer.cancel` is for any thread. By hand in notebook 51.
 """
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +23,8 @@ import numpy as np
 
 from mmrecipes.errors import UserError
 from mmrecipes.inference.exported import Exported
+from mmrecipes.inference.padding import Cache
+from mmrecipes.inference.reuse import FeatureCache, PrefixCache, Prompt
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Sampling:
 class Answer:
     """One answer as it grows. `text` only ever gets longer: what may become a stop string, a character of which a token is
     missing, and white space at the end wait for the next token. `logprobs` are the model's, at temperature 1.
-    `finish_reason` is None while it is unfinished, then "stop", "length", "cancelled" or "error" (with `error`)."""
+    `finish_reason` is None while it is unfinished, then "stop", "length", "cancelled" or "error" (with `error`). `cached` tokens
+    of its prompt were not read again."""
 
     inputs: dict[str, np.ndarray]
     sampling: Sampling
@@ -55,6 +59,7 @@ class Answer:
     finish_reason: str | None = None
     error: Exception | None = None
     cancelled: bool = False
+    cached: int = 0
 
     def cancel(self) -> None:
         """Give its slot up at the next step."""
@@ -76,28 +81,6 @@ class _Row:
         return len(self.ids) - 1  # all but the last token, which the next step reads
 
 
-class FeatureCache:
-    """Visual tokens by the content of their images, those used last, of at most `limit` bytes; for `encode_images(known=)`."""
-
-    def __init__(self, limit: int):
-        self.limit, self.bytes, self.hits, self.misses = limit, 0, 0, 0
-        self._kept: OrderedDict[bytes, np.ndarray] = OrderedDict()
-
-    def get(self, key: bytes) -> np.ndarray | None:
-        if key not in self._kept:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._kept.move_to_end(key)
-        return self._kept[key]
-
-    def __setitem__(self, key: bytes, features: np.ndarray) -> None:
-        self._kept[key] = features
-        self.bytes += features.nbytes
-        while self.bytes > self.limit:
-            self.bytes -= self._kept.popitem(last=False)[1].nbytes
-
-
 class Engine:
     """Answers many prompts together; see the contract above. UserError for an export without batches.
     >>> engine = Engine(load_exported(batched), slots=2)
@@ -107,7 +90,7 @@ class Engine:
     True
     """
 
-    def __init__(self, exported: Exported, slots: int = 8, feature_bytes: int = 64 * 2**20):
+    def __init__(self, exported: Exported, slots: int = 8, feature_bytes: int = 64 * 2**20, prefix_bytes: int = 128 * 2**20):
         if not exported.manifest.get("batches"):
             raise UserError(f"{exported.folder}: exported for one conversation at a time; export it with batches=True")
         if slots < 1:
@@ -116,9 +99,10 @@ class Engine:
         self.waiting: deque[Answer] = deque()
         self.rows: list[_Row] = []  # in the order of the batch
         self.stepped = 0  # rows that the last step gave a token
-        self.features = FeatureCache(feature_bytes)
+        self.features, self.prefixes = FeatureCache(feature_bytes), PrefixCache(prefix_bytes)
         self.graphs.reset()
-        self.grows = [layer.shape[2] == 0 for layer in self.graphs.cache()]  # others are states of fixed size
+        # a state of fixed size cannot go back, and tokens of an image that see each other are read together
+        self.reuses = prefix_bytes > 0 and all(self.graphs.grows) and not exported.family.masks
 
     def submit(self, inputs: dict[str, np.ndarray], sampling: Sampling | None = None) -> Answer:
         """A prompt, as `Exported.inputs` makes it, waits for a slot. UserError where it is too long for the model."""
@@ -172,28 +156,20 @@ class Engine:
         joining = min(self.slots - len(staying), len(self.waiting))
         if len(staying) == len(self.rows) and not joining:
             return changed
-        caches = self._split(staying)
+        caches = self.graphs.split([i for i, row in enumerate(self.rows) if row in staying])
         for _ in range(joining):
             answer = self.waiting.popleft()
             changed.append(answer)
-            if row := self._prefill(answer):
-                staying.append(row)
-                caches.append(self.graphs.cache())
+            if found := self._prefill(answer):
+                staying.append(found[0])
+                caches.append(found[1])
         self.rows = staying
         self.graphs.reset()
         if staying:
             self.graphs.batch(caches, [row.held for row in staying], [row.following for row in staying])
         return changed
 
-    def _split(self, staying: list[_Row]) -> list[list[np.ndarray]]:
-        """The cache of each row that stays, (1, heads, T, head_dim) a layer, without the padding on its left."""
-        layers, at = self.graphs.cache() if staying else [], {row: i for i, row in enumerate(self.rows)}
-        of_row = [(at[row], self.graphs.places.mask.shape[1] - row.held) for row in staying]
-        return [
-            [x[i : i + 1, :, pad:] if g else x[i : i + 1] for x, g in zip(layers, self.grows, strict=True)] for i, pad in of_row
-        ]
-
-    def _prefill(self, answer: Answer) -> _Row | None:
+    def _prefill(self, answer: Answer) -> tuple[_Row, Cache] | None:
         """Read a prompt alone and choose its first token; None where that ends the answer."""
         exported, inputs = self.exported, answer.inputs
         answer.inputs = {"input_ids": inputs["input_ids"]}  # pixels are not needed again
@@ -205,13 +181,20 @@ class Engine:
         exported.reader = None
         try:
             features = exported.encode_images(inputs, self.features) if "pixel_values" in inputs else None
-            logits = exported.read(inputs, features)
+            prompt = Prompt.of(exported, inputs, features) if self.reuses else None
+            answer.cached, begun = self.prefixes.longest(prompt) if prompt else (0, None)
+            if begun:
+                self.graphs.batch([begun], [answer.cached], [answer.cached])
+            logits = exported.read(inputs, features, answer.cached)
+            cache = self.graphs.cache()
         except Exception as e:  # an image that is missing, or whatever a runtime raises: this answer's alone
             self._finish(answer, "error", e)
             return None
+        if prompt:
+            self.prefixes.add(prompt, cache)
         row.following = int(self.graphs.places.next[0])
         self._extend(row, logits)
-        return None if answer.finish_reason else row
+        return None if answer.finish_reason else (row, cache)
 
     def _extend(self, row: _Row, logits: np.ndarray) -> None:
         """Choose the next token of a row by its logits (V), and end its answer where that is due."""

@@ -163,9 +163,7 @@ class Exported:
         """Logits (V) of the first new token after a prompt with the visual tokens `features` (N, D), of which the cache holds the
         first `held` tokens already; then it holds all. UserError where images are missing or too many."""
         ids = inputs["input_ids"]
-        is_image, given = ids[0] == self.manifest["image_token_id"], 0 if features is None else len(features)
-        if (places := is_image.sum()) != given:
-            raise UserError(f"{places} places for visual tokens in the text, {given} given: an image is missing or too many")
+        is_image = self.image_places(ids, features)
         positions = self.family.positions and self.family.positions(inputs, self.settings)
         size, rows = self.family.piece or ids.shape[1], np.concatenate([[0], is_image.cumsum()])
         for start in range(held, ids.shape[1], size):
@@ -174,6 +172,13 @@ class Exported:
             at = None if positions is None else positions[..., start:end]
             logits = self.graphs.step(ids[:, start:end], shown, at)
         return logits
+
+    def image_places(self, ids: np.ndarray, features: np.ndarray | None) -> np.ndarray:
+        """Which tokens of `ids` (1, T) stand for the visual tokens (N, D); UserError where images are missing or too many."""
+        is_image, given = ids[0] == self.manifest["image_token_id"], 0 if features is None else len(features)
+        if (places := is_image.sum()) != given:
+            raise UserError(f"{places} places for visual tokens in the text, {given} given: an image is missing or too many")
+        return is_image
 
     def encode_images(
         self, inputs: dict[str, np.ndarray] | np.ndarray, known: dict[bytes, np.ndarray] | None = None

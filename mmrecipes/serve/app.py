@@ -141,9 +141,10 @@ def envelope(job: Job, kind: str) -> dict:
     return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": job.service.name}
 
 
-def usage(job: Job) -> dict[str, int]:
+def usage(job: Job) -> dict[str, object]:
     prompt, generated = job.answer.inputs["input_ids"].shape[1], len(job.answer.tokens)
-    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+    counted = {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+    return counted | {"prompt_tokens_details": {"cached_tokens": job.answer.cached}}
 
 
 def logprobs(job: Job, since: int) -> dict | None:

@@ -14,6 +14,7 @@ class Metrics:
         self.requests = Counter("requests", "requests to /v1/chat/completions, by HTTP status", ["status"], **own)
         self.answers = Counter("answers", "answers that ended, by finish_reason", ["finish_reason"], **own)
         self.prompt_tokens = Counter("prompt_tokens", "tokens of prompts of answers that ended", **own)
+        self.cached_tokens = Counter("prompt_tokens_cached", "of these, tokens that were read for another prompt before", **own)
         self.generated_tokens = Counter("generated_tokens", "tokens generated, also for answers that were cancelled", **own)
         self.image_hits = Counter("image_cache_hits", "images and tiles not encoded again", **own)
         self.image_misses = Counter("image_cache_misses", "images and tiles encoded", **own)

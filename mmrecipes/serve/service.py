@@ -75,6 +75,7 @@ class Job:
         if update.finish_reason:
             metrics.answers.labels(update.finish_reason).inc()
             metrics.prompt_tokens.inc(self.answer.inputs["input_ids"].shape[1])
+            metrics.cached_tokens.inc(self.answer.cached)
             metrics.generated_tokens.inc(update.tokens)
             metrics.seconds.observe(seconds)
             for task in self._tasks:

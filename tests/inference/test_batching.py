@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from mmrecipes import inference
 from mmrecipes.errors import ParityError, UserError
-from mmrecipes.inference.batching import Answer, Engine, FeatureCache, Sampling, log_softmax, settled
+from mmrecipes.inference.batching import Answer, Engine, Sampling, log_softmax, settled
+from mmrecipes.inference.reuse import FeatureCache, PrefixCache, Prompt
 from tests import equality
 
 CASES = equality.cases()
@@ -47,6 +48,8 @@ def check(engine: Engine) -> None:
     assert len(engine.rows) <= engine.slots
     if engine.rows:
         assert engine.graphs.places.mask.shape[1] == max(row.held for row in engine.rows)
+        if getattr(engine.graphs, "roomy", False):
+            assert engine.graphs.lengths.tolist() == [row.held for row in engine.rows]
 
 
 ARRIVALS = st.lists(
@@ -87,6 +90,42 @@ def test_any_arrivals(foreign, arrivals, slots):
             assert answer.finish_reason == ("length" if len(wanted) == most else "stop")
         else:
             assert answer.cancelled
+
+
+@pytest.mark.parametrize("name", ["mini-vlm", "qwen2_5_vl"])
+def test_a_step_writes_into_the_cache_and_copies_none_of_it(name, batched_exports):
+    model = Model(batched_exports(name))
+    engine = Engine(model.exported, slots=2)
+    answers = [engine.submit(inputs, Sampling(8, ignore_eos=True)) for inputs in model.inputs[:2]]
+    engine.step()
+    graphs, held = engine.graphs, [row.held for row in engine.rows]
+    assert graphs.roomy
+    buffers = graphs.buffers
+    kept = [buffer[i, :, :n].copy() for buffer in buffers for i, n in enumerate(held)]
+    engine.step()
+    assert graphs.buffers is buffers
+    assert all(map(np.array_equal, kept, (buffer[i, :, :n] for buffer in buffers for i, n in enumerate(held))))
+    assert all(buffer[i, :, n].any() and not buffer[i, :, n + 1 :].any() for buffer in buffers for i, n in enumerate(held))
+    engine.run()
+    assert [len(answer.tokens) for answer in answers] == [8, 8]
+
+
+def test_rows_that_outgrow_their_buffers(batched_exports):
+    """Buffers have room for 256 tokens at first; the longest prompt here has far fewer, and its answer 240."""
+    model = Model(batched_exports("mini-vlm"))
+    together, singly = Engine(model.exported, slots=3), Engine(model.alone, slots=1)
+    prompts = sorted(model.inputs, key=lambda inputs: inputs["input_ids"].shape[1])[:3]
+    found, wanted = (
+        [engine.submit(dict(inputs), Sampling(240, ignore_eos=True)) for inputs in prompts] for engine in (together, singly)
+    )
+    rooms = set()
+    while together.busy:
+        together.step()
+        check(together)
+        rooms.add(together.graphs.buffers[0].shape[2])
+    singly.run()
+    assert len(rooms) > 1
+    assert [answer.tokens for answer in found] == [answer.tokens for answer in wanted]
 
 
 @pytest.mark.parametrize(("name", "runtime"), [("mini-vlm", "onnx"), ("gemma3", "onnx"), ("minicpmv4_6", "openvino")])
@@ -249,7 +288,63 @@ def test_an_image_is_encoded_once_and_never_taken_for_another(foreign, monkeypat
     engine.run()
     assert [answer.tokens for answer in answers] == [wanted[i % 2] for i in range(5)]
     assert len(encoded) == 2
+    before = int((asked[0]["input_ids"][0] == exported.manifest["image_token_id"]).argmax())
+    whole = asked[0]["input_ids"].shape[1] - 1
+    assert [answer.cached for answer in answers] == [0, before, whole, whole, whole]
     assert (engine.features.hits, engine.features.misses) == (3, 2)
+
+
+def test_what_two_prompts_begin_with_is_read_once(foreign, monkeypatch):
+    exported, read = foreign.exported, []
+    step, image = exported.graphs.step, equality.drawn(64, 64)
+    monkeypatch.setattr(exported.graphs, "step", lambda ids, *more: read.append(ids.shape) or step(ids, *more))
+    asked = [exported.inputs(image, question) for question in (equality.QUESTION, "Is there a red square?", "How many?")]
+    wanted = [list(foreign.alone.tokens(each, 8)) for each in asked]
+    a, b = (each["input_ids"][0] for each in asked[:2])
+    alike = int((a[: min(map(len, (a, b)))] == b[: min(map(len, (a, b)))]).argmin())
+    engine = Engine(exported, 2)
+    answers = [engine.submit(each, Sampling(8)) for each in asked]
+    engine.run()
+    assert [answer.tokens for answer in answers] == wanted
+    assert answers[0].cached == 0 and answers[1].cached == alike > asked[0]["input_ids"].shape[1] / 2
+    assert read[:2] == [(1, len(a)), (1, len(b) - alike)]
+
+
+def test_no_room_for_prompts(foreign):
+    engine = Engine(foreign.exported, 2, prefix_bytes=0)
+    answers = [engine.submit(foreign.inputs[5], Sampling(4)) for _ in range(2)]
+    engine.run()
+    assert [(answer.tokens, answer.cached) for answer in answers] == [(foreign.wanted(5)[:4], 0)] * 2
+    assert engine.prefixes.bytes == 0
+
+
+IMAGE = 9
+PROMPTS = st.lists(st.sampled_from([1, 2, IMAGE]), min_size=1, max_size=8).flatmap(
+    lambda ids: st.tuples(st.just(ids), st.lists(st.integers(0, 1), min_size=ids.count(IMAGE), max_size=ids.count(IMAGE)))
+)
+
+
+@given(st.lists(PROMPTS, min_size=1, max_size=12), st.integers(0, 400))
+def test_the_longest_beginning_of_prompts(prompts, limit):
+    """Against a comparison token by token, and within the limit."""
+    cache, kept = PrefixCache(limit), []
+    for ids, features in prompts:
+        rows = iter(features)
+        told = [(i, next(rows) if i == IMAGE else None) for i in ids]
+        x = np.array(ids)
+        prompt = Prompt(x, x == IMAGE, np.array(features, np.float32).reshape(-1, 1), None)
+        alike = [
+            next((i for i, (a, b) in enumerate(zip(told, other, strict=False)) if a != b), min(len(told), len(other)))
+            for other in kept
+        ]
+        found, held = cache.longest(prompt)
+        if limit == 400:  # room for all
+            assert found == min(max(alike, default=0), len(told) - 1)
+        assert found < len(told)
+        assert held is None if found == 0 else held[0].shape == (1, 1, found, 1)
+        cache.add(prompt, [np.zeros((1, 1, len(ids), 1), np.float32)])
+        kept.append(told)
+        assert cache.bytes <= limit
 
 
 def test_no_room_for_visual_tokens(foreign):

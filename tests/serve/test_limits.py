@@ -224,6 +224,8 @@ def test_metrics_tell_what_happened(folder):
                 served.client.chat.completions.create(**{"model": "tiny", "messages": TEXT} | wrong)
         until(lambda: served.metric("answer_seconds_count") == 7)
         assert served.metric("prompt_tokens_total") == sum(each.usage.prompt_tokens for each in found)
+        cached = [each.usage.prompt_tokens_details.cached_tokens for each in found]
+        assert served.metric("prompt_tokens_cached_total") == sum(cached)
         assert served.metric("generated_tokens_total") == sum(each.usage.completion_tokens for each in found)
         statuses = [served.metric(f'requests_total{{status="{status}"}}') for status in (200, 400, 404)]
         assert statuses == [7, 1, 1]

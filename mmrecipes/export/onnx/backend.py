@@ -49,9 +49,13 @@ def _write_language(model: nn.Module, path: Path, batches: bool) -> None:
         # fused: attention with cache and rotary embedding (GroupQueryAttention), norms with sums, products of one input
         config = OnnxConfig(dynamic_shapes=axes, ort_fusions="cpu", prefer_deferred_runtime_asserts_over_guards=True)
         program = OnnxExporter().export(decoder, example, config).program
-        if not batches and not decoder.family.masks and not wrappers.windows(decoder.decoder.config):
-            _without_mask(program)
-            _with_length(program)
+        if not decoder.family.masks and not wrappers.windows(decoder.decoder.config):
+            # else states, or attention that is not fused, read the cache as a whole
+            roomy = _readers(program) == {"GroupQueryAttention"}
+            if roomy or not batches:
+                _without_mask(program)
+            if roomy:
+                _with_lengths(program)
         onnx_ir.save(program, str(path), external_data="language.onnx.data")
 
 
@@ -82,9 +86,15 @@ def _fusions(causal: bool) -> Iterator[None]:
         yield
 
 
+def _readers(program) -> set[str]:
+    """What reads the KV cache itself, not only its shape. `program` is an onnx_ir.Model."""
+    caches = [value for value in program.graph.inputs if value.name.startswith("input.")]
+    return {node.op_type for cache in caches for node in cache.consumers()} - {"Shape"}
+
+
 def _without_mask(program) -> None:
-    """GroupQueryAttention looks back by itself: of one conversation there is no mask to compute and read, of (T, S) numbers, and
-    no row that sees nothing, which a Where would guard. `program` is an onnx_ir.Model."""
+    """GroupQueryAttention looks back by itself, no further than each row's length: there is no mask to compute and read, of
+    (B, T, S) numbers, and no row that sees nothing, which a Where would guard."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     for node in program.graph:
@@ -97,21 +107,31 @@ def _without_mask(program) -> None:
     RemoveUnusedNodesPass()(program)
 
 
-def _with_length(program) -> None:
-    """An input `past_length` (1): how many tokens the cache holds, which may have room for more. Keys and values are then written
-    where they stay (GroupQueryAttention's shared buffer), and a step copies none of those that came before."""
+def _with_lengths(program) -> None:
+    """An input `past_length` (B): how many tokens the cache holds of each row; it may have room for more. Keys and values are
+    then written where they stay (GroupQueryAttention's shared buffer), and a step copies none of those that came before."""
     import onnx_ir as ir
 
-    caches = {value.name: value for value in program.graph.inputs if value.name.startswith("input.")}
-    lengths = [node for node in program.graph if node.op_type == "Shape" and node.inputs[0].name in caches]
-    readers = {node.op_type for cache in caches.values() for node in cache.consumers() if node not in lengths}
-    if readers != {"GroupQueryAttention"} or any(node.attributes["start"].as_int() != 2 for node in lengths):
-        return  # states, or attention that is not fused, read the cache as a whole
-    given = ir.Value(name="past_length", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
-    program.graph.inputs.append(given)
+    graph = program.graph
+    attention = [node for node in graph if node.op_type == "GroupQueryAttention"]
+    shapes = [n for n in graph if n.op_type == "Shape" and (n.inputs[0].name or "").startswith("input.")]
+    lengths = [node for node in shapes if node.attributes["start"].as_int() == 2]
+    given = ir.Value(name="past_length", shape=ir.Shape(["rows"]), type=ir.TensorType(ir.DataType.INT64))
+    longest = ir.node("ReduceMax", [given], {"keepdims": 1})
+    graph.insert_before(graph[0], longest)
     for node in lengths:
-        node.outputs[0].replace_all_uses_with(given)
-    program.graph.remove(lengths, safe=True)
+        node.outputs[0].replace_all_uses_with(longest.outputs[0])
+    graph.remove(lengths, safe=True)
+    # seqlens_k (rows), the last place of each, was that of the longest row
+    missing = ir.node("Sub", [given, longest.outputs[0]])
+    whole = ir.node("Cast", [missing.outputs[0]], {"to": ir.DataType.INT32})
+    own = ir.node("Add", [attention[0].inputs[5], whole.outputs[0]])
+    graph.insert_before(attention[0], [missing, whole, own])
+    for node in attention:
+        node.replace_input_with(5, own.outputs[0])
+    for value in [v for v in graph.inputs if not (v.uses() or v.name.startswith("input."))]:
+        graph.inputs.remove(value)  # attention_mask
+    graph.inputs.append(given)
 
 
 def to_nbits(path: Path, bits: int, only: Callable[..., bool] | None = None, rounded: bool = False) -> None:
