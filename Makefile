@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export JUPYTER_PREFER_ENV_PATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help tour test portable fuzz torchvision lab lint notebooks recipes readme results bench peers vllm ray load compat clean
+.PHONY: help tour test portable fuzz torchvision lab lint notebooks recipes readme results bench peers llama vllm ray load compat clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' Makefile | expand -t 16
@@ -82,6 +82,20 @@ peers: .venv-peers/.installed ## llama.cpp for `make bench`, built from source i
 	@test -x .venv-peers/bin/pip || $(PYTHON) -m venv .venv-peers
 	@CMAKE_ARGS=-DGGML_NATIVE=ON .venv-peers/bin/pip install -qq --no-cache-dir -r benchmarks/peers.txt
 	@touch $@
+
+# Where its AMX kernels end in an illegal instruction: make llama LLAMA_FLAGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON ..." without AMX.
+LLAMA_FLAGS ?= -DGGML_NATIVE=ON
+
+llama: .venv-peers/bin/llama-server ## llama.cpp's server for benchmarks/serve_speed.py, from the same source: 20 minutes (by hand)
+
+.venv-peers/bin/llama-server: .venv-peers/.installed
+	@rm -rf .venv-peers/source && mkdir .venv-peers/source
+	@cd .venv-peers/source && ../bin/pip download -qq --no-deps --no-binary :all: $$(grep ^llama-cpp-python ../../benchmarks/peers.txt)
+	@cd .venv-peers/source && tar -xzf *.tar.gz --strip-components=1
+	@cd .venv-peers/source && cmake -S vendor/llama.cpp -B build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF $(LLAMA_FLAGS) \
+		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF > cmake.log
+	@cmake --build .venv-peers/source/build --target llama-server --parallel > .venv-peers/source/build.log
+	@cp .venv-peers/source/build/bin/llama-server $@
 
 # 3 GB. Its torch is the lock's; torchvision and its like, which vLLM asks for, want CUDA's, and it runs without them.
 vllm: .venv/.installed .venv-vllm/.installed ## mini-vlm as W8A8 and W4A16 in vLLM's server, in an environment of its own (by hand)

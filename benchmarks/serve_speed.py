@@ -1,17 +1,20 @@
 """What serving many users at once gains: the dimensions of SmolVLM-256M with random weights, `python benchmarks/serve_speed.py`.
 
-`mmrecipes serve` on ONNX Runtime and OpenVINO, and `transformers serve` on the same checkpoint (PyTorch): REQUESTS requests, one
-after the other and USERS at once, by their text stream. Each asks about an image of 512 px and gets NEW tokens, the end of
-sequence ignored. "new images": every request has another one; "one image": all have the same, which ours keeps encoded. ROUNDS
-rounds, the servers in turn, each started anew; the peer, which is slow and keeps no image, has one and the first case alone.
-Of each: requests and tokens a second, time to the first token and between tokens (the gaps of all requests), peak memory.
-Writes results/serve-speed.json after each server. A quarter of an hour a round; servers by name as arguments: those alone.
+`mmrecipes serve` on ONNX Runtime and OpenVINO, and on the same checkpoint `transformers serve` (PyTorch) and llama.cpp's server,
+where `make llama` has built it: REQUESTS requests, one after the other and USERS at once, by their text stream. Each asks
+something else about an image of 512 px and gets NEW tokens, the end of sequence ignored. "new images": every request has another
+one; "one image": all have the same, and what a server keeps of it (visual tokens, the KV cache of the prompt's beginning), it
+keeps. ROUNDS rounds, the servers in turn, each started anew; transformers, slow and keeping nothing, has one and the first case
+alone. llama.cpp shows an image twice, as an overview and as a tile. Of each: requests and tokens a second, time to the first
+token and between tokens (the gaps of all requests), peak memory. Writes results/serve-speed.json after each server. A quarter
+of an hour a round; servers by name as arguments: those alone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -36,9 +39,11 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "runs" / "serve-speed"
 REQUESTS, USERS, NEW = 16, 8, 64
 ROUNDS = int(os.environ.get("ROUNDS", 2))
-QUESTION = "What is in this picture? Name each of the objects, say what colour it has, how large it is, and where it is."
+ASKED = ("what colour it has", "how large it is", "where it is", "which shape it has")  # in another order in each request
 OURS = {"ONNX Runtime fp32": ("onnx", "fp32"), "ONNX Runtime int8": ("onnx", "int8"), "ONNX Runtime int4": ("onnx", "int4")}
 OURS |= {"OpenVINO int8": ("openvino", "int8")}
+LLAMA = {"llama.cpp server Q8_0": "q8_0", "llama.cpp server Q4_0": "q4_0"}
+LLAMA_PYTHON, LLAMA_SERVER = (ROOT / ".venv-peers" / "bin" / name for name in ("python", "llama-server"))
 PEERS = {"transformers serve, PyTorch fp32": "float32", "transformers serve, PyTorch bf16": "bfloat16"}
 
 
@@ -58,6 +63,10 @@ def folder(name: str) -> Path:
         print(f"making {place.name}", flush=True)
         if name in PEERS:
             models.save(model := checkpoint(), model.processor, place)
+        elif name in LLAMA:
+            code = "import sys, pathlib as p, gguf_files as g; g.write(p.Path(sys.argv[1]), p.Path(sys.argv[2]), sys.argv[3])"
+            source, bench = folder(next(iter(PEERS))), Path(__file__).parent
+            subprocess.run([str(LLAMA_PYTHON), "-c", code, str(source), str(place), LLAMA[name]], cwd=bench, check=True)
         else:
             export.export(checkpoint(), place, *OURS[name], batches=True)
     return place
@@ -73,6 +82,12 @@ def server(name: str) -> Iterator[tuple[str, subprocess.Popen, dict[str, Any]]]:
         command += ["--dtype", PEERS[name], "--device", "cpu", "--host", "127.0.0.1"]
         plain = json.dumps({"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False})
         more = {"model": str(folder(name)), "generation_config": plain}
+    elif name in LLAMA:
+        template = folder(next(iter(PEERS))) / "chat_template.jinja"
+        command = [str(LLAMA_SERVER), "-m", str(folder(name) / "model.gguf"), "--mmproj", str(folder(name) / "vision.gguf")]
+        command += ["--jinja", "--chat-template-file", str(template), "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--parallel", str(USERS), "--ctx-size", str(512 * USERS), "--threads", str(measure.environment()["threads"])]
+        more = {"model": "m", "max_tokens": NEW, "ignore_eos": True, "temperature": 0}
     else:
         command = [sys.executable, "-m", "mmrecipes.cli", "serve", str(folder(name)), "--port", str(port), "--name", "m"]
         more = {"model": "m", "max_tokens": NEW, "ignore_eos": True}
@@ -90,10 +105,16 @@ def server(name: str) -> Iterator[tuple[str, subprocess.Popen, dict[str, Any]]]:
             process.kill()
 
 
-async def one(client: httpx.AsyncClient, image: bytes, more: dict[str, Any]) -> list[float]:
+def question(i: int) -> str:
+    """As long as the others, and other than they are from its first words on."""
+    order = list(itertools.permutations(ASKED))[i]
+    return f"Say of each object in this picture {order[0]}, {order[1]}, {order[2]} and {order[3]}."
+
+
+async def one(client: httpx.AsyncClient, image: bytes, text: str, more: dict[str, Any]) -> list[float]:
     """When each piece of text of an answer came, seconds since it was asked for."""
     begun, came = time.perf_counter(), []
-    asked = {k: v for k, v in request(image, QUESTION, stream=True).items() if k != "max_tokens"} | more
+    asked = {k: v for k, v in request(image, text, stream=True).items() if k != "max_tokens"} | more
     async with client.stream("POST", CHAT, json=asked) as reply:
         if reply.status_code != 200:
             raise SystemExit(f"{reply.status_code}: {(await reply.aread()).decode()[:400]}")
@@ -108,11 +129,11 @@ async def load(address: str, together: int, images: list[bytes], more: dict[str,
     limit, begun = asyncio.Semaphore(together), time.perf_counter()
     async with httpx.AsyncClient(base_url=address, timeout=600) as client:
 
-        async def waits(image: bytes) -> tuple[list[float], float]:
+        async def waits(i: int, image: bytes) -> tuple[list[float], float]:
             async with limit:
-                return await one(client, image, more), time.perf_counter()
+                return await one(client, image, question(i), more), time.perf_counter()
 
-        found = await asyncio.gather(*map(waits, images))
+        found = await asyncio.gather(*(waits(i, image) for i, image in enumerate(images)))
     seconds = max(end for _, end in found) - begun
     return {"seconds": seconds, "came": [came for came, _ in found]}
 
@@ -124,7 +145,7 @@ def row(runs: list[dict[str, Any]]) -> dict[str, Any]:
     first = [each[0] for each in came]
     rates = [REQUESTS / run["seconds"] for run in runs]
     found = {"requests_per_s": float(np.median(rates)), "low": min(rates), "high": max(rates)}
-    found |= {"tokens_per_s": NEW * found["requests_per_s"], "n": len(came)}
+    found |= {"tokens_per_s": NEW * found["requests_per_s"], "n": len(came), "pieces": float(np.mean([*map(len, came)]))}
     return found | {
         "first_ms": dict(zip(("p50", "p95"), 1e3 * np.percentile(first, [50, 95]), strict=True)),
         "gap_ms": dict(zip(("p50", "p95"), 1e3 * np.percentile(gaps, [50, 95]), strict=True)),
@@ -168,9 +189,10 @@ def save(rounds: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def main(only: list[str]) -> None:
-    if unknown := set(only) - {*OURS, *PEERS}:
-        raise SystemExit(f"serve_speed: no server {', '.join(sorted(unknown))}; there are {', '.join((*OURS, *PEERS))}")
-    names = [n for n in (*OURS, *PEERS) if not only or n in only]
+    there = (*OURS, *(LLAMA if LLAMA_SERVER.exists() else ()), *PEERS)
+    if unknown := set(only) - set(there):
+        raise SystemExit(f"serve_speed: no server {', '.join(sorted(unknown))}; there are {', '.join(there)}")
+    names = [n for n in there if not only or n in only]
     for name in names:
         folder(name)
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
