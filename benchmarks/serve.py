@@ -315,4 +315,7 @@ def main(minutes: float) -> None:
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]) if len(sys.argv) > 1 else 30)
+    minutes = sys.argv[1] if len(sys.argv) > 1 else "30"
+    if not minutes.replace(".", "", 1).isdigit():
+        raise SystemExit(f"serve: a soak of {minutes!r} minutes; expected a number")
+    main(float(minutes))
