@@ -7,7 +7,7 @@ one; "one image": all have the same, and what a server keeps of it (visual token
 keeps. ROUNDS rounds, the servers in turn, each started anew; transformers, slow and keeping nothing, has one and the first case
 alone. llama.cpp shows an image twice, as an overview and as a tile. Of each: requests and tokens a second, time to the first
 token and between tokens (the gaps of all requests), peak memory. Writes results/serve-speed.json after each server. A quarter
-of an hour a round; servers by name as arguments: those alone.
+of an hour a round; servers by name as arguments: those are measured, and rows of others on this CPU in as many rounds stay.
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ async def one(client: httpx.AsyncClient, image: bytes, text: str, more: dict[str
 async def load(address: str, together: int, images: list[bytes], more: dict[str, Any]) -> dict[str, Any]:
     """REQUESTS requests, `together` of them at a time."""
     limit, begun = asyncio.Semaphore(together), time.perf_counter()
-    async with httpx.AsyncClient(base_url=address, timeout=600) as client:
+    # a connection a request: llama.cpp's server closes those that rest for five seconds
+    one_each = httpx.Limits(max_keepalive_connections=0)
+    async with httpx.AsyncClient(base_url=address, timeout=600, limits=one_each) as client:
 
         async def waits(i: int, image: bytes) -> tuple[list[float], float]:
             async with limit:
@@ -184,8 +186,12 @@ def save(rounds: dict[str, list[dict[str, Any]]]) -> None:
         "image": "512 px",
         "model": "smolvlm-256m",
     }
-    content = {"environment": measure.environment(), "knobs": knobs, "rows": rows}
-    models.saving.write_json(ROOT / "results" / "serve-speed.json", content)
+    content, path = {"environment": measure.environment(), "knobs": knobs}, ROOT / "results" / "serve-speed.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if before.get("knobs") == knobs and before["environment"]["cpu"] == content["environment"]["cpu"]:
+        rows += [row for row in before["rows"] if row["server"] not in rounds]
+    rows.sort(key=lambda row: [*OURS, *LLAMA, *PEERS].index(row["server"]))
+    models.saving.write_json(path, content | {"rows": rows})
 
 
 def main(only: list[str]) -> None:
