@@ -7,7 +7,7 @@ one; "one image": all have the same, and what a server keeps of it (visual token
 keeps. ROUNDS rounds, the servers in turn, each started anew; transformers, slow and keeping nothing, has one and the first case
 alone. llama.cpp shows an image twice, as an overview and as a tile. Of each: requests and tokens a second, time to the first
 token and between tokens (the gaps of all requests), peak memory. Writes results/serve-speed.json after each server. A quarter
-of an hour a round; servers by name as arguments: those are measured, and rows of others on this CPU in as many rounds stay.
+of an hour a round; servers by name as arguments: those are measured, and rows of others on this CPU stay.
 """
 
 from __future__ import annotations
@@ -176,13 +176,12 @@ def save(rounds: dict[str, list[dict[str, Any]]]) -> None:
     rows = []
     for name, told in rounds.items():
         cells = {cell: row([one["cells"][cell] for one in told]) for cell in told[0]["cells"]}
-        rows.append({"server": name, "peak_mb": max(one["peak_mb"] for one in told), "cells": cells})
+        rows.append({"server": name, "rounds": len(told), "peak_mb": max(one["peak_mb"] for one in told), "cells": cells})
         print(name, round(rows[-1]["peak_mb"]), {cell: round(each["requests_per_s"], 2) for cell, each in cells.items()})
     knobs = {
         "requests": REQUESTS,
         "users": USERS,
         "new_tokens": NEW,
-        "rounds": max(map(len, rounds.values())),
         "image": "512 px",
         "model": "smolvlm-256m",
     }

@@ -13,7 +13,7 @@ def speed(content: dict[str, Any], table) -> str:
         for case in dict.fromkeys(cell.partition(",")[0] for cell in row["cells"]):
             cells = one, many = [row["cells"][f"{case}, {n}"] for n in (1, users)]
             rates = [f"{c['requests_per_s']:.2f}" for c in cells]
-            if knobs["rounds"] > 1:
+            if row["rounds"] > 1:
                 rates = [f"{rate} [{c['low']:.2f}, {c['high']:.2f}]" for rate, c in zip(rates, cells, strict=True)]
             times = [f"{c[key]['p50']:,.0f}, {c[key]['p95']:,.0f}" for key in ("first_ms", "gap_ms") for c in cells]
             gain = f"{many['requests_per_s'] / one['requests_per_s']:.2f}x"
@@ -21,7 +21,8 @@ def speed(content: dict[str, Any], table) -> str:
     head = ["server", "", "requests/s, one at a time", f"{users} at a time", "gain", "TTFT p50, p95 ms, one at a time"]
     head += [f"{users} at a time", "between tokens p50, p95 ms, one at a time", f"{users} at a time", "peak MB"]
     counts = sorted({cell["n"] for row in content["rows"] for cell in row["cells"].values()})
-    about = f"{knobs['new_tokens']} tokens a request; n={', '.join(map(str, counts))} requests a cell; rounds: {knobs['rounds']}."
+    about = f"{knobs['new_tokens']} tokens a request; n={', '.join(map(str, counts))} requests a cell; where there were several"
+    about += " rounds: median [lowest, highest]."
     return f"{table(head, rows, 2)}\n\n{about}"
 
 
