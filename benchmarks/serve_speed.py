@@ -7,7 +7,7 @@ one; "one image": all have the same, and what a server keeps of it (visual token
 keeps. ROUNDS rounds, the servers in turn, each started anew; transformers, slow and keeping nothing, has one and the first case
 alone. llama.cpp shows an image twice, as an overview and as a tile. Of each: requests and tokens a second, time to the first
 token and between tokens (the gaps of all requests), peak memory. Writes results/serve-speed.json after each server. A quarter
-of an hour a round; servers by name as arguments: those are measured, and rows of others on this CPU stay.
+of an hour a round; servers by name as arguments: those are measured, and others' rows stay if the machine and the packages do.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def server(name: str) -> Iterator[tuple[str, subprocess.Popen, dict[str, Any]]]:
 
 
 def question(i: int) -> str:
-    """As long as the others, and other than they are from its first words on."""
+    """As long as the others; they share its first words, and some of them the next ones."""
     order = list(itertools.permutations(ASKED))[i]
     return f"Say of each object in this picture {order[0]}, {order[1]}, {order[2]} and {order[3]}."
 
@@ -169,14 +169,19 @@ def serve_round(name: str, r: int) -> dict[str, Any]:
             for together in (1, USERS):
                 images = pictures(100 * r + 20 * together, same)
                 found[f"{case}, {together}"] = asyncio.run(load(address, together, images, more))
-        return {"cells": found, "peak_mb": peak_mb(process.pid)}
+        return {"cells": found, "peak_mb": peak_mb(process.pid), "measured": when(measure.environment())}
+
+
+def when(environment: dict[str, Any]) -> dict[str, str]:
+    return {key: environment[key] for key in ("date", "commit")}
 
 
 def save(rounds: dict[str, list[dict[str, Any]]]) -> None:
-    rows = []
+    rows, environment = [], measure.environment()
     for name, told in rounds.items():
         cells = {cell: row([one["cells"][cell] for one in told]) for cell in told[0]["cells"]}
-        rows.append({"server": name, "rounds": len(told), "peak_mb": max(one["peak_mb"] for one in told), "cells": cells})
+        found = {"rounds": len(told), "measured": told[-1]["measured"], "peak_mb": max(one["peak_mb"] for one in told)}
+        rows.append({"server": name} | found | {"cells": cells})
         print(name, round(rows[-1]["peak_mb"]), {cell: round(each["requests_per_s"], 2) for cell, each in cells.items()})
     knobs = {
         "requests": REQUESTS,
@@ -185,9 +190,9 @@ def save(rounds: dict[str, list[dict[str, Any]]]) -> None:
         "image": "512 px",
         "model": "smolvlm-256m",
     }
-    content, path = {"environment": measure.environment(), "knobs": knobs}, ROOT / "results" / "serve-speed.json"
+    content, path = {"environment": environment, "knobs": knobs}, ROOT / "results" / "serve-speed.json"
     before = json.loads(path.read_text()) if path.exists() else {}
-    if before.get("knobs") == knobs and before["environment"]["cpu"] == content["environment"]["cpu"]:
+    if before.get("knobs") == knobs and before["environment"] | when(environment) == environment:
         rows += [row for row in before["rows"] if row["server"] not in rounds]
     rows.sort(key=lambda row: [*OURS, *LLAMA, *PEERS].index(row["server"]))
     models.saving.write_json(path, content | {"rows": rows})

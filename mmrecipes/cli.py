@@ -181,6 +181,9 @@ def _serve(
     max_images: Annotated[int, Option(help="the most images of a request", min=0)] = 8,
     max_pixels: Annotated[int, Option(help="the most pixels of an image, told from its header", min=1)] = 16_000_000,
     max_bytes: Annotated[int, Option(help="the most bytes of a request's body", min=1)] = 20 * 2**20,
+    prefix_bytes: Annotated[
+        int, Option(help="of prompts kept for those that begin alike; 0 where clients must not learn what others asked", min=0)
+    ] = 128 * 2**20,
     image_host: Annotated[list[str] | None, Option(help="a public host that images may be loaded from; may be repeated")] = None,
     api_key_env: Annotated[
         str | None, Option(help="the environment variable with the API key; default: none is asked for")
@@ -193,7 +196,13 @@ def _serve(
     from mmrecipes.serve import server, service
 
     key, hosts = server.api_key(api_key_env), tuple(h.lower() for h in image_host or ())
-    sizes = {"body_bytes": max_bytes, "images": max_images, "pixels": max_pixels, "new_tokens": max_tokens}
+    sizes = {
+        "body_bytes": max_bytes,
+        "images": max_images,
+        "pixels": max_pixels,
+        "new_tokens": max_tokens,
+        "prefix_bytes": prefix_bytes,
+    }
     sizes |= {"prompt_tokens": max_prompt_tokens} if max_prompt_tokens else {}
     limits = service.Limits(slots, queue, seconds, image_hosts=hosts, **sizes)
     server.serve(service.Service(server.load(folder, threads), limits, name, key), host, port)

@@ -8,9 +8,10 @@ The contract of `Engine`, which knows token ids and no network:
   graphs do, up to rounding; those that scale activations by the range of a whole step (ONNX "int8") do not.
 - What fails for one prompt, or makes the logits of one row not finite, ends that answer alone. A step that fails as a whole ends
   all rows of its batch, and the engine goes on with those that wait.
-- The KV cache holds at most slots x max_length tokens, three times for a moment, when rows join or leave; visual tokens of
-  images seen before at most `feature_bytes`, prompts read before `prefix_bytes`. Images are told apart by what the processor
-  made of them; where two prompts begin alike, images included, the second one's beginning is not read again.
+- The KV cache has room for at most twice slots x max_length tokens, and for as many again when rows join or leave; visual tokens
+  of images seen before take at most `feature_bytes`, prompts read before `prefix_bytes`. Images are told apart by what the
+  processor made of them; where two prompts begin alike, images included, the second one's beginning is not read again. Who asks
+  can see that, by `cached` and by the time it takes: with `prefix_bytes=0` no prompt is kept.
 
 One thread calls an engine, and nobody else its model meanwhile; only `Answer.cancel` is for any thread. By hand in notebook 51.
 """
@@ -190,10 +191,10 @@ class Engine:
         except Exception as e:  # an image that is missing, or whatever a runtime raises: this answer's alone
             self._finish(answer, "error", e)
             return None
-        if prompt:
-            self.prefixes.add(prompt, cache)
         row.following = int(self.graphs.places.next[0])
         self._extend(row, logits)
+        if prompt and answer.finish_reason != "error":  # what is not finite shall not spoil the prompts that begin alike
+            self.prefixes.add(prompt, cache)
         return None if answer.finish_reason else (row, cache)
 
     def _extend(self, row: _Row, logits: np.ndarray) -> None:

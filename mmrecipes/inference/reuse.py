@@ -80,7 +80,9 @@ class PrefixCache:
         return n, [layer[:, :, :n] for layer in found[1]]
 
     def add(self, prompt: Prompt, cache: Cache) -> None:
-        """Keep a prompt that was read, in place of those that it begins with."""
+        """Keep a prompt that was read, in place of those that it begins with; not one that leaves no room for others."""
+        if _bytes((prompt, cache)) > self.limit:
+            return
         self._kept = deque(each for each in self._kept if prompt.shared(each[0]) < len(each[0].ids))
         self._kept.append((prompt, cache))
         while (size := sum(map(_bytes, self._kept))) > self.limit or len(self._kept) > self.PROMPTS:

@@ -27,7 +27,8 @@ from mmrecipes.serve.worker import Update, Worker
 @dataclass(frozen=True)
 class Limits:
     """What a server takes: `slots` answers run together, `queue` more requests wait, each ends after `seconds`, has a body of
-    `body_bytes`, `images` of `pixels` each, and gets `new_tokens`. Images by URL come from `image_hosts` alone."""
+    `body_bytes`, `images` of `pixels` each, and gets `new_tokens`. Images by URL come from `image_hosts` alone. What prompts
+    begin with is kept for others, `prefix_bytes` of it."""
 
     slots: int = 8
     queue: int = 32
@@ -37,6 +38,7 @@ class Limits:
     pixels: int = 16_000_000
     prompt_tokens: int = 2**31
     new_tokens: int = 1024
+    prefix_bytes: int = 128 * 2**20
     image_hosts: tuple[str, ...] = ()
 
 
@@ -104,7 +106,7 @@ class Service:
         self.limits, self.key = limits or Limits(), key
         self.name, self.exported, self.metrics = name or exported.folder.resolve().name, exported, Metrics()
         self.created = int((exported.folder / MANIFEST).stat().st_mtime)
-        self.engine = Engine(exported, self.limits.slots)
+        self.engine = Engine(exported, self.limits.slots, prefix_bytes=self.limits.prefix_bytes)
         self.reader = copy.copy(exported)  # tokenizers are not for two threads at once, and the engine's decodes
         self.reader.processor = load_processor(exported.folder)
         self.threads = ThreadPoolExecutor(1, "prepare")

@@ -312,6 +312,21 @@ def test_what_two_prompts_begin_with_is_read_once(foreign, monkeypatch):
     assert read[:2] == [(1, len(a)), (1, len(b) - alike)]
 
 
+def test_a_prompt_whose_features_are_not_finite_spoils_no_other(foreign, monkeypatch):
+    """Attention lets a NaN through to the tokens before it: such a prompt's cache is not kept."""
+    exported, engine = foreign.exported, Engine(foreign.exported, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(exported.graphs, "encode", lambda run, encode=exported.graphs.encode: encode(run) + np.float32(np.inf))
+        broken = engine.submit(exported.inputs(equality.drawn(64, 64), equality.QUESTION), Sampling(4))
+        engine.run()
+    assert broken.finish_reason == "error" and isinstance(broken.error, ParityError)
+    engine.features = FeatureCache(2**20)  # it holds what the encoder gave
+    found = engine.submit(exported.inputs(equality.drawn(64, 64), equality.QUESTION), Sampling(4))
+    engine.run()
+    wanted = list(foreign.alone.tokens(exported.inputs(equality.drawn(64, 64), equality.QUESTION), 4))
+    assert (found.tokens, found.cached) == (wanted, 0)
+
+
 def test_no_room_for_prompts(foreign):
     engine = Engine(foreign.exported, 2, prefix_bytes=0)
     answers = [engine.submit(foreign.inputs[5], Sampling(4)) for _ in range(2)]
@@ -344,9 +359,10 @@ def test_the_longest_beginning_of_prompts(prompts, limit):
             assert found == min(max(alike, default=0), len(told) - 1)
         assert found < len(told)
         assert held is None if found == 0 else held[0].shape == (1, 1, found, 1)
+        bytes_before, size = cache.bytes, 4 * (len(ids) + len(features))
         cache.add(prompt, [np.zeros((1, 1, len(ids), 1), np.float32)])
         kept.append(told)
-        assert cache.bytes <= limit
+        assert cache.bytes <= limit and (cache.bytes == bytes_before if size > limit else cache.bytes >= size)
 
 
 def test_no_room_for_visual_tokens(foreign):
