@@ -55,7 +55,7 @@ def _write_language(model: nn.Module, path: Path, batches: bool) -> None:
             if roomy or not batches:
                 _without_mask(program)
             if roomy:
-                _with_lengths(program)
+                _with_lengths(program, batches)
         onnx_ir.save(program, str(path), external_data="language.onnx.data")
 
 
@@ -107,30 +107,33 @@ def _without_mask(program) -> None:
     RemoveUnusedNodesPass()(program)
 
 
-def _with_lengths(program) -> None:
-    """An input `past_length` (B): how many tokens the cache holds of each row; it may have room for more. Keys and values are
-    then written where they stay (GroupQueryAttention's shared buffer), and a step copies none of those that came before."""
+def _with_lengths(program, batches: bool) -> None:
+    """An input `past_length` (B, or 1): how many tokens the cache holds of each row; it may have room for more. Keys and values
+    are then written where they stay (GroupQueryAttention's shared buffer), and a step copies none of those that came before."""
     import onnx_ir as ir
 
     graph = program.graph
-    attention = [node for node in graph if node.op_type == "GroupQueryAttention"]
     shapes = [n for n in graph if n.op_type == "Shape" and (n.inputs[0].name or "").startswith("input.")]
     lengths = [node for node in shapes if node.attributes["start"].as_int() == 2]
-    given = ir.Value(name="past_length", shape=ir.Shape(["rows"]), type=ir.TensorType(ir.DataType.INT64))
-    longest = ir.node("ReduceMax", [given], {"keepdims": 1})
-    graph.insert_before(graph[0], longest)
+    given = ir.Value(name="past_length", shape=ir.Shape(["rows" if batches else 1]), type=ir.TensorType(ir.DataType.INT64))
+    longest = given
+    if batches:
+        graph.insert_before(graph[0], most := ir.node("ReduceMax", [given], {"keepdims": 1}))
+        longest = most.outputs[0]
     for node in lengths:
-        node.outputs[0].replace_all_uses_with(longest.outputs[0])
+        node.outputs[0].replace_all_uses_with(longest)
     graph.remove(lengths, safe=True)
-    # seqlens_k (rows), the last place of each, was that of the longest row
-    missing = ir.node("Sub", [given, longest.outputs[0]])
-    whole = ir.node("Cast", [missing.outputs[0]], {"to": ir.DataType.INT32})
-    own = ir.node("Add", [attention[0].inputs[5], whole.outputs[0]])
-    graph.insert_before(attention[0], [missing, whole, own])
-    for node in attention:
-        node.replace_input_with(5, own.outputs[0])
-    for value in [v for v in graph.inputs if not (v.uses() or v.name.startswith("input."))]:
-        graph.inputs.remove(value)  # attention_mask
+    if batches:
+        attention = [node for node in graph if node.op_type == "GroupQueryAttention"]
+        # seqlens_k (rows), the last place of each, was that of the longest row
+        missing = ir.node("Sub", [given, longest])
+        whole = ir.node("Cast", [missing.outputs[0]], {"to": ir.DataType.INT32})
+        own = ir.node("Add", [attention[0].inputs[5], whole.outputs[0]])
+        graph.insert_before(attention[0], [missing, whole, own])
+        for node in attention:
+            node.replace_input_with(5, own.outputs[0])
+        for value in [v for v in graph.inputs if v.name == "attention_mask" and not v.uses()]:
+            graph.inputs.remove(value)
     graph.inputs.append(given)
 
 
