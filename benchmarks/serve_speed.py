@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -66,7 +67,10 @@ def folder(name: str) -> Path:
         elif name in LLAMA:
             code = "import sys, pathlib as p, gguf_files as g; g.write(p.Path(sys.argv[1]), p.Path(sys.argv[2]), sys.argv[3])"
             source, bench = folder(next(iter(PEERS))), Path(__file__).parent
-            subprocess.run([str(LLAMA_PYTHON), "-c", code, str(source), str(place), LLAMA[name]], cwd=bench, check=True)
+            aside = place.with_suffix(".part")  # whoever finds `place` has whole files
+            shutil.rmtree(aside, ignore_errors=True)
+            subprocess.run([str(LLAMA_PYTHON), "-c", code, str(source), str(aside), LLAMA[name]], cwd=bench, check=True)
+            aside.rename(place)
         else:
             export.export(checkpoint(), place, *OURS[name], batches=True)
     return place
@@ -201,7 +205,9 @@ def save(rounds: dict[str, list[dict[str, Any]]]) -> None:
 def main(only: list[str]) -> None:
     there = (*OURS, *(LLAMA if LLAMA_SERVER.exists() else ()), *PEERS)
     if unknown := set(only) - set(there):
-        raise SystemExit(f"serve_speed: no server {', '.join(sorted(unknown))}; there are {', '.join(there)}")
+        raise SystemExit(
+            f"serve_speed: no server {', '.join(sorted(unknown))}; there are {', '.join(there)} (llama.cpp's after `make llama`)"
+        )
     names = [n for n in there if not only or n in only]
     for name in names:
         folder(name)

@@ -196,15 +196,9 @@ def _serve(
     from mmrecipes.serve import server, service
 
     key, hosts = server.api_key(api_key_env), tuple(h.lower() for h in image_host or ())
-    sizes = {
-        "body_bytes": max_bytes,
-        "images": max_images,
-        "pixels": max_pixels,
-        "new_tokens": max_tokens,
-        "prefix_bytes": prefix_bytes,
-    }
+    sizes = {"body_bytes": max_bytes, "images": max_images, "pixels": max_pixels, "new_tokens": max_tokens}
     sizes |= {"prompt_tokens": max_prompt_tokens} if max_prompt_tokens else {}
-    limits = service.Limits(slots, queue, seconds, image_hosts=hosts, **sizes)
+    limits = service.Limits(slots, queue, seconds, image_hosts=hosts, prefix_bytes=prefix_bytes, **sizes)
     server.serve(service.Service(server.load(folder, threads), limits, name, key), host, port)
 
 

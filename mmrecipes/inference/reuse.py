@@ -71,9 +71,9 @@ class PrefixCache:
 
     def longest(self, prompt: Prompt) -> tuple[int, Cache | None]:
         """How many tokens of the beginning need not be read, all but the last at most, and their cache; 0 and None for none."""
-        found = max(self._kept, key=lambda each: prompt.shared(each[0]), default=None)
-        n = min(prompt.shared(found[0]), len(prompt.ids) - 1) if found else 0
-        if not n:
+        shared = ((prompt.shared(each[0]), each) for each in self._kept)
+        n, found = max(shared, key=lambda pair: pair[0], default=(0, None))
+        if not (n := min(n, len(prompt.ids) - 1)):
             return 0, None
         self._kept.remove(found)
         self._kept.append(found)
