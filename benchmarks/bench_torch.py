@@ -62,15 +62,23 @@ def _nf4():
 
 
 def reference() -> dict:
-    """The prompt, as text, as token ids and with its visual tokens (N, D): a peer has another tokenizer and vision encoder."""
+    """The prompt, as text, as token ids and positions (3, T; None where they count on), and with the visual tokens (N, D): a peer
+    has another tokenizer and vision encoder."""
+    import gc
+
+    import numpy as np
     import torch
 
     from mmrecipes import models
     from mmrecipes.export import wrappers
 
+    gc.collect()  # the model that was measured: two of 3B parameters in fp32 are too many
     model = models.load(CHECKPOINT)
-    inputs = models.chat(model, WORK / "picture.png", QUESTION)
+    inputs, family = models.chat(model, WORK / "picture.png", QUESTION), wrappers.family_of(model)
     with torch.inference_mode():
-        visual = wrappers.vision_wrapper(model)[0](inputs["pixel_values"][0])
-    found = {"prompt": models.chat_prompts(model.processor, [QUESTION])[0], "prompt_ids": inputs["input_ids"][0].tolist()}
-    return found | {"image_token_id": model.config.image_token_id, "visual_tokens": visual.flatten(0, -2).tolist()}
+        found = model.model.get_image_features(**{k: v for k, v in inputs.items() if k.startswith(("pixel_", "image_grid"))})
+    visual = torch.cat([each.reshape(-1, each.shape[-1]) for each in found.pooler_output])
+    given = {k: np.asarray(v) for k, v in inputs.items()}
+    places = family.positions(given, family.settings(model))[:, 0].tolist() if family.positions else None
+    prompt = {"prompt": models.chat_prompts(model.processor, [QUESTION])[0], "prompt_ids": inputs["input_ids"][0].tolist()}
+    return prompt | {"positions": places, "image_token_id": model.config.image_token_id, "visual_tokens": visual.tolist()}

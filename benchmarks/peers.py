@@ -62,17 +62,20 @@ class LlamaCpp:
     def forget(self) -> None:
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), False)
 
-    def read(self, ids: list[int]) -> None:
-        """Token ids, behind what was read before."""
+    def read(self, ids: list[int], places: np.ndarray | None = None) -> None:
+        """Token ids, behind what was read before, or at `places` (T)."""
         array = (self.api.llama_token * len(ids))(*ids)
-        self._decode(self.api.llama_batch_get_one(array, len(ids)))
+        self._decode(self.api.llama_batch_get_one(array, len(ids)), places)
 
-    def read_embeddings(self, embeddings: np.ndarray) -> None:
-        """Visual tokens (N, D), float32."""
+    def read_embeddings(self, embeddings: np.ndarray, places: np.ndarray | None = None) -> None:
+        """Visual tokens (N, D), float32, behind what was read before, or at `places` (4, N), of M-RoPE."""
         pointer = np.ascontiguousarray(embeddings).ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        self._decode(self.api.llama_batch(n_tokens=len(embeddings), embd=pointer))
+        self._decode(self.api.llama_batch(n_tokens=len(embeddings), embd=pointer), places)
 
-    def _decode(self, batch) -> None:
+    def _decode(self, batch, places: np.ndarray | None) -> None:
+        if places is not None:
+            places = np.ascontiguousarray(places, np.int32)
+            batch.pos = places.ctypes.data_as(ctypes.POINTER(self.api.llama_pos))
         if code := self.api.llama_decode(self.context, batch):
             raise RuntimeError(f"llama_decode returned {code}")
 
@@ -109,32 +112,43 @@ class LlamaCpp:
         return np.ctypeslib.as_array(self.mtmd.mtmd_get_output_embd(self.vision), shape)
 
 
-def prompt_parts(model: LlamaCpp, reference: dict, image: np.ndarray, way: str) -> list:
-    """What a prefill reads in turn: token ids, or a function that makes visual tokens."""
+def prompt_parts(model: LlamaCpp, reference: dict, image: np.ndarray, way: str) -> list[tuple]:
+    """What a prefill reads in turn: token ids, or a function that makes visual tokens; each with its places, or None."""
     if way == "two-tiles":
         chunks = model.chunks(reference["prompt"].replace("<image>", MARKER), image)
-        return [(lambda c=c: model.encode(c)) if model.is_image(c) else model.token_ids(c) for c in chunks]
+        return [((lambda c=c: model.encode(c)) if model.is_image(c) else model.token_ids(c), None) for c in chunks]
     ids, place = reference["prompt_ids"], reference["image_token_id"]
     first, after = ids.index(place), len(ids) - ids[::-1].index(place)
     if way == "our-tokens":
         visual = np.array(reference["visual_tokens"], np.float32)
-        return [ids[:first], lambda: visual, ids[after:]]
-    overview = [c for c in model.chunks(MARKER, image) if model.is_image(c)][-1]  # behind the tiles
-    return [ids[:first], lambda: model.encode(overview), ids[after:]]
+        parts = [ids[:first], lambda: visual, ids[after:]]
+    else:
+        overview = [c for c in model.chunks(MARKER, image) if model.is_image(c)][-1]  # behind the tiles
+        parts = [ids[:first], lambda: model.encode(overview), ids[after:]]
+    if reference["positions"] is None:
+        return [(part, None) for part in parts]
+    places = np.array(reference["positions"])  # (3, T): time, row, column; llama.cpp wants a fourth for images
+    seen = np.concatenate([places[:, first:after], np.zeros((1, after - first), int)])
+    return list(zip(parts, (places[0, :first], seen, places[0, after:]), strict=True))
 
 
-def calls(model: LlamaCpp, parts: list) -> tuple[Callable, Callable]:
+def calls(model: LlamaCpp, parts: list[tuple]) -> tuple[Callable, Callable]:
+    last = parts[-1][1]
+    following: dict[str, int] = {}
+
     def prefill() -> np.ndarray:
         model.forget()
-        for part in parts:
+        for part, places in parts:
             if callable(part):
-                model.read_embeddings(part())
+                model.read_embeddings(part(), places)
             else:
-                model.read(part)
+                model.read(part, places)
+        following["place"] = 0 if last is None else int(last[-1]) + 1
         return model.logits()
 
     def step(token: int) -> np.ndarray:
-        model.read([token])
+        model.read([token], None if last is None else np.array([following["place"]]))
+        following["place"] += 1
         return model.logits()
 
     return prefill, step

@@ -6,6 +6,7 @@ to applications (`report`, `shrink`) and the models of the book (`mini`). Each i
 """
 
 import logging
+import sys
 
 from mmrecipes.lazy import lazy_exports
 
@@ -18,3 +19,7 @@ __getattr__, __dir__, __all__ = lazy_exports(__name__, dict.fromkeys(_whole, "")
 for _name in ("torchao", "torch.utils._pytree"):
     if not logging.getLogger(_name).level:
         logging.getLogger(_name).setLevel(logging.ERROR)
+
+# OpenVINO and NNCF tell Intel of each import and conversion, from a fork of this process, unless this package is missing:
+# nothing leaves the machine (one who imported OpenVINO before has chosen)
+sys.modules.setdefault("openvino_telemetry", None)

@@ -173,6 +173,8 @@ def project(tmp_path) -> Path:
         "growth",
         "parts",
         "larger",
+        "largest",
+        "shrink",
         "pruning",
         "quantization",
         "results",

@@ -285,6 +285,23 @@ def bench_table(content: dict[str, Any]) -> str:
     return "\n\n".join([table(head, body), *beside, *notes])
 
 
+def exports_table(content: dict[str, Any]) -> str:
+    """What it took to write each model's files, in a process of its own."""
+    names = [
+        row["name"] for row in content["rows"] if row["name"] in content["exports"] and not row["name"].startswith("PyTorch")
+    ]
+    rows = [(name, content["exports"][name]) for name in names]
+    body = [[name, f"{made['seconds']:,.0f}", f"{made['peak_mb'] / 1e3:,.1f}"] for name, made in rows]
+    return table(["writing the files of", "seconds", "peak memory, GB"], body)
+
+
+def stages_table(content: dict[str, Any]) -> str:
+    """The stages of one `shrink`, and all of it."""
+    body = [[one["stage"], f"{one['seconds']:,}"] for one in content["stages"]]
+    body.append([f"all, with a peak of {content['peak_mb'] / 1e3:.2f} GB", f"{content['seconds']:,.0f}"])
+    return table(["stage", "seconds"], body)
+
+
 MEASURES = {  # column: heading, whether more is better
     "ttft_ms": ("TTFT", False),
     "tokens_per_s": ("tokens/s", True),
@@ -396,6 +413,12 @@ def result_regions(results: Path) -> dict[str, str]:
     regions["parts"] = bench_table(parts) if parts["rows"] else "Not measured yet: `benchmarks/bench_parts.py`."
     larger = load(results / "bench-smolvlm2-500m.json")
     regions["larger"] = bench_table(larger) if larger["rows"] else UNMEASURED
+    largest = load(results / "bench-qwen2.5-vl-3b.json")
+    regions["largest"] = f"{bench_table(largest)}\n\n{exports_table(largest)}" if largest["rows"] else UNMEASURED
+    shrunk = load(results / "shrink-real-size.json")
+    regions["shrink"] = UNMEASURED
+    if "stages" in shrunk:
+        regions["shrink"] = f"{stages_table(shrunk)}\n\n{measured_on(results, ['shrink-real-size.json'])}"
     regions["results"] = result_table(tour) if tour["rows"] else UNMEASURED
     for name, made in (("growth", bench_tables.growth), ("sizes", bench_tables.sizes)):
         content = load(results / f"{name}.json")

@@ -8,6 +8,7 @@ from mmrecipes.errors import UserError
 
 GROUP = 32  # inputs that share a scale in the kernels of ONNX Runtime, OpenVINO and ExecuTorch
 CLIPPING_RATIOS = torch.linspace(0.35, 1.0, 14)  # where the last level may lie, as a fraction of the largest weight
+AT_ONCE = 2**18  # weights worked on together, which stay in the CPU's cache: seven times as fast as all of a large matrix
 _NOTHING = 1e-10  # of a group's squared largest weight: an error that comes from float32 alone
 
 
@@ -33,6 +34,10 @@ def best_scale(rows: Tensor, bits: int, importance: Tensor | None = None, signs:
     """
     if bits < 2:
         raise UserError(f"{bits} bits; expected 2 or more: one bit has no level beside zero")
+    if len(pieces := _pieces(rows)) > 1:
+        own = importance is not None and importance.ndim == 2
+        weights = _pieces(importance) if own else [importance] * len(pieces)
+        return torch.cat([best_scale(piece, bits, w, signs) for piece, w in zip(pieces, weights, strict=True)])
     largest = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 1)
     importance = torch.ones_like(rows[0]) if importance is None else importance
     best, least = largest, torch.full_like(largest, torch.inf)
@@ -49,6 +54,12 @@ def pack(weight: Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """
     if bits not in (2, 4, 8):
         raise UserError(f"pack: bits={bits}; ONNX Runtime's kernels have 2, 4 and 8")
+    pieces = [_packed(rows, bits) for rows in _pieces(weight)]
+    numbers, scales = (np.concatenate(column) for column in zip(*pieces, strict=True))
+    return numbers, scales
+
+
+def _packed(weight: Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]:
     half, w = 2 ** (bits - 1), _padded(weight)
     scale = group_scales(weight, bits).view(-1, 1)
     q = (w / scale).round().clamp(-half, half - 1).add(half).to(torch.uint8)
@@ -65,10 +76,11 @@ def grouped_bytes(weight: Tensor, bits: int) -> int:
 
 def group_scales(weight: Tensor, bits: int, signs: tuple[int, ...] = (1, -1)) -> Tensor:
     """The scale of each group of 32 of `weight` (out, in): (out, groups). Weights on quantization levels stay on them."""
-    w = _padded(weight)
-    scale, error = _levels(w, bits, signs)
-    best = torch.where(error > _NOTHING, best_scale(w, bits, signs=signs), scale) if bits <= 4 else scale
-    return best.view(len(weight), -1)
+    found = []
+    for w in map(_padded, _pieces(weight)):
+        scale, error = _levels(w, bits, signs)
+        found.append(torch.where(error > _NOTHING, best_scale(w, bits, signs=signs), scale) if bits <= 4 else scale)
+    return torch.cat(found).view(len(weight), -1)
 
 
 def packed_values(weight: Tensor, bits: int, signs: tuple[int, ...] = (1, -1)) -> Tensor:
@@ -79,7 +91,11 @@ def packed_values(weight: Tensor, bits: int, signs: tuple[int, ...] = (1, -1)) -
 
 def on_grid(weight: Tensor, bits: int = 4) -> bool:
     """Whether `weight` (out, in) was rounded to `bits` bits in groups of 32 before, so that packing it loses nothing."""
-    return bool((_levels(_padded(weight), bits)[1] <= _NOTHING).all())
+    return all(bool((_levels(_padded(rows), bits)[1] <= _NOTHING).all()) for rows in _pieces(weight))
+
+
+def _pieces(weight: Tensor) -> tuple[Tensor, ...]:
+    return weight.split(max(1, AT_ONCE // weight.shape[1]))
 
 
 def _padded(weight: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ def test_weights_that_do_not_divide_into_groups_and_products_with_a_bias_are_pac
     ids = torch.arange(6).reshape(1, 6)
     path = onnx_export.to_onnx(plain, {"input": ids}, tmp_path / "graph.onnx", {})
     assert "Gemm" in [node.op_type for node in onnx.load(path).graph.node], "the test must see one"
-    backend.to_nbits(path, bits)
+    backend.replace_nodes(path, backend.nbits(bits))
     kinds = [node.op_type for node in onnx.load(path).graph.node]
     assert "MatMulNBits" in kinds and "GatherBlockQuantized" in kinds and "Gemm" not in kinds
     with torch.inference_mode():

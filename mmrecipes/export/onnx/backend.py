@@ -1,6 +1,7 @@
 """`export.export` for ONNX Runtime: vision.onnx and language.onnx, in fp32, int8 or with weights of 4 bits."""
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def _write_language(model: nn.Module, path: Path, batches: bool) -> None:
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
     decoder, example, axes = wrappers.language_wrapper(model, batches)
-    with quiet.library_logs(), _fusions(causal=not decoder.family.masks):
+    with quiet.library_logs(), _fusions(not decoder.family.masks, path.parent):
         # fused: attention with cache and rotary embedding (GroupQueryAttention), norms with sums, products of one input
         config = OnnxConfig(dynamic_shapes=axes, ort_fusions="cpu", prefer_deferred_runtime_asserts_over_guards=True)
         program = OnnxExporter().export(decoder, example, config).program
@@ -61,24 +62,37 @@ def _write_language(model: nn.Module, path: Path, batches: bool) -> None:
 
 def round_weights(path: Path, precision: str) -> None:
     """The weights of the graph at `path`, vision.onnx or language.onnx, in "int8", "int4" or "mixed"; in others, as they are."""
-    if precision in ("int4", "mixed"):
-        to_nbits(path, 4, rounded=precision == "mixed")
+    ways = [nbits(4, rounded=precision == "mixed")] if precision in ("int4", "mixed") else []
     if precision in ("int8", "mixed"):
         if path.stem == "language":  # one scale for all inputs is too coarse for OUTLIER_LAYERS; embeddings and the head
             scopes = graphs.module_scopes(path)
             coarse = {name for name, scope in scopes.items() if any(layer in scope for layer in OUTLIER_LAYERS)}
-            to_nbits(path, 8, only=lambda node: node.op_type != "MatMul" or node.name in coarse)
-        to_dynamic_int8(path)
+            ways.append(nbits(8, only=lambda node: node.op_type != "MatMul" or node.name in coarse))
+        ways.append(int8_channels)
+    if ways:
+        replace_nodes(path, *ways)
 
 
 @contextlib.contextmanager
-def _fusions(causal: bool) -> Iterator[None]:
-    """ONNX Runtime's GroupQueryAttention only looks back, whatever its mask: nothing for images whose tokens see each other."""
+def _fusions(causal: bool, folder: Path) -> Iterator[None]:
+    """ONNX Runtime's GroupQueryAttention only looks back, whatever its mask: nothing for images whose tokens see each other.
+    Weights that are put together (of products with one input) lie in a file in `folder`: of 3B parameters they are 7 GB."""
     from transformers.exporters import onnxruntime_fusions as fusions
 
     kept = tuple(step for step in fusions._STEPS if causal or step[0] is not fusions._fuse_group_query_attention)
-    size = fusions._static_dim
+    size, initializer = fusions._static_dim, fusions._initializer
+
+    def on_disk(array: np.ndarray) -> np.ndarray:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            held = np.memmap(file, array.dtype, "w+", shape=array.shape)
+        held[:] = array
+        return held
+
+    def stored(graph, name, array):
+        return initializer(graph, name, on_disk(array) if array.nbytes > 2**24 else array)
+
     with (
+        patch_attribute(fusions, "_initializer", lambda _: stored),
         patch_attribute(fusions, "_STEPS", lambda _: kept),
         # fused of batches, too: several new tokens of several rows, which the kernel does not take, are never asked for
         patch_attribute(fusions, "_static_dim", lambda _: lambda value, axis: size(value, axis) if axis else 1),
@@ -137,8 +151,8 @@ def _with_lengths(program, batches: bool) -> None:
     graph.inputs.append(given)
 
 
-def to_nbits(path: Path, bits: int, only: Callable[..., bool] | None = None, rounded: bool = False) -> None:
-    """Products with a constant matrix, and look-ups in one, get weights of `bits` bits in the graph at `path` (notebook 14).
+def nbits(bits: int, only: Callable[..., bool] | None = None, rounded: bool = False) -> Callable[..., tuple | None]:
+    """A way (`replace_nodes`) of products with a constant matrix, and of look-ups in one: weights of `bits` bits (notebook 14).
     Groups of 32 weights along the inputs share a scale, zero is in the middle; MatMulNBits rounds activations to int8 by the same
     groups (`accuracy_level` 4, the fast one). `only` says of a node (NodeProto) whether it may; with `rounded`, only weights that
     lie on a grid of so many bits already.
@@ -154,30 +168,25 @@ def to_nbits(path: Path, bits: int, only: Callable[..., bool] | None = None, rou
         options |= {"K": weight.shape[1], "N": weight.shape[0], "accuracy_level": 4}
         return "MatMulNBits", f"{bits}_groups", stored, options
 
-    _replace_nodes(path, replacement)
+    return replacement
 
 
-def to_dynamic_int8(path: Path) -> None:
-    """Products with a constant matrix get dynamic int8, one scale a channel, in the graph at `path`.
-    As by `dynamic_int8`, with one weight in memory at a time instead of several copies of all. Weights have 7 bits: without VNNI,
-    sums of two products of 8 bits saturate (notebook 11).
+def int8_channels(node, weight: Tensor) -> tuple | None:
+    """A way (`replace_nodes`) of products with a constant matrix: dynamic int8, one scale a channel (`dynamic_int8`). Weights
+    have 7 bits: without VNNI, sums of two products of 8 bits saturate (notebook 11). Changes `weight`.
     """
-
-    def replacement(node, weight: Tensor) -> tuple | None:
-        if node.op_type == "Gather":
-            return None
-        scale = weight.abs().amax(1).clamp(min=1e-12) / 63
-        numbers = (weight / scale[:, None]).round().to(torch.int8).T.contiguous()
-        return "DynamicQuantizeMatMul", "channels", (numbers.numpy(), scale.numpy()), {}
-
-    _replace_nodes(path, replacement)
+    if node.op_type == "Gather":
+        return None
+    scale = torch.maximum(weight.amax(1), -weight.amin(1)).clamp(min=1e-12) / 63
+    numbers = weight.div_(scale[:, None]).round_().to(torch.int8).T.contiguous()
+    return "DynamicQuantizeMatMul", "channels", (numbers.numpy(), scale.numpy()), {}
 
 
-def _replace_nodes(path: Path, replacement: Callable[..., tuple | None]) -> None:
+def replace_nodes(path: Path, *ways: Callable[..., tuple | None]) -> None:
     """Let kernels of ONNX Runtime's own read what is a constant matrix in the graph at `path`.
-    `replacement` gets a node and its weight, (out, in) or (rows, width), and gives None, or the kernel's name, an ending for the
-    names of what it reads, (numbers, scales) and the kernel's attributes. One weight is in memory at a time. The kernels add no
-    bias (Gemm's), and look up whole groups: an Add or a Slice after them does the rest.
+    Each of `ways` gets a node and its weight, (out, in) or (rows, width), and gives None, or the kernel's name, an ending for the
+    names of what it reads, (numbers, scales) and the kernel's attributes; the first that gives one is taken. One weight is in
+    memory at a time. The kernels add no bias (Gemm's), and look up whole groups: an Add or a Slice after them does the rest.
     """
     import onnx
     from onnx import helper, numpy_helper
@@ -197,8 +206,9 @@ def _replace_nodes(path: Path, replacement: Callable[..., tuple | None]) -> None
         plain = port == 0 or (factors == {1} and not any(attributes.values()))
         if len(constant.dims) != 2 or constant.data_type != onnx.TensorProto.FLOAT or not plain:
             continue
-        weight = torch.from_numpy(numpy_helper.to_array(constant, str(path.parent)).copy())
-        new = replacement(node, weight.T.contiguous() if port and not transposed else weight)
+        weight = graphs.mapped(constant, path.parent)
+        weight = torch.from_numpy(np.array(weight.T if port and not transposed else weight, order="C"))
+        new = next((found for way in ways if (found := way(node, weight))), None)
         if new is None:
             continue
         kernel, ending, stored, options = new
@@ -218,7 +228,8 @@ def _replace_nodes(path: Path, replacement: Callable[..., tuple | None]) -> None
         nodes[-1:] = [new, *rest]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    model.graph.initializer.extend(added.values())
+    while added:  # each is copied
+        model.graph.initializer.append(added.pop(next(iter(added))))
     used = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
     for values in (model.graph.initializer, model.graph.value_info):
         kept = [value for value in values if value.name in used]

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.exporters.exporter_dynamo import patch_forward_signature
@@ -94,11 +95,25 @@ def strip_metadata(graph: str | Path) -> None:
     """Take out of the file at `graph` what the exporter noted for people: which line of which file each node came from."""
     import onnx
 
-    model = onnx.load(str(graph))
+    model = onnx.load(str(graph), load_external_data=False)
     for owner in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
         del owner.metadata_props[:]
         owner.doc_string = ""
-    save_onnx(model, graph)
+    if not any(tensor.external_data for tensor in model.graph.initializer):
+        save_onnx(model, graph)
+        return
+    with written_aside(graph) as aside:  # the weights stay where they are
+        onnx.save(model, str(aside))
+
+
+def mapped(tensor, folder: Path) -> np.ndarray:
+    """The values of a TensorProto of float32 numbers, not read into memory where they lie in a file in `folder`."""
+    from onnx import numpy_helper
+
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    if not place:
+        return numpy_helper.to_array(tensor)
+    return np.memmap(folder / place["location"], np.float32, "r", int(place.get("offset", 0)), tuple(tensor.dims))
 
 
 def save_onnx(model, path: str | Path) -> Path:
