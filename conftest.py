@@ -4,6 +4,7 @@ Property tests draw the same examples every time (profile `ci`), so that a failu
 `make fuzz` draws new ones, and many (`--hypothesis-profile=random`, or the environment variable HYPOTHESIS_PROFILE).
 """
 
+import gc
 import os
 
 ENVIRONMENT = {  # set before anything imports huggingface_hub; the kernels of notebooks inherit it
@@ -20,3 +21,12 @@ from hypothesis import settings  # noqa: E402
 settings.register_profile("ci", derandomize=True, max_examples=40, deadline=None)
 settings.register_profile("random", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# Python looks for cycles among all objects, of which a test process of an hour holds millions: a tenth of its time
+gc.set_threshold(50_000, 20, 50)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: nothing of it needs to be looked through again."""
+    gc.collect()
+    gc.freeze()

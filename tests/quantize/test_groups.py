@@ -5,6 +5,7 @@ import torch
 
 from mmrecipes import quantize
 from mmrecipes.errors import UserError
+from mmrecipes.quantize import groups
 
 
 def unpacked(q, scales, bits, wide):
@@ -45,3 +46,19 @@ def test_zeros_stay_zero_and_other_widths_are_refused():
     assert not unpacked(*quantize.pack(torch.zeros(3, 32), 4), 4, 32).any()
     with pytest.raises(UserError, match="have 2, 4 and 8"):
         quantize.pack(torch.zeros(3, 32), 3)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_pieces_of_a_large_matrix_give_what_the_whole_does(bits, monkeypatch):
+    """Also where the last piece is smaller, and where a row alone is larger than a piece."""
+    torch.manual_seed(0)
+    weight, importance = torch.randn(70, 96), torch.rand(70, 96)
+    found = []
+    for at_once in (2**18, 96 * 16, 10):
+        monkeypatch.setattr(groups, "AT_ONCE", at_once)
+        numbers, scales = groups.pack(weight, bits)
+        values = [torch.from_numpy(numbers), torch.from_numpy(scales), groups.packed_values(weight, bits)]
+        values += [groups.best_scale(weight, bits, given) for given in (None, importance[0], importance)]
+        found.append([*values, groups.group_scales(weight, bits), torch.tensor(groups.on_grid(values[2], bits))])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))

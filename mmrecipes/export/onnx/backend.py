@@ -232,9 +232,9 @@ def replace_nodes(path: Path, *ways: Callable[..., tuple | None]) -> None:
         model.graph.initializer.append(added.pop(next(iter(added))))
     used = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
     for values in (model.graph.initializer, model.graph.value_info):
-        kept = [value for value in values if value.name in used]
-        del values[:]
-        values.extend(kept)
+        for i in reversed(range(len(values))):
+            if values[i].name not in used:
+                del values[i]
     if not any(o.domain == "com.microsoft" for o in model.opset_import):
         model.opset_import.add(domain="com.microsoft", version=1)
     onnx.load_external_data_for_model(model, str(path.parent))
