@@ -23,7 +23,7 @@ settings.register_profile("random", max_examples=1000, deadline=None, print_blob
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 # Python looks for cycles among all objects, of which a test process of an hour holds millions: a tenth of its time
-gc.set_threshold(50_000, 20, 50)
+gc.set_threshold(20_000, 10, 10)
 
 
 def pytest_collection_finish() -> None:

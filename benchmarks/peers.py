@@ -168,7 +168,8 @@ def run(folder: Path, how: str) -> dict:
 
     row = measured(lambda: LlamaCpp(folder, THREADS, way != "our-tokens"), prepared, folder, reference["tokens"])
     types = (folder / "types.txt").read_text()
-    return row | {"note": f"{NOTES[way]}; matrices of the language model: {types}"}
+    read = "the prompt that all others get, with its places" if reference["positions"] else NOTES[way]
+    return row | {"note": f"{read}; matrices of the language model: {types}"}
 
 
 def main(command: str, place: str, how: str) -> None:

@@ -280,7 +280,8 @@ def bench_table(content: dict[str, Any]) -> str:
         body.append([row["name"], *times, f"{row['disk_mb']:,.0f}", *(f"{row[key]:.1f}" for key in fresh), error])
     head = ["variant", "TTFT ms", "tokens/s", "peak MB", "disk MB", *(FRESH[key] for key in fresh), "logit error"]
     notes = [f"{row['name']}: {row['note']}." for row in content["rows"] if "note" in row] + content.get("notes", [])
-    notes.append(f"Each row is the median of {content['rounds']} fresh processes. Measured on {where(content['environment'])}.")
+    rounds = "one fresh process" if content["rounds"] == 1 else f"the median of {content['rounds']} fresh processes"
+    notes.append(f"Each row is {rounds}. Measured on {where(content['environment'])}.")
     beside = [peers_table(content)] if any(row["name"].startswith("ours: ") for row in content["rows"]) else []
     return "\n\n".join([table(head, body), *beside, *notes])
 
