@@ -20,6 +20,5 @@ for _name in ("torchao", "torch.utils._pytree"):
     if not logging.getLogger(_name).level:
         logging.getLogger(_name).setLevel(logging.ERROR)
 
-# OpenVINO and NNCF tell Intel of each import and conversion, from a fork of this process, unless this package is missing:
-# nothing leaves the machine (one who imported OpenVINO before has chosen)
+# OpenVINO and NNCF tell Intel of each import and conversion where this package is there: nothing shall leave the machine
 sys.modules.setdefault("openvino_telemetry", None)

@@ -134,7 +134,7 @@ def test_sizes():
     core = [p for p in FILES if top(module_name(p)) in CORE]
     assert line_count(core) <= 2_500
     # 168 of them for checkpoints in the format of vLLM, 1,060 for serving (20 for its page, 30 to predict it), 320 for GenAI
-    assert line_count(sorted(PACKAGE.rglob("*.py"))) <= 16_775
+    assert line_count(sorted(PACKAGE.rglob("*.py"))) <= 16_750
     for path in FILES:
         assert line_count([path]) <= 300, path
 
@@ -172,15 +172,15 @@ def test_every_public_function_is_used():
 WATCHED = """
 import sys, time
 said = []
-sys.addaudithook(lambda event, args: said.append(event) if event in ("os.fork", "subprocess.Popen", "socket.connect") else None)
+sys.addaudithook(lambda event, args: said.append(event) if event in ("os.fork", "socket.connect") else None)
 import mmrecipes
 import openvino
 time.sleep(1)  # OpenVINO's reports are sent from a thread
-print(said)
+print(said, sys.modules['openvino_telemetry'])
 """
 
 
 def test_openvino_reports_nothing_to_its_maker() -> None:
     env = {k: v for k, v in os.environ.items() if k not in ("CI", "TF_BUILD", "JENKINS_URL")}  # there it is silent by itself
     done = subprocess.run([sys.executable, "-c", WATCHED], capture_output=True, text=True, env=env)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    assert done.stdout.strip() == "[] None", done.stdout + done.stderr

@@ -1,8 +1,7 @@
 """A vision-language model as a directory that another runtime answers from, checked against its source before it is kept.
 
 Two graphs: `vision` (pixels to visual tokens, connector included) and `language` (tokens and visual tokens, after a KV cache, to
-the logits of the next token). One graph does prefill and decode, so its weights are stored once. Batches of one: no padding, so
-no mask, and the cache can stay in the runtime. `inference.load_exported` reads it back.
+the logits of the next token). One graph does prefill and decode, so its weights are stored once. `load_exported` reads it back.
 """
 
 import contextlib

@@ -35,8 +35,7 @@ def best_scale(rows: Tensor, bits: int, importance: Tensor | None = None, signs:
     if bits < 2:
         raise UserError(f"{bits} bits; expected 2 or more: one bit has no level beside zero")
     if len(pieces := _pieces(rows)) > 1:
-        own = importance is not None and importance.ndim == 2
-        weights = _pieces(importance) if own else [importance] * len(pieces)
+        weights = [importance] * len(pieces) if importance is None or importance.ndim == 1 else _pieces(importance)
         return torch.cat([best_scale(piece, bits, w, signs) for piece, w in zip(pieces, weights, strict=True)])
     largest = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 1)
     importance = torch.ones_like(rows[0]) if importance is None else importance
@@ -54,12 +53,9 @@ def pack(weight: Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """
     if bits not in (2, 4, 8):
         raise UserError(f"pack: bits={bits}; ONNX Runtime's kernels have 2, 4 and 8")
-    pieces = [_packed(rows, bits) for rows in _pieces(weight)]
-    numbers, scales = (np.concatenate(column) for column in zip(*pieces, strict=True))
-    return numbers, scales
-
-
-def _packed(weight: Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    if len(pieces := _pieces(weight)) > 1:
+        numbers, scales = zip(*(pack(rows, bits) for rows in pieces), strict=True)
+        return np.concatenate(numbers), np.concatenate(scales)
     half, w = 2 ** (bits - 1), _padded(weight)
     scale = group_scales(weight, bits).view(-1, 1)
     q = (w / scale).round().clamp(-half, half - 1).add(half).to(torch.uint8)

@@ -82,14 +82,13 @@ def _fusions(causal: bool, folder: Path) -> Iterator[None]:
     kept = tuple(step for step in fusions._STEPS if causal or step[0] is not fusions._fuse_group_query_attention)
     size, initializer = fusions._static_dim, fusions._initializer
 
-    def on_disk(array: np.ndarray) -> np.ndarray:
+    def stored(graph, name, array):
+        if array.nbytes <= 2**24:
+            return initializer(graph, name, array)
         with tempfile.TemporaryFile(dir=folder) as file:
             held = np.memmap(file, array.dtype, "w+", shape=array.shape)
         held[:] = array
-        return held
-
-    def stored(graph, name, array):
-        return initializer(graph, name, on_disk(array) if array.nbytes > 2**24 else array)
+        return initializer(graph, name, held)
 
     with (
         patch_attribute(fusions, "_initializer", lambda _: stored),
@@ -153,9 +152,8 @@ def _with_lengths(program, batches: bool) -> None:
 
 def nbits(bits: int, only: Callable[..., bool] | None = None, rounded: bool = False) -> Callable[..., tuple | None]:
     """A way (`replace_nodes`) of products with a constant matrix, and of look-ups in one: weights of `bits` bits (notebook 14).
-    Groups of 32 weights along the inputs share a scale, zero is in the middle; MatMulNBits rounds activations to int8 by the same
-    groups (`accuracy_level` 4, the fast one). `only` says of a node (NodeProto) whether it may; with `rounded`, only weights that
-    lie on a grid of so many bits already.
+    Groups of 32 weights along the inputs share a scale; MatMulNBits rounds activations to int8 by the same groups. `only` says of
+    a node (NodeProto) whether it may; with `rounded`, only weights that lie on a grid of so many bits already.
     """
 
     def replacement(node, weight: Tensor) -> tuple | None:
@@ -165,16 +163,14 @@ def nbits(bits: int, only: Callable[..., bool] | None = None, rounded: bool = Fa
         if node.op_type == "Gather":
             options |= {"gather_axis": 0, "quantize_axis": 1}
             return "GatherBlockQuantized", f"{bits}_rows", [t.reshape(len(weight), -1) for t in stored], options
-        options |= {"K": weight.shape[1], "N": weight.shape[0], "accuracy_level": 4}
+        options |= {"K": weight.shape[1], "N": weight.shape[0], "accuracy_level": 4}  # the fast one
         return "MatMulNBits", f"{bits}_groups", stored, options
 
     return replacement
 
 
 def int8_channels(node, weight: Tensor) -> tuple | None:
-    """A way (`replace_nodes`) of products with a constant matrix: dynamic int8, one scale a channel (`dynamic_int8`). Weights
-    have 7 bits: without VNNI, sums of two products of 8 bits saturate (notebook 11). Changes `weight`.
-    """
+    """A way (`replace_nodes`) of products: dynamic int8, 7 bits for CPUs without VNNI (notebook 11). Overwrites `weight`."""
     if node.op_type == "Gather":
         return None
     scale = torch.maximum(weight.amax(1), -weight.amin(1)).clamp(min=1e-12) / 63
@@ -189,6 +185,7 @@ def replace_nodes(path: Path, *ways: Callable[..., tuple | None]) -> None:
     memory at a time. The kernels add no bias (Gemm's), and look up whole groups: an Add or a Slice after them does the rest.
     """
     import onnx
+    import onnx_ir
     from onnx import helper, numpy_helper
 
     model = onnx.load(str(path), load_external_data=False)
@@ -206,7 +203,7 @@ def replace_nodes(path: Path, *ways: Callable[..., tuple | None]) -> None:
         plain = port == 0 or (factors == {1} and not any(attributes.values()))
         if len(constant.dims) != 2 or constant.data_type != onnx.TensorProto.FLOAT or not plain:
             continue
-        weight = graphs.mapped(constant, path.parent)
+        weight = onnx_ir.serde.deserialize_tensor(constant, str(path.parent)).numpy()  # of a file: mapped, not read
         weight = torch.from_numpy(np.array(weight.T if port and not transposed else weight, order="C"))
         new = next((found for way in ways if (found := way(node, weight))), None)
         if new is None:
@@ -232,9 +229,8 @@ def replace_nodes(path: Path, *ways: Callable[..., tuple | None]) -> None:
         model.graph.initializer.append(added.pop(next(iter(added))))
     used = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
     for values in (model.graph.initializer, model.graph.value_info):
-        for i in reversed(range(len(values))):
-            if values[i].name not in used:
-                del values[i]
+        for i in [i for i, value in enumerate(values) if value.name not in used][::-1]:
+            del values[i]
     if not any(o.domain == "com.microsoft" for o in model.opset_import):
         model.opset_import.add(domain="com.microsoft", version=1)
     onnx.load_external_data_for_model(model, str(path.parent))

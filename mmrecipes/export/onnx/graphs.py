@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.exporters.exporter_dynamo import patch_forward_signature
@@ -99,21 +98,11 @@ def strip_metadata(graph: str | Path) -> None:
     for owner in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
         del owner.metadata_props[:]
         owner.doc_string = ""
-    if not any(tensor.external_data for tensor in model.graph.initializer):
+    if any(tensor.external_data for tensor in model.graph.initializer):  # the weights stay where they are
+        with written_aside(graph) as aside:
+            onnx.save(model, str(aside))
+    else:
         save_onnx(model, graph)
-        return
-    with written_aside(graph) as aside:  # the weights stay where they are
-        onnx.save(model, str(aside))
-
-
-def mapped(tensor, folder: Path) -> np.ndarray:
-    """The values of a TensorProto of float32 numbers, not read into memory where they lie in a file in `folder`."""
-    from onnx import numpy_helper
-
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    if not place:
-        return numpy_helper.to_array(tensor)
-    return np.memmap(folder / place["location"], np.float32, "r", int(place.get("offset", 0)), tuple(tensor.dims))
 
 
 def save_onnx(model, path: str | Path) -> Path:
