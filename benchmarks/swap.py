@@ -161,14 +161,14 @@ def _runtimes(whole: dict[str, nn.Module], rows: Dataset, folder: Path) -> dict:
             at = export.export(model, folder / key, "onnx", precisions, images=given)
             loaded[key] = inference.load_exported(at)
             sizes[key] = sum(f.stat().st_size for f in at.glob("vision.onnx*"))
-            runs[key] = partial(loaded[key].encode_images, wrappers.calibration_pixels(model, pictures[:1])[0])
+            runs[key] = partial(loaded[key].encode_images, _pixels(model, pictures[:1])[0])
             if convolutions and vision == "static" and (kept := LAST.get(name)):  # the same, its last convolutions in float
                 key = f"{key} but for its last stage"
                 other = folder / key
                 shutil.copytree(at, other)
                 for graph in other.glob("vision.onnx*"):
                     graph.unlink()
-                seen = torch.from_numpy(np.concatenate(wrappers.calibration_pixels(model, pictures)))
+                seen = torch.from_numpy(np.concatenate(_pixels(model, pictures)))
                 # once more: `export` leaves out of its graphs which module a node is of
                 encoder, image = wrappers.vision_wrapper(model)
                 floats = onnx.to_onnx(encoder, {"pixel_values": image}, folder / "floats.onnx", {})
@@ -176,7 +176,7 @@ def _runtimes(whole: dict[str, nn.Module], rows: Dataset, folder: Path) -> dict:
                 onnx.static_int8(floats, seen.split(1), other / "vision.onnx", config)
                 loaded[key] = inference.load_exported(other, check=False)  # its checksums are those of the other graph
                 sizes[key] = sum(f.stat().st_size for f in other.glob("vision.onnx*"))
-                runs[key] = partial(loaded[key].encode_images, wrappers.calibration_pixels(model, pictures[:1])[0])
+                runs[key] = partial(loaded[key].encode_images, _pixels(model, pictures[:1])[0])
     asked = [(r["image"], r["question"]) for r in rows.select(range(5))]
     questions = {k: partial(_each, e, asked) for k, e in loaded.items()}
     eyes, five = measure.wall(runs, repeats=51), measure.wall(questions, repeats=11)
@@ -185,6 +185,11 @@ def _runtimes(whole: dict[str, nn.Module], rows: Dataset, folder: Path) -> dict:
         if not key.endswith("fp32"):
             found[key] |= answers(loaded[key], rows)
     return found
+
+
+def _pixels(model: nn.Module, images: list) -> list[np.ndarray]:
+    """What the vision wrapper takes, (1, 3, H, W) each: the images as the model's processor makes them."""
+    return [run["pixel_values"] for image in images for run in wrappers.vision_inputs(model, [image])]
 
 
 def _openvino(whole: dict[str, nn.Module], rows: Dataset | None, folder: Path, threads: int | None = None) -> dict:
@@ -201,7 +206,7 @@ def _openvino(whole: dict[str, nn.Module], rows: Dataset | None, folder: Path, t
             if not at.exists():
                 export.export(model, at, "openvino", {"vision": vision, "language": "fp32"}, images=given)
             loaded[key], sizes[key] = inference.load_exported(at, threads), sum(f.stat().st_size for f in at.glob("vision*"))
-            runs[key] = partial(loaded[key].encode_images, wrappers.calibration_pixels(model, pictures[:1])[0])
+            runs[key] = partial(loaded[key].encode_images, _pixels(model, pictures[:1])[0])
     found = {k: {"ms": ms, "bytes": sizes[k]} for k, ms in measure.wall(runs, repeats=51).items()}
     for key in (k for k in found if rows and k.endswith(("int8", "static"))):
         found[key] |= answers(loaded[key], rows)

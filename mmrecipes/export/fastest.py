@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from mmrecipes.errors import UserError, require
+from mmrecipes.errors import UserError
 from mmrecipes.export import pipeline, wrappers
-from mmrecipes.inference.backends import GRAPHS, PACKAGES, runtimes
+from mmrecipes.inference.backends import GRAPHS, runtimes
 from mmrecipes.inference.exported import read_manifest
 from mmrecipes.interrupt import temporary_directory
 from mmrecipes.measure import timing
@@ -41,19 +41,20 @@ def choose_vision_(model: nn.Module, folder: Path, images: Sequence[Image.Image]
         raise UserError(f"choose_vision_: {folder} is for ExecuTorch; give an export for onnx or openvino")
     encoder = wrappers.vision_graph(model)[0]
     with torch.inference_mode():
-        wanted = encoder(**{name: torch.from_numpy(np.asarray(x)) for name, x in runs[0].items()}).numpy()
+        wanted = encoder(**{name: torch.from_numpy(np.asarray(x)) for name, x in runs[0].items()}).numpy().reshape(-1)
     with temporary_directory(folder.parent, "vision-") as aside:
         places = {own: folder}
         for runtime, precision in CANDIDATES:
-            if (runtime, precision) != own and _installed(runtime):
+            if (runtime, precision) != own:
                 place = places[runtime, precision] = aside / f"{runtime}-{precision}"
                 place.mkdir()
                 try:
                     pipeline.BACKENDS[runtime].write(model, place, {"vision": precision}, runs, False)
-                except Exception:  # whatever an encoder that nobody tried makes the quantizers raise: the export stays as it is
+                except Exception:  # no runtime, or what a new encoder makes quantizers raise: the export stays as it is
                     del places[runtime, precision]
         loaded = {how: GRAPHS[how[0]](place, {"vision": how[1]}, None) for how, place in places.items()}
-        errors = {how: _error(graphs.encode(runs[0]), wanted) for how, graphs in loaded.items()}
+        found = {how: graphs.encode(runs[0]).reshape(-1) for how, graphs in loaded.items()}
+        errors = {how: float(np.linalg.norm(each - wanted) / np.linalg.norm(wanted)) for how, each in found.items()}
         times = timing.wall({how: partial(graphs.encode, runs[0]) for how, graphs in loaded.items()}, repeats)
         sound = [how for how in places if how == own or errors[how] <= pipeline.TOLERANCE[how[1]]]
         best = min(sound, key=lambda how: times[how]["median"])
@@ -63,18 +64,6 @@ def choose_vision_(model: nn.Module, folder: Path, images: Sequence[Image.Image]
             _replace(model, folder, places[best], {**by_part, "vision": best[0]}, {**precisions, "vision": best[1]})
     rows = [{"runtime": how[0], "precision": how[1], "ms": times[how], "error": errors[how]} for how in places]
     return [row | {"kept": (row["runtime"], row["precision"]) == best} for row in rows]
-
-
-def _installed(runtime: str) -> bool:
-    try:
-        require(PACKAGES[runtime], *(["nncf"] if runtime == "openvino" else []))
-    except ImportError:
-        return False
-    return True
-
-
-def _error(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(found.reshape(-1) - wanted.reshape(-1)) / np.linalg.norm(wanted))
 
 
 def _replace(model: nn.Module, folder: Path, place: Path, by_part: dict[str, str], precisions: dict[str, str]) -> None:

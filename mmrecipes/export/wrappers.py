@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -118,11 +117,6 @@ class Idefics3Vision(nn.Module):
         hidden = self.patches(pixel_values) + self.positions
         hidden = self.encoder.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state
         return self.connector(self.encoder.post_layernorm(hidden))
-
-
-def calibration_pixels(model: nn.Module, images: Sequence[Image.Image | str | Path]) -> list[np.ndarray]:
-    """What the vision wrapper takes, (1, 3, H, W) each: the images (or their tiles) as the model's processor makes them."""
-    return [run["pixel_values"] for image in images for run in vision_inputs(model, [image])]
 
 
 def language_wrapper(model: nn.Module, batches: bool = False) -> tuple[nn.Module, dict[str, object], dict[str, object]]:

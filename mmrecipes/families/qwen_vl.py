@@ -3,6 +3,8 @@
 An image arrives as patches (P, width), ordered in blocks of merge x merge, and with its grid (1, rows, columns).
 """
 
+import math
+
 import numpy as np
 
 from mmrecipes.families import gated_delta
@@ -12,7 +14,8 @@ from mmrecipes.families.family import Family, Inputs, Settings
 def images(inputs: Inputs, settings: Settings) -> list[dict[str, np.ndarray]]:
     """Each image's patches, their places, and what the encoder needs to know of its grid."""
     pixels, found = np.asarray(inputs["pixel_values"], np.float32), []
-    for start, (_, rows, columns) in zip(_starts(inputs), _grids(inputs), strict=True):
+    starts = np.cumsum([0, *(math.prod(grid) for grid in _grids(inputs))])
+    for start, (_, rows, columns) in zip(starts[:-1], _grids(inputs), strict=True):
         patches = pixels[start : start + rows * columns]
         run = {"pixel_values": patches, "position_ids": in_blocks(rows, columns, settings["merge"])}
         if settings["window"]:
@@ -27,10 +30,6 @@ def images(inputs: Inputs, settings: Settings) -> list[dict[str, np.ndarray]]:
 
 def _grids(inputs: Inputs) -> list[tuple[int, int, int]]:
     return [tuple(int(n) for n in grid) for grid in np.asarray(inputs["image_grid_thw"])]
-
-
-def _starts(inputs: Inputs) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(np.prod(np.asarray(inputs["image_grid_thw"]), axis=1))[:-1]]).astype(int)
 
 
 def in_blocks(rows: int, columns: int, merge: int) -> np.ndarray:

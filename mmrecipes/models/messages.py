@@ -57,7 +57,7 @@ def conversation(processor: "ProcessorMixin", images: Any, text: str | Sequence[
     else:
         if not isinstance(text, list | tuple) or not all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in text):
             raise UserError(f"text: {text!r:.80}; expected a question, or a list of messages with a role and a content each")
-        text = [t | {"content": _as_parts(t["content"])} for t in text]
+        text = [t | {"content": [{"type": "text", "text": c}] if isinstance(c := t["content"], str) else c} for t in text]
         places = [part for turn in text for part in turn["content"] if part.get("type") == "image"]
         given = iter(images)
         shown = [part["image"] if "image" in part else next(given, None) for part in places]
@@ -65,7 +65,3 @@ def conversation(processor: "ProcessorMixin", images: Any, text: str | Sequence[
             raise UserError(f"{len(images)} images, and {len(places)} places for them in the messages: give as many")
     prompt = processor.apply_chat_template(text, add_generation_prompt=True)
     return processed(processor, [[load_image(image) for image in shown]] if shown else None, [prompt], "np")
-
-
-def _as_parts(content: str | Sequence[dict]) -> Sequence[dict]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content

@@ -1,5 +1,6 @@
 """The graphs compute what the model does, in fp32 and near it in int8, and `attach` answers through them."""
 
+import contextlib
 import logging
 
 import numpy as np
@@ -129,6 +130,17 @@ def test_idle_sessions_leave_the_cores_alone(graphs):
     options = inference.onnx_session(graphs["vision"], 2).get_session_options()
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
     assert options.intra_op_num_threads == 2
+
+
+def test_the_quick_conversion_writes_the_same_graph(tmp_path, monkeypatch):
+    """A language model's: its rules (norms, rotary embedding, attention, products of one input) match several operators each."""
+    llava, written = tiny.llava(layers=2), []
+    for name, way in (("quick", backend.graphs.quick_conversion), ("plain", contextlib.nullcontext)):
+        monkeypatch.setattr(backend.graphs, "quick_conversion", way)
+        (tmp_path / name).mkdir()
+        backend.write_onnx(llava, tmp_path / name, dict.fromkeys(export.PARTS, "fp32"), ())
+        written.append({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()})
+    assert len(written[0]) == 4 and written[0] == written[1]
 
 
 def test_plain_modules_export_too(tmp_path):

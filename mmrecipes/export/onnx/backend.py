@@ -46,13 +46,14 @@ def _write_language(model: nn.Module, path: Path, batches: bool) -> None:
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
     decoder, example, axes = wrappers.language_wrapper(model, batches)
-    with quiet.library_logs(), _fusions(not decoder.family.masks, path.parent):
+    with quiet.library_logs(), graphs.quick_conversion(), _fusions(not decoder.family.masks, path.parent):
         # fused: attention with cache and rotary embedding (GroupQueryAttention), norms with sums, products of one input
         config = OnnxConfig(dynamic_shapes=axes, ort_fusions="cpu", prefer_deferred_runtime_asserts_over_guards=True)
         program = OnnxExporter().export(decoder, example, config).program
         if not decoder.family.masks and not wrappers.windows(decoder.decoder.config):
-            # else states, or attention that is not fused, read the cache as a whole
-            roomy = _readers(program) == {"GroupQueryAttention"}
+            # else states, or attention that is not fused, read the cache as a whole (and not only its shape)
+            caches = [value for value in program.graph.inputs if value.name.startswith("input.")]
+            roomy = {node.op_type for each in caches for node in each.consumers()} - {"Shape"} == {"GroupQueryAttention"}
             if roomy or not batches:
                 _without_mask(program)
             if roomy:
@@ -97,12 +98,6 @@ def _fusions(causal: bool, folder: Path) -> Iterator[None]:
         patch_attribute(fusions, "_static_dim", lambda _: lambda value, axis: size(value, axis) if axis else 1),
     ):
         yield
-
-
-def _readers(program) -> set[str]:
-    """What reads the KV cache itself, not only its shape. `program` is an onnx_ir.Model."""
-    caches = [value for value in program.graph.inputs if value.name.startswith("input.")]
-    return {node.op_type for cache in caches for node in cache.consumers()} - {"Shape"}
 
 
 def _without_mask(program) -> None:

@@ -1,12 +1,14 @@
 """A module as an ONNX graph, which module each of its nodes came from, and how graphs are saved."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers.exporters.exporter_dynamo import patch_forward_signature
+from transformers.exporters.utils import patch_attribute
 
 from mmrecipes.errors import UserError, require
 from mmrecipes.export.wrappers import check_float32
@@ -32,11 +34,34 @@ def to_onnx(module: nn.Module, inputs: Mapping[str, Tensor], path: str | Path, f
     options = {"input_names": list(inputs), "output_names": ["output"]}
     options["custom_translation_table"] = {torch.ops.aten.scaled_dot_product_attention.default: _attention()}
     options |= {"dynamo": True, "verbose": False, "opset_version": 20}
-    with library_logs(), (_moved if apart else written_aside)(path) as aside:
+    with library_logs(), quick_conversion(), (_moved if apart else written_aside)(path) as aside:
         with torch.no_grad(), patch_forward_signature(module, inputs):
             program = torch.onnx.export(module.eval(), kwargs=dict(inputs), dynamic_shapes=shapes, **options)
         program.save(aside, external_data=apart)
     return Path(path)
+
+
+@contextlib.contextmanager
+def quick_conversion() -> Iterator[None]:
+    """PyTorch's conversion to ONNX, to the same graph, without two detours: onnxscript parses its operators' sources at each
+    export, not once, and tries each rewrite rule at every node, not only at its operator's."""
+    from onnxscript.rewriter._rewrite_rule import RewriteRule
+    from torch.onnx._internal.exporter._registration import onnxscript_apis
+
+    def at_its_operator(try_rewrite):
+        def tried(rule, model, graph, node, **options):
+            wanted = rule._target_pattern.output_nodes[0].op_identifier()  # None: any
+            fits = wanted is None or wanted[:2] == (node.domain, node.op_type)
+            return try_rewrite(rule, model, graph, node, **options) if fits else None
+
+        return tried
+
+    cached = patch_attribute(onnxscript_apis, "get_torchlib_ops", _once)
+    with cached, patch_attribute(RewriteRule, "try_rewrite", at_its_operator):
+        yield
+
+
+_once = functools.cache(functools.cache)  # of a function without arguments: the same one each time, which calls it once
 
 
 def _attention() -> Callable:
