@@ -93,7 +93,7 @@ def curve(work: Path) -> dict[str, list[float]]:
     means = {
         key: [statistics.fmean(log[key][i : i + SHOWN]) for i in starts] for key in ("loss", "answers", "logits") if key in log
     }
-    return {"step": list(starts)} | means
+    return {"step": [log["step"][i] for i in starts]} | means
 
 
 def run(names: tuple[str, ...] = (), work: Path = WORK, n: int | None = None, shrink: int = 1) -> dict:

@@ -23,7 +23,7 @@ OTHER_RATE = 5e-4  # of scales, norms, biases, embeddings
 def load(model_id):
     try:
         models = [AutoModelForImageTextToText.from_pretrained(model_id, dtype=torch.float32) for _ in range(2)]
-        return AutoProcessor.from_pretrained(model_id), *models
+        return AutoProcessor.from_pretrained(model_id), models[0].requires_grad_(False), models[1]
     except (ImportError, OSError, ValueError, KeyError) as error:
         message = f"MODEL={model_id!r} does not load; give a vision-language model's hub id or directory: {str(error).strip()}"
         raise SystemExit(message.partition("\n")[0]) from None
@@ -62,7 +62,6 @@ def divergence(student, teacher, batch):  # of what both predict at the last 8 t
 
 def main(model_id):
     processor, teacher, student = load(model_id)
-    teacher.requires_grad_(False)
     layers = [m for m in student.modules() if isinstance(m, torch.nn.Linear) and m is not student.get_output_embeddings()]
     for layer in layers:
         parametrize.register_parametrization(layer, "weight", FakeQuantizer(layer.weight))
@@ -73,9 +72,10 @@ def main(model_id):
         if step in (0, STEPS):
             nats = sum(divergence(student, teacher, prepare(processor, seed)).item() for seed in range(10_000, 10_012, BATCH)) / 3
             print(f"{BITS} bits, {step:2d} steps: {nats:.4f} nats (KL divergence) from fp32 on {3 * BATCH} other images")
-        divergence(student, teacher, prepare(processor, step * BATCH)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        if step < STEPS:
+            divergence(student, teacher, prepare(processor, step * BATCH)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
     for layer in layers:  # plain weights again, on their levels
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
 

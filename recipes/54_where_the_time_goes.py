@@ -68,7 +68,7 @@ def main(model_id):
     print(f"this machine: {peak:.0f} GFLOP/s, {bandwidth:.1f} GB/s on {torch.get_num_threads()} threads; medians of {ROUNDS}")
     with torch.inference_mode():
         with FlopCounterMode(display=False) as counted:
-            model(**inputs)
+            model(**inputs, use_cache=True, logits_to_keep=1)
         first = median_s(lambda: model(**inputs, use_cache=True, logits_to_keep=1))
         few, many = (
             median_s(lambda n=n: model.generate(**inputs, do_sample=False, min_new_tokens=n, max_new_tokens=n)) for n in (2, 18)

@@ -14,8 +14,8 @@ from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolVLM-256M-Instruct")
-QUESTIONS = 60  # with none changed, up to 6 points may be; 380 would exclude one point
-WORST = 25.0  # points of changed answers that are allowed, at the upper end of the 95% interval: set it before you look
+QUESTIONS = 60  # with none changed, up to 6 points may be; 381 exclude one point
+WORST = 25.0  # points of changed first tokens that are allowed, at the upper end of the 95% interval: set it before you look
 OUT = os.environ.get("OUT")  # a folder for the record; without it the record is only printed
 
 

@@ -281,7 +281,7 @@ def test_distillation_table_shows_what_was_measured(project):
     dual = {"variants": {"taught": row | {"change": {"text_r1": row["change"]}}}, "share": 0.38}
     (project / "results" / "dual.json").write_text(json.dumps(dual))
     lines = readme.distillation_table(project / "results").splitlines()
-    assert lines[2] == "| a student of `mini-vlm`, taught for 16 minutes | 27% | -0.7 [-1.2, -0.2] | 4200 |"
+    assert lines[2] == "| a student of `mini-vlm`, distilled for 16 minutes | 27% | -0.7 [-1.2, -0.2] | 4200 |"
     assert lines[4].startswith("| a smaller `mini-siglip`") and "| 38% |" in lines[4]
     assert lines[-1].endswith("faster than its teacher: 2.1 times (ONNX Runtime fp32, 1 thread).")
     eyes = {f"{eye}, static": {"ms": {"median": ms}} for eye, ms in (("ShuffleNetV2 1.0x", 2.04), ("teacher", 2.65))}

@@ -15,8 +15,8 @@ def growth(content: dict[str, Any], table) -> str:
             digits = 0 if stage == "prefill_ms" else 1
             cells += [f"{r[stage]:,.{digits}f} ({r['bound'][stage] / r[stage]:.0%})" for r in found]
         rows.append([f"{tokens:,}", *cells, *(f"{r['peak_mb']:,.0f}" for r in found)])
-    stages = ("prompt, ms", "a token behind it, ms", "peak MB")
-    return table(["tokens", *(f"{name}: {stage}" for stage in stages for name in names)], rows)
+    stages = ("prompt, ms", "decode, ms a token", "peak MB")
+    return table(["tokens", *(f"{name}: {stage}" for stage in stages for name in names)], rows) + _peaks(content)
 
 
 def sizes(content: dict[str, Any], table) -> str:
@@ -29,5 +29,12 @@ def sizes(content: dict[str, Any], table) -> str:
             bound = f"{r['least_ms']:,.0f} ({r['least_ms'] / r['ttft_ms']['median']:.0%})"
             cells = [f"{r['tiles']}", f"{r['prompt_tokens']}", shown, f"{r['ttft_ms']['median']:,.0f}", bound]
             rows.append([name, f"{r['side']:,}", *cells, f"{r['peak_mb']:,.0f}"])
-    head = ["", "image, px", "tiles", "prompt tokens", "vision encoder, ms", "TTFT, ms", "least, ms", "peak MB"]
-    return table(head, rows)
+    head = ["", "image, px", "tiles", "prompt tokens", "vision encoder, ms", "TTFT, ms", "estimate, ms", "peak MB"]
+    return table(head, rows) + _peaks(content)
+
+
+def _peaks(content: dict[str, Any]) -> str:
+    """What the estimates divide by, probed just before."""
+    found = content["peaks"]
+    peaks = f"fp32 {found['fp32']:,.0f} GFLOP/s and int8 {found['int8']:,.0f} GOP/s in PyTorch's matrix products"
+    return f"\n\nThe estimate divides by what a probe measured just before: {peaks}, {found['bandwidth']:.0f} GB/s."

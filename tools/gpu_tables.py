@@ -21,11 +21,15 @@ TEACHING = {
 }
 
 
+def spread(found: dict[str, float]) -> str:
+    return f"{found['median']:.0f} [{found['low']:.0f}, {found['high']:.0f}]"
+
+
 def rows_of(content: dict[str, Any], table) -> str:
     """Generation, 2:4 and training steps, a table each. `table(head, rows, words)` writes one."""
-    head = ["random weights, one image and a question", "", "TTFT ms", "tokens/s", "peak MB"]
+    head = ["random weights, one image and a question", "", "TTFT ms [quartiles]", "tokens/s [quartiles]", "peak MB"]
     made = [
-        [r["model"], r["variant"], f"{r['ttft_ms']['median']:.0f}", f"{r['tokens_per_s']['median']:.0f}", f"{r['peak_mb']:,.0f}"]
+        [r["model"], r["variant"], *(spread(r[key]) for key in ("ttft_ms", "tokens_per_s")), f"{r['peak_mb']:,.0f}"]
         for r in sorted(content["generation"], key=lambda r: r["model"], reverse=True)
         if "ttft_ms" in r
     ]

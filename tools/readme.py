@@ -54,9 +54,9 @@ QUANTIZATION = (  # file in results/, the variant's name in it, what README call
 )
 
 PRUNING = (  # the same, and how much is gone
-    ("pruned.json", "magnitude, 50%", "zeros: the smallest weights of each layer", "50% of the weights"),
+    ("pruned.json", "magnitude, 50%", "zeros: magnitude pruning, by layer", "50% of the weights"),
     ("pruned.json", "SparseGPT, 50%", "zeros: SparseGPT", "50% of the weights"),
-    ("pruned.json", "SparseGPT, 2:4", "zeros: SparseGPT, two of each four", "50% of the weights"),
+    ("pruned.json", "SparseGPT, 2:4", "zeros: SparseGPT, 2:4", "50% of the weights"),
     ("structured.json", "cut", "FFN neurons cut out of vision encoder and language model", "{cut:.0%} of the parameters"),
     (
         "structured.json",
@@ -75,19 +75,19 @@ PRUNING = (  # the same, and how much is gone
 )
 
 DISTILLATION = (  # the same, and of which answers the points are
-    ("student.json", "taught", "a student of `mini-vlm`, taught for {minutes:.0f} minutes", None),
+    ("student.json", "taught", "a student of `mini-vlm`, distilled for {minutes:.0f} minutes", None),
     ("student.json", "labels alone", "the same, from labels alone, {minutes:.0f} minutes", None),
     ("student.json", "labels alone, from nothing", "the same, from labels alone and random weights, {minutes:.0f} minutes", None),
     (
         "swap.json",
         "ShuffleNetV2 1.0x: all",
-        "`mini-vlm` with a ShuffleNetV2 as vision encoder, {minutes in all:.0f} minutes from nothing",
+        "`mini-vlm` with a ShuffleNetV2 as vision encoder, {minutes in all:.0f} minutes from scratch",
         None,
     ),
     ("swap.json", "MobileNetV2 0.5: all", "with a MobileNetV2, {minutes in all:.0f} minutes from `mini-cnn`", None),
     ("swap.json", "ViT, smaller: all", "with a smaller ViT, {minutes in all:.0f} minutes from its own", None),
-    ("dual.json", "taught", "a smaller `mini-siglip`, taught for {minutes:.0f} minutes: images find their captions", "text_r1"),
-    ("dual.json", "pairs alone", "the same, from pairs alone, {minutes:.0f} minutes", "text_r1"),
+    ("dual.json", "taught", "a smaller `mini-siglip`, distilled for {minutes:.0f} minutes: image to text", "text_r1"),
+    ("dual.json", "pairs alone", "the same, contrastive loss only, {minutes:.0f} minutes", "text_r1"),
 )
 
 ADAPTERS = {  # of lora.json, how each way to learn is called
@@ -204,9 +204,9 @@ def distillation_table(results: Path) -> str:
             rows.append([called.format(**row), f"{row.get('share', content.get('share')):.0%}", points, str(c["n"])])
     if not rows:
         return UNMEASURED
-    shown = table(["a smaller model", "of the parameters", "points against its teacher [95% interval]", "asked"], rows)
+    shown = table(["a smaller model", "of the parameters", "points against its teacher [95% interval]", "n"], rows)
     faster = ", ".join(f"{v:.1f} times ({k.removeprefix('a question, ')})" for k, v in speed.items() if "ONNX" in k)
-    said = [f"The taught student answers a question faster than its teacher: {faster}."] if faster else []
+    said = [f"The distilled student answers a question faster than its teacher: {faster}."] if faster else []
     return "\n\n".join([shown, *said, *swapped_encoders(load(results / "swap.json"))])
 
 
@@ -238,7 +238,7 @@ def adapters_table(results: Path) -> str:
         return UNMEASURED
     first = content["variants"]["before"]["new"]["accuracy"]
     new = f"of {first['n']} new questions, {first['value']:.0%} before"
-    return table(["two colours and two shapes, learned by", new, "points on old questions [95% interval]", "old"], rows)
+    return table(["two colours and two shapes, learned by", new, "points on old questions [95% interval]", "n, old"], rows)
 
 
 def vllm_table(content: dict[str, Any]) -> str:
@@ -271,8 +271,9 @@ def bench_table(content: dict[str, Any]) -> str:
     first, body = content["rows"][0], []
     fresh = [key for key in ("load_s", "first_s") if key in first]
     for row in content["rows"]:
+        spread = " [{:,.0f}, {:,.0f}]".format(*row["ttft_ms_range"]) if "ttft_ms_range" in row and content["rounds"] > 1 else ""
         times = [
-            f"{row['ttft_ms']:,.0f} ({first['ttft_ms'] / row['ttft_ms']:.1f}x)",
+            f"{row['ttft_ms']:,.0f}{spread} ({first['ttft_ms'] / row['ttft_ms']:.1f}x)",
             f"{row['tokens_per_s']:.1f} ({row['tokens_per_s'] / first['tokens_per_s']:.1f}x)",
             f"{row['peak_mb']:,.0f} ({row['peak_mb'] / first['peak_mb']:.2f}x)",
         ]
@@ -281,7 +282,8 @@ def bench_table(content: dict[str, Any]) -> str:
     head = ["variant", "TTFT ms", "tokens/s", "peak MB", "disk MB", *(FRESH[key] for key in fresh), "logit error"]
     notes = [f"{row['name']}: {row['note']}." for row in content["rows"] if "note" in row] + content.get("notes", [])
     rounds = "one fresh process" if content["rounds"] == 1 else f"the median of {content['rounds']} fresh processes"
-    notes.append(f"Each row is {rounds}. Measured on {where(content['environment'])}.")
+    known = content["environment"] | ({"threads": content["threads"]} if "threads" in content else {})
+    notes.append(f"Each row is {rounds}; PyTorch's disk MB are the bf16 checkpoint's. Measured on {where(known)}.")
     beside = [peers_table(content)] if any(row["name"].startswith("ours: ") for row in content["rows"]) else []
     return "\n\n".join([table(head, body), *beside, *notes])
 
@@ -296,11 +298,16 @@ def exports_table(content: dict[str, Any]) -> str:
     return table(["writing the files of", "seconds", "peak memory, GB"], body)
 
 
+SHRUNK = {"ttft_ms": 0, "tokens_per_s": 1, "peak_mb": 0, "disk_mb": 0}  # column: digits
+
+
 def stages_table(content: dict[str, Any]) -> str:
     """The stages of one `shrink`, and all of it."""
     body = [[one["stage"], f"{one['seconds']:,}"] for one in content["stages"]]
     body.append([f"all, with a peak of {content['peak_mb'] / 1e3:.2f} GB", f"{content['seconds']:,.0f}"])
-    return table(["stage", "seconds"], body)
+    shown = [[row["name"], *(f"{row[key]:,.{digits}f}" for key, digits in SHRUNK.items())] for row in content["report"]["rows"]]
+    made = table(["", "TTFT, ms", "tokens/s", "peak MB", "disk MB"], shown)
+    return f"{table(['stage', 'seconds'], body)}\n\n{made}\n\n{content['report']['verdict']}"
 
 
 MEASURES = {  # column: heading, whether more is better
@@ -313,7 +320,7 @@ MEASURES = {  # column: heading, whether more is better
 
 
 def peers_table(content: dict[str, Any]) -> str:
-    """Each of ours beside the best peer of each column whose logits are as close to fp32's, or closer: how many times as good."""
+    """Each of ours beside the best peer of each column whose logits are as close to fp32's, or nearly: how many times as good."""
     ours = [r for r in content["rows"] if r["name"].startswith("ours: ")]
     others = [r for r in content["rows"] if r not in ours and "prompt" not in r["name"] and "visual tokens" not in r["name"]]
     columns = [key for key in MEASURES if all(key in row for row in content["rows"])]
@@ -323,12 +330,14 @@ def peers_table(content: dict[str, Any]) -> str:
         for key in columns:
             more = MEASURES[key][1]
             near = [r for r in others if r["error"] <= 1.1 * max(row["error"], 1e-5)]
+            near = [r for r in near if key != "disk_mb" or not r["name"].startswith("PyTorch")] or near  # bf16, whatever runs
             best = (max if more else min)(near, key=lambda r, key=key: r[key])
             times = row[key] / best[key] if more else best[key] / row[key]
             cells.append(f"{times:.2f}x {best['name']}")
         body.append([row["name"].removeprefix("ours: "), *cells])
-    head = ["ours, against the best peer at equal or lower logit error", *(MEASURES[key][0] for key in columns)]
-    return table(head, body, words=len(head)) + "\n\nAbove 1x ours is ahead. Peers on other prompts are left out."
+    head = ["ours, against the best peer whose logit error is at most 1.1 times ours", *(MEASURES[key][0] for key in columns)]
+    said = "Above 1x ours is ahead; within a few percent neither is. Peers on other prompts are left out."
+    return f"{table(head, body, words=len(head))}\n\n{said}"
 
 
 def where(environment: dict[str, Any]) -> str:

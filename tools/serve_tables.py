@@ -21,8 +21,8 @@ def speed(content: dict[str, Any], table) -> str:
     head = ["server", "", "requests/s, one at a time", f"{users} at a time", "gain", "TTFT p50, p95 ms, one at a time"]
     head += [f"{users} at a time", "between tokens p50, p95 ms, one at a time", f"{users} at a time", "peak MB"]
     counts = sorted({cell["n"] for row in content["rows"] for cell in row["cells"].values()})
-    about = f"{knobs['new_tokens']} tokens a request; n={', '.join(map(str, counts))} requests a cell; where there were several"
-    about += " rounds: median [lowest, highest]."
+    about = f"{knobs['new_tokens']} tokens a request; n={', '.join(map(str, counts))} requests a cell; one round where no range"
+    about += " is shown, else the median of two [lowest, highest]."
     return f"{table(head, rows, 2)}\n\n{about}"
 
 

@@ -23,9 +23,9 @@ def deployed(content: dict[str, Any], table) -> str:
     """What each exported model gives against PyTorch fp32: its own answers, its files, its times."""
     speed, peak, rows = content["times"]["speed"], content["times"]["peak_mb"], []
     for name, row in content["deployed"].items():
-        mb = row.get("mb", content["plans"]["whole"]["mb"])
-        rows.append([name, _points(row["change"]), f"{mb:.2f}", *_speed(speed, peak, name)])
-    return table(["deployed", "change, points", "MB", *_HEAD], rows)
+        mb = row.get("mb", content["plans"]["whole"]["mb"] / (2 if "bf16" in name else 1))
+        rows.append([name, f"{_points(row['change'])}, {row['change']['n']}", f"{mb:.2f}", *_speed(speed, peak, name)])
+    return table(["deployed", "change, points [95% interval], n", "MB", *_HEAD], rows)
 
 
 def real(content: dict[str, Any], table) -> str:
